@@ -1,0 +1,57 @@
+# Everything runs in .venv, made on first use. `make help` lists the targets.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && { echo $$p; break; }; done)
+PLATFORM := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
+LOCK := requirements/$(PLATFORM).txt
+TORCH := $(shell grep '^torch==' $(LOCK))
+DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
+DEFAULT_BASE := data/arithmetic/base/model.safetensors
+
+.PHONY: help setup data train eval test lint clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
+
+train: setup data  ## train; settings by ARGS="--lr 3e-5 --seed 1", all listed by ARGS=--help
+	@.venv/bin/python train.py $(ARGS)
+
+eval: setup data  ## evaluate a checkpoint: ARGS="--model out/<run>/checkpoint-000040 --k 8"
+	@.venv/bin/python evaluate.py $(ARGS)
+
+test: setup data  ## run the tests
+	@.venv/bin/python -m pytest $(ARGS)
+
+lint: setup  ## check style
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+data: setup $(DEFAULT_DATA) $(DEFAULT_BASE)  ## make the default data set and its base policy
+
+data/arithmetic/train.jsonl data/arithmetic/eval.jsonl &: data/arithmetic/prepare.py | setup
+	@.venv/bin/python data/arithmetic/prepare.py
+
+$(DEFAULT_BASE): data/arithmetic/base.py data/arithmetic/prepare.py | setup
+	@.venv/bin/python data/arithmetic/base.py
+
+setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
+
+# torch comes first and alone: its CPU build from PyTorch's own index where that can be reached, otherwise from wherever
+# pip finds it in the next step. The rest is locked, hence --no-deps.
+.venv/installed-cpu: requirements/cpu.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.14 found; install one, or say make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv .venv
+	-.venv/bin/python -m pip install --quiet --no-deps --retries 0 --timeout 15 $(TORCH) \
+		--index-url https://download.pytorch.org/whl/cpu 2>/dev/null || echo "PyTorch's index cannot be reached; going on without it"
+	.venv/bin/python -m pip install --quiet --no-deps -r $<
+	@touch $@
+
+.venv/installed-cuda: requirements/cuda.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.14 found; install one, or say make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --no-deps -r $<
+	@touch $@
+
+clean:  ## remove .venv, the default data and base policy, and caches; runs in out/ are kept
+	rm -rf .venv .pytest_cache .ruff_cache data/arithmetic/base $(DEFAULT_DATA)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

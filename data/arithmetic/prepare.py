@@ -1,0 +1,84 @@
+"""Data set `arithmetic`: sums of several signed terms, to be worked out step by step.
+
+    python data/arithmetic/prepare.py        writes train.jsonl and eval.jsonl beside this file
+
+A problem is "3+8-2+9-4=?". A worked answer adds the terms one by one, in any order of the reader's choice, so that
+one problem has many right workings (5! = 120 of them for five terms), and boxes the total:
+
+    8-4=4
+    4+3=7
+    7+9=16
+    16-2=14
+    \\boxed{14}
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def problem(rng: random.Random, terms: int, largest: int) -> list[int]:
+    """Signed terms, none 0; the first is positive, the others negative one time in three."""
+    return [rng.choice((1, 1, -1 if i else 1)) * rng.randint(1, largest) for i in range(terms)]
+
+
+def show(terms: list[int]) -> str:
+    """[3, 8, -2] -> '3+8-2'"""
+    return "".join(f"{term:+d}" for term in terms).removeprefix("+")
+
+
+def working(rng: random.Random, terms: list[int]) -> str:
+    """One of the right workings, all orders being equally likely."""
+    order = rng.sample(terms, len(terms))
+    total, lines = order[0], []
+    for term in order[1:]:
+        lines.append(f"{total}{term:+d}={total + term}")
+        total += term
+    return "\n".join([*lines, f"\\boxed{{{total}}}"])
+
+
+def prompt(terms: list[int]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": show(terms) + "=?"}]
+
+
+def splits(seed: int, terms: int, largest: int, train: int, held_out: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Distinct problems, the same for the same arguments: (training, held-out), without overlap."""
+    if train + held_out > largest**terms * 2 ** (terms - 1) // 2:
+        raise SystemExit(f"prepare.py: there are no {train + held_out} distinct sums of {terms} terms up to {largest}")
+    rng = random.Random(seed)
+    distinct: dict[str, list[int]] = {}
+    while len(distinct) < train + held_out:
+        terms_ = problem(rng, terms, largest)
+        distinct[show(terms_)] = terms_
+    problems = list(distinct.values())
+    return problems[held_out:], problems[:held_out]
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: beside this file)")
+    parser.add_argument("--terms", type=int, default=5, help="terms of a sum")
+    parser.add_argument("--largest", type=int, default=9, help="largest absolute value of a term")
+    parser.add_argument("--train", type=int, default=8192, help="training problems")
+    parser.add_argument("--held-out", type=int, default=256, help="evaluation problems, none of them in training")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, problems in zip(
+        ("train", "eval"), splits(args.seed, args.terms, args.largest, args.train, args.held_out), strict=True
+    ):
+        path = args.out / f"{name}.jsonl"
+        rows = [{"prompt": prompt(p), "answer": str(sum(p)), "source": "arithmetic"} for p in problems]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{path}: {len(rows)} problems")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""A tiny policy and tiny data for the tests: made here in a second, nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import json
+
+import pytest
+import torch
+
+from base import make_model, make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def tiny_model(tokenizer):
+    """A random Qwen2 of 50 k parameters, the same every time."""
+    torch.manual_seed(0)
+    return make_model(tokenizer, hidden_size=64, num_layers=1)
+
+
+@pytest.fixture
+def tiny_folder(tiny_model, tokenizer, tmp_path):
+    """The same as a Hugging Face folder."""
+    folder = tmp_path / "tiny"
+    tiny_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Write rows, dicts or raw lines, to a JSONL file; returns its path."""
+
+    def write(*rows, name="problems.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    return write

@@ -1,0 +1,43 @@
+"""The arithmetic data set: right answers, right workings, no overlap, the same every time."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import prepare
+
+
+def test_workings_are_right_and_many():
+    rng = random.Random(0)
+    for _ in range(200):
+        terms = prepare.problem(rng, 5, 9)
+        text = prepare.working(rng, terms)
+        *lines, box = text.split("\n")
+        assert box == f"\\boxed{{{sum(terms)}}}" and len(lines) == 4
+        for line in lines:
+            left, right = line.split("=")
+            first = left[0] + left[1:].replace("-", "+-").replace("++", "+")
+            assert sum(int(x) for x in first.split("+") if x) == int(right)
+    assert len({prepare.working(rng, [1, 2, 3, 4, 5]) for _ in range(2000)}) > 60
+
+
+def test_splits_do_not_overlap_and_repeat_exactly():
+    train, held_out = prepare.splits(0, terms=5, largest=9, train=500, held_out=100)
+    assert len(train) == 500 and len(held_out) == 100
+    assert not {prepare.show(t) for t in train} & {prepare.show(t) for t in held_out}
+    assert (train, held_out) == prepare.splits(0, terms=5, largest=9, train=500, held_out=100)
+    assert train != prepare.splits(1, terms=5, largest=9, train=500, held_out=100)[0]
+
+
+def test_command_writes_both_files(tmp_path):
+    script = Path(prepare.__file__)
+    command = [sys.executable, script, "--out", tmp_path, "--train", "50", "--held-out", "20"]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 50 and len((tmp_path / "eval.jsonl").read_text().splitlines()) == 20
+    for row in rows:
+        expression = row["prompt"][0]["content"].removesuffix("=?")
+        terms = expression.replace("-", "+-").split("+")
+        assert sum(int(term) for term in terms) == int(row["answer"])

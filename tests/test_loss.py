@@ -1,0 +1,356 @@
+"""The objectives and the entropy accounting, against golden vectors, float64 autograd and the equations themselves."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import loss as L
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "objectives.npz")
+CASES = sorted({name.split("/")[0] for name in GOLDEN.files}, key=int)
+
+
+def random_case(seed: int = 0, B: int = 5, T: int = 11, spread: float = 0.6) -> dict[str, torch.Tensor]:
+    """logprobs, old_logprobs, advantages and mask, [B, T] in float64; a good share of ratios is out of the interval."""
+    g = torch.Generator().manual_seed(seed)
+    old = -torch.rand(B, T, generator=g, dtype=torch.float64) * 3 - 0.05
+    lengths = torch.randint(1, T + 1, (B, 1), generator=g)
+    return {
+        "logprobs": old + spread * torch.randn(B, T, generator=g, dtype=torch.float64),
+        "old_logprobs": old,
+        "advantages": torch.randn(B, 1, generator=g, dtype=torch.float64).expand(B, T).clone(),
+        "mask": torch.arange(T) < lengths,
+    }
+
+
+def gradient(case: dict[str, torch.Tensor], **settings) -> torch.Tensor:
+    logprobs = case["logprobs"].clone().requires_grad_()
+    L.policy_loss(logprobs, case["old_logprobs"], case["advantages"], case["mask"], **settings)[0].backward()
+    return logprobs.grad
+
+
+@pytest.mark.parametrize("k", CASES)
+def test_golden(k):
+    case = {name: torch.tensor(GOLDEN[f"{k}/{name}"]) for name in ("logprobs", "old_logprobs", "advantages", "mask")}
+    case["logprobs"].requires_grad_()
+    value, _ = L.policy_loss(**case, **json.loads(str(GOLDEN[f"{k}/meta"])))
+    value.backward()
+    assert abs(value.item() - GOLDEN[f"{k}/loss"]) < 1e-9
+    np.testing.assert_allclose(case["logprobs"].grad, GOLDEN[f"{k}/grad"], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("beta1, beta2", [(0.75, 1.0), (0.5, 1.0), (0.0, 0.0), (1.0, 1.0), (0.3, 0.2)])
+@pytest.mark.parametrize("eps_low, eps_high", [(0.2, 0.2), (0.1, 0.28)])
+def test_ce_gppo_is_the_equation(beta1, beta2, eps_low, eps_high):
+    """The paper's cases, token by token, with its own delta / sg(delta)."""
+    case = random_case(1)
+    logprobs = case["logprobs"].clone().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for i, t in case["mask"].nonzero().tolist():
+        A = case["advantages"][i, t]
+        delta = (logprobs[i, t] - case["old_logprobs"][i, t]).exp()
+        if delta < 1 - eps_low and A < 0:
+            total = total - beta1 * (1 - eps_low) / delta.detach() * delta * A
+        elif delta > 1 + eps_high and A > 0:
+            total = total - beta2 * (1 + eps_high) / delta.detach() * delta * A
+        else:
+            total = total - delta * A
+    expected = total / case["mask"].sum()
+    expected.backward()
+    settings = {"beta1": beta1, "beta2": beta2, "eps_low": eps_low, "eps_high": eps_high}
+    value, _ = L.policy_loss(**case, **settings)
+    assert value.item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(gradient(case, **settings), logprobs.grad, atol=1e-12, rtol=0)
+
+
+def test_betas_zero_have_the_gradient_of_ppo_clip_and_another_value():
+    case = random_case(2)
+    torch.testing.assert_close(gradient(case, beta1=0.0, beta2=0.0), gradient(case, objective="grpo"))
+    values = [L.policy_loss(**case, objective=o, beta1=0.0, beta2=0.0)[0].item() for o in ("ce_gppo", "grpo")]
+    assert values[0] != pytest.approx(values[1])
+
+
+def test_betas_one_are_gppo_with_the_value_of_ppo_clip_and_another_gradient():
+    case = random_case(3)
+    torch.testing.assert_close(gradient(case, beta1=1.0, beta2=1.0), gradient(case, objective="gppo"))
+    assert L.policy_loss(**case, objective="gppo")[0].item() == pytest.approx(
+        L.policy_loss(**case, objective="grpo")[0].item()
+    )
+    assert not torch.allclose(gradient(case, objective="gppo"), gradient(case, objective="grpo"))
+
+
+def test_each_beta_moves_its_own_boundary_only():
+    """beta1: left boundary, negative advantage. beta2: right boundary, positive advantage. The rest never changes."""
+    case = random_case(4)
+    ratio = (case["logprobs"] - case["old_logprobs"]).exp()
+    low = case["mask"] & (ratio < 0.8) & (case["advantages"] < 0)
+    high = case["mask"] & (ratio > 1.2) & (case["advantages"] > 0)
+    assert low.any() and high.any() and (case["mask"] & (ratio < 0.8) & (case["advantages"] > 0)).any()
+    base = gradient(case, beta1=0.5, beta2=0.5)
+    assert torch.equal(gradient(case, beta1=0.9, beta2=0.5) != base, low)
+    assert torch.equal(gradient(case, beta1=0.5, beta2=0.9) != base, high)
+
+
+@pytest.mark.parametrize("spread", [0.5, 5.0, 300.0])
+def test_out_of_clip_weights_are_bounded(spread):
+    case = random_case(5, spread=spread)
+    beta1, beta2, eps_low, eps_high = 0.6, 0.9, 0.2, 0.3
+    _, info = L.policy_loss(**case, beta1=beta1, beta2=beta2, eps_low=eps_low, eps_high=eps_high)
+    size, A = info["weight"].abs(), case["advantages"].abs()
+    low, high = info["clipped_low"], info["clipped_high"]
+    assert low.any() and high.any()
+    assert (size[low] <= beta1 * (1 - eps_low) * A[low] + 1e-12).all() and (size[low] > 0).all()
+    assert (size[high] <= beta2 * (1 + eps_high) * A[high] + 1e-12).all() and (size[high] > 0).all()
+
+
+@pytest.mark.parametrize("objective", L.OBJECTIVES)
+@pytest.mark.parametrize("aggregation", L.AGGREGATIONS)
+def test_micro_batches_add_up(objective, aggregation):
+    """One micro-batch, or one for each response with its own padding: the same gradient."""
+    case = random_case(6, B=10)
+    whole = gradient(case, objective=objective, aggregation=aggregation)
+    denominator = L.count(case["mask"], aggregation)
+    parts = torch.zeros_like(whole)
+    for i in range(10):
+        length = int(case["mask"][i].sum())
+        row = {name: value[i : i + 1, :length] for name, value in case.items()}
+        parts[i, :length] = gradient(row, objective=objective, aggregation=aggregation, denominator=denominator)
+    torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("objective", L.OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extremes_stay_finite(objective, dtype):
+    """Log ratios of +-1000, advantages of 0, a one-token response, a fully masked row that holds NaN."""
+    logprobs = torch.tensor([[-1000.0, -0.1, -1e-3], [0.0, -1000.0, -5.0], [-1.0, 0.0, 0.0], [torch.nan] * 3])
+    old = torch.tensor([[0.0, -1000.1, -1e-3], [-1000.0, 0.0, -5.0], [-1.5, 0.0, 0.0], [torch.inf] * 3])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    for sign in (1.0, -1.0, 0.0):
+        advantages = sign * torch.tensor([[1.0], [-2.0], [0.5], [torch.nan]]).expand(4, 3)
+        case = {"logprobs": logprobs, "old_logprobs": old, "advantages": advantages, "mask": mask}
+        case = {name: value.to(dtype) for name, value in case.items()}
+        value, info = L.policy_loss(**case, objective=objective)
+        grad = gradient(case, objective=objective)
+        assert value.isfinite() and grad.isfinite().all() and info["weight"].isfinite().all()
+        assert (grad[3] == 0).all() and (grad[2, 1:] == 0).all()
+        if sign == 0:
+            assert (grad == 0).all()
+
+
+def test_a_token_far_out_of_the_interval_keeps_its_bounded_gradient():
+    """The reason for the project: where delta underflows, delta / sg(delta) would be 0/0."""
+    case = {
+        "logprobs": torch.tensor([[-2000.0]]),
+        "old_logprobs": torch.tensor([[-1.0]]),
+        "advantages": torch.tensor([[-1.0]]),
+        "mask": torch.tensor([[True]]),
+    }
+    assert gradient(case, beta1=0.75).item() == pytest.approx(0.75 * 0.8)
+    assert gradient(case, objective="grpo").item() == 0
+
+
+def test_nothing_at_all_has_no_loss():
+    empty = {name: torch.zeros(2, 3) for name in ("logprobs", "old_logprobs", "advantages", "mask")}
+    assert L.policy_loss(**empty)[0].item() == 0
+
+
+def test_rollout_weights_scale_the_gradient_and_leave_the_ratio_alone():
+    case = random_case(14)
+    weights = torch.rand(case["mask"].shape, dtype=torch.float64)
+    torch.testing.assert_close(gradient(case, rollout_weights=weights), weights * gradient(case))
+    _, plain = L.policy_loss(**case)
+    _, corrected = L.policy_loss(**case, rollout_weights=weights)
+    assert torch.equal(plain["ratio"], corrected["ratio"])
+    assert torch.equal(plain["clipped_low"], corrected["clipped_low"])
+    torch.testing.assert_close(corrected["weight"], weights * plain["weight"])
+
+
+def test_positive_nll_adds_the_likelihood_of_positive_tokens():
+    case = random_case(15)
+    added = gradient(case, positive_nll=0.1) - gradient(case)
+    expected = -0.1 * ((case["advantages"] > 0) & case["mask"]) / case["mask"].sum()
+    torch.testing.assert_close(added, expected.double())
+
+
+def test_dual_clip_ends_the_gradient_of_negative_tokens_only():
+    case = random_case(7, spread=2.0)
+    ratio = (case["logprobs"] - case["old_logprobs"]).exp()
+    plain, dual = gradient(case), gradient(case, dual_clip=3.0)
+    beyond = case["mask"] & (case["advantages"] < 0) & (ratio > 3.0)
+    assert beyond.any() and (dual[beyond] == 0).all() and (plain[beyond] != 0).all()
+    torch.testing.assert_close(dual[~beyond], plain[~beyond])
+
+
+def test_gspo_of_one_token_responses_is_grpo():
+    case = random_case(8, T=1)
+    torch.testing.assert_close(gradient(case, objective="gspo"), gradient(case, objective="grpo"))
+
+
+def test_cispo_is_ce_gppo_inside_the_interval():
+    case = random_case(9, spread=0.01)
+    torch.testing.assert_close(gradient(case, objective="cispo"), gradient(case, objective="ce_gppo"))
+    wide = random_case(9)
+    assert not torch.allclose(gradient(wide, objective="cispo"), gradient(wide, objective="ce_gppo"))
+
+
+def test_dapo_is_grpo_with_a_higher_ceiling():
+    case = random_case(10)
+    torch.testing.assert_close(
+        gradient(case, objective="dapo", eps_high=0.28), gradient(case, objective="grpo", eps_high=0.28)
+    )
+
+
+def test_every_objective_starts_as_the_policy_gradient():
+    """At ratio 1, the first mini-batch of a rollout, all have the gradient of REINFORCE."""
+    case = random_case(11, spread=0.0)
+    expected = -case["advantages"] * case["mask"] / case["mask"].sum()
+    for objective in L.OBJECTIVES:
+        torch.testing.assert_close(gradient(case, objective=objective), expected)
+
+
+def test_info_holds_the_gradient_that_was_applied():
+    for objective in L.OBJECTIVES:
+        case = random_case(12)
+        _, info = L.policy_loss(**case, objective=objective)
+        torch.testing.assert_close(info["weight"], -gradient(case, objective=objective) * case["mask"].sum())
+
+
+def test_aggregations_against_loops():
+    case = random_case(13)
+    losses = [
+        -(lp - old).exp() * a
+        for lp, old, a in zip(case["logprobs"], case["old_logprobs"], case["advantages"], strict=True)
+    ]
+    rows = [row[keep] for row, keep in zip(losses, case["mask"], strict=True)]
+    expected = {
+        "token-mean": torch.cat(rows).mean(),
+        "seq-mean-token-mean": torch.stack([row.mean() for row in rows]).mean(),
+        "seq-mean-token-sum": torch.stack([row.sum() for row in rows]).mean(),
+    }
+    for aggregation, value in expected.items():
+        wide = {"eps_low": 1e9, "eps_high": 1e9}
+        assert L.policy_loss(**case, **wide, aggregation=aggregation)[0].item() == pytest.approx(value.item())
+
+
+def test_unknown_names_list_the_known_ones():
+    case = random_case()
+    with pytest.raises(ValueError, match="ppo.*ce_gppo, gppo, grpo, dapo, cispo, gspo"):
+        L.policy_loss(**case, objective="ppo")
+    with pytest.raises(ValueError, match="mean.*token-mean, seq-mean-token-mean, seq-mean-token-sum"):
+        L.policy_loss(**case, aggregation="mean")
+
+
+def test_group_advantages():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    advantages = L.group_advantages(rewards)
+    for row, expected in zip(rewards.double().numpy(), advantages, strict=True):
+        np.testing.assert_allclose(expected, (row - row.mean()) / (row.std(ddof=1) + 1e-6), rtol=1e-5)
+    torch.testing.assert_close(advantages, L.group_advantages(2 * rewards - 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(L.group_advantages(rewards, normalize_std=False)[2], torch.tensor([-0.25] * 3 + [0.75]))
+    assert (L.group_advantages(torch.full((1, 3), 0.1)) == 0).all()
+    with pytest.raises(ValueError, match="at least 2"):
+        L.group_advantages(torch.zeros(4, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Entropy accounting
+
+
+def softmax_case(seed: int = 0, N: int = 40, V: int = 13):
+    g = torch.Generator().manual_seed(seed)
+    z = 2 * torch.randn(N, V, generator=g, dtype=torch.float64)
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+    H = -(p * log_p).sum(-1)
+    S = (p**2 * (log_p + H[:, None])).sum(-1)
+    a = torch.randint(V, (N,), generator=g)
+    return z, log_p, H, S, a
+
+
+def entropy_of(z: torch.Tensor) -> torch.Tensor:
+    log_p = torch.log_softmax(z, -1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def test_velocity_is_the_product_of_the_two_gradients():
+    z, log_p, H, S, a = softmax_case()
+    g = torch.linspace(-2, 2, len(a), dtype=torch.float64)
+    z.requires_grad_()
+    dH = torch.autograd.grad(entropy_of(z).sum(), z)[0]
+    step = torch.autograd.grad(torch.log_softmax(z, -1).gather(1, a[:, None]).sum(), z)[0]
+    velocity = L.entropy_velocity(g, log_p.gather(1, a[:, None])[:, 0], H, S)
+    torch.testing.assert_close(velocity, g * (dH * step).sum(-1), atol=1e-12, rtol=1e-12)
+
+
+def test_velocity_predicts_a_finite_step():
+    z, log_p, H, S, a = softmax_case(1)
+    g = torch.linspace(-2, 2, len(a), dtype=torch.float64)
+    direction = g[:, None] * (torch.nn.functional.one_hot(a, z.shape[1]) - log_p.exp())
+    velocity = L.entropy_velocity(g, log_p.gather(1, a[:, None])[:, 0], H, S)
+    size = 1e-6
+    measured = (entropy_of(z + size * direction) - entropy_of(z - size * direction)) / (2 * size)
+    torch.testing.assert_close(velocity, measured, atol=1e-8, rtol=1e-6)
+
+
+def sums_of(seed: int, B: int = 6, T: int = 9) -> tuple[dict, dict, dict]:
+    """A random case with matching entropies: (case, info, sums)."""
+    case = random_case(seed, B, T)
+    _, _, H, S, _ = softmax_case(seed, B * T)
+    H, S = H.reshape(B, T), S.reshape(B, T)
+    case["old_entropy"] = H
+    _, info = L.policy_loss(**{k: v for k, v in case.items() if k != "old_entropy"})
+    sums = L.update_sums(info, case["logprobs"], H, S, case["old_logprobs"], H, case["advantages"], case["mask"])
+    return case, info, sums
+
+
+def test_shares_and_velocities_add_up():
+    _, _, sums = sums_of(24)
+    metrics = L.update_metrics(sums)
+    quadrants = ("pa_hp", "pa_lp", "na_hp", "na_lp")
+    assert sum(metrics[f"tokens/{q}"] for q in quadrants) == pytest.approx(1)
+    assert sum(metrics[f"velocity/{q}"] for q in quadrants) == pytest.approx(metrics["velocity/total"])
+    assert sum(metrics[f"weight/{name}"] for name in ("low", "high", "inside")) == pytest.approx(1)
+    assert metrics["clip/low"] > 0 and metrics["clip/high"] > 0
+
+
+def test_metrics_against_loops():
+    case, info, sums = sums_of(21)
+    metrics = L.update_metrics(sums)
+    places = case["mask"].nonzero().tolist()
+    low = [(i, t) for i, t in places if info["clipped_low"][i, t]]
+    ratios = [(case["logprobs"][i, t] - case["old_logprobs"][i, t]).exp().item() for i, t in places]
+    assert metrics["clip/low"] == pytest.approx(len(low) / len(places))
+    assert metrics["clip/prob_low"] == pytest.approx(np.mean([case["old_logprobs"][p].exp().item() for p in low]))
+    assert metrics["ratio/min"] == pytest.approx(min(ratios)) and metrics["ratio/max"] == pytest.approx(max(ratios))
+    assert metrics["ratio/mean"] == pytest.approx(np.mean(ratios))
+    assert metrics["kl/old"] == pytest.approx(np.mean([r - 1 - np.log(r) for r in ratios]))
+    lp = [p for p in places if case["old_logprobs"][tuple(p)] < -case["old_entropy"][tuple(p)]]
+    na_lp = [tuple(p) for p in lp if case["advantages"][tuple(p)] < 0]
+    assert metrics["tokens/na_lp"] == pytest.approx(len(na_lp) / len(places))
+    assert metrics["entropy/na_lp"] == pytest.approx(np.mean([case["old_entropy"][p].item() for p in na_lp]))
+
+
+def test_sums_of_parts_are_the_sums_of_the_whole():
+    case, info, whole = sums_of(22)
+    _, _, H, S, _ = softmax_case(22, 54)
+    H, S = H.reshape(6, 9), S.reshape(6, 9)
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        part = {name: value[rows] for name, value in info.items()}
+        names = ("old_logprobs", "old_entropy", "advantages", "mask")
+        parts.append(L.update_sums(part, case["logprobs"][rows], H[rows], S[rows], *(case[n][rows] for n in names)))
+    for name, value in L.add_sums(parts).items():
+        assert value.item() == pytest.approx(whole[name].item()), name
+
+
+def test_means_over_no_tokens_are_left_out():
+    case = random_case(23, spread=0.0)
+    H = torch.ones_like(case["logprobs"])
+    _, info = L.policy_loss(**case)
+    names = ("old_logprobs", "advantages", "mask")
+    old, advantages, mask = (case[n] for n in names)
+    metrics = L.update_metrics(L.update_sums(info, case["logprobs"], H, H, old, H, advantages, mask))
+    assert metrics["clip/low"] == 0 and "clip/prob_low" not in metrics

@@ -1,0 +1,276 @@
+"""Logprobs, entropy, micro-batches and checkpoints, against naive float64 and against transformers itself."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import loss
+import policy
+import train
+from prompts import UserError
+from rollout import Response
+
+
+def responses_of(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int = 200) -> list[Response]:
+    """Random responses with prompts; (prompt tokens, response tokens) each."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for i, (P, R) in enumerate(lengths):
+        ids = torch.randint(vocabulary, (P + R,), generator=g).tolist()
+        response = Response(ids[:P], ids[P:], -torch.rand(R, generator=g), False, "")
+        response.old_logprobs = -5 - torch.rand(R, generator=g)
+        response.entropy = torch.rand(R, generator=g)
+        response.advantage = (-1.0) ** i * (1 + i)
+        out.append(response)
+    return out
+
+
+def naive(hidden, weight, targets, temperature):
+    """The definitions, with the whole [N, V] in float64."""
+    log_p = torch.log_softmax(hidden.double() @ weight.double().T / temperature, -1)
+    p = log_p.exp()
+    H = -(p * log_p).sum(-1)
+    S = (p**2 * (log_p + H[:, None])).sum(-1)
+    return log_p.gather(1, targets[:, None])[:, 0], H, S
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 8, 24, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_head_matches_naive_float64_forward_and_backward(chunk_size, temperature):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(24, 16, generator=g), torch.randn(53, 16, generator=g) / 2
+    targets = torch.randint(53, (24,), generator=g)
+    to_logprobs, to_entropy = torch.randn(24, generator=g), torch.randn(24, generator=g)
+    results = []
+    for compute, args in ((policy.head_logprobs, (temperature, chunk_size)), (naive, (temperature,))):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs, entropy, S = compute(h, w, targets, *args)
+        ((logprobs * to_logprobs).sum() + (entropy * to_entropy).sum()).backward()
+        results.append([x.double() for x in (logprobs, entropy, S.detach(), h.grad, w.grad)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_head_with_one_gradient_only(which):
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(5, 8, generator=g), torch.randn(11, 8, generator=g)
+    targets = torch.randint(11, (5,), generator=g)
+    grads = []
+    for compute in (policy.head_logprobs, naive):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        args = (1.0, 2) if compute is policy.head_logprobs else (1.0,)
+        compute(h, w, targets, *args)[which].sum().backward()
+        grads.append((h.grad, w.grad))
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
+
+
+def test_head_survives_extreme_logits():
+    """Probabilities that underflow, and a certain token: no NaN, entropy 0."""
+    hidden = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
+    logprobs, entropy, S = policy.head_logprobs(hidden, weight, torch.tensor([0, 0]))
+    (logprobs.sum() + entropy.sum()).backward()
+    for values in (logprobs, entropy, S, hidden.grad, weight.grad):
+        assert values.isfinite().all()
+    assert entropy.abs().max() < 1e-6 and logprobs.tolist() == pytest.approx([0.0, -2000.0])
+
+
+def test_head_never_allocates_tokens_by_vocabulary():
+    """The largest tensor that forward and backward make is a chunk's logits or the head's gradient."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    N, D, V, chunk = 512, 8, 300, 32
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    with Watch():
+        logprobs, entropy, _ = policy.head_logprobs(hidden, weight, torch.zeros(N, dtype=torch.long), 1.0, chunk)
+        (logprobs.sum() + entropy.sum()).backward()
+    assert largest <= max(chunk * V, N * D, V * D)
+
+
+def test_forward_matches_transformers_on_each_sequence_alone(tiny_model):
+    """Right padding without an attention mask, targets shifted by one, only response tokens."""
+    responses = responses_of([(3, 5), (1, 1), (7, 2), (2, 9)])
+    batch = policy.collate(responses)
+    logprobs, entropy, _ = policy.forward(tiny_model, batch, temperature=0.7)
+    assert batch.response_mask.sum() == 5 + 1 + 2 + 9
+    assert (logprobs[~batch.response_mask] == 0).all()
+    for i, r in enumerate(responses):
+        logits = tiny_model(input_ids=torch.tensor([r.prompt_ids + r.response_ids])).logits[0, :-1].double() / 0.7
+        log_p = torch.log_softmax(logits, -1)[len(r.prompt_ids) - 1 :]
+        expected = log_p.gather(1, torch.tensor(r.response_ids)[:, None])[:, 0]
+        torch.testing.assert_close(logprobs[i][batch.response_mask[i]].double(), expected, atol=1e-5, rtol=0)
+        H = -(log_p.exp() * log_p).sum(-1)
+        torch.testing.assert_close(entropy[i][batch.response_mask[i]].double(), H, atol=1e-5, rtol=0)
+
+
+def test_mask_comes_from_lengths_not_from_token_ids(tokenizer):
+    """End-of-sequence and padding ids inside and at the end of responses are tokens like any other."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    responses = [
+        Response([5, pad], [7, eos], torch.zeros(2), False, ""),
+        Response([eos], [pad] * 4, torch.zeros(4), True, ""),
+    ]
+    batch = policy.collate(responses)
+    assert batch.response_mask.tolist() == [[False, True, True, False], [True, True, True, True]]
+
+
+def test_micro_batches_hold_everything_once_within_the_budget():
+    responses = responses_of([(i % 5 + 1, (7 * i) % 13 + 1) for i in range(40)])
+    batches = policy.micro_batches(responses, max_tokens=50)
+    assert sorted(i for batch in batches for i in batch) == list(range(40))
+    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in responses]
+    for batch in batches:
+        assert len(batch) * max(lengths[i] for i in batch) <= 50
+    assert policy.micro_batches(responses_of([(3, 90)]), max_tokens=50) == [[0]]
+
+
+def update_gradient(model, responses: list[Response], **settings) -> tuple[torch.Tensor, dict]:
+    """The gradient that train.update applies, all parameters in a row, before clipping; and what it returns."""
+    config = train.resolve(train.Config(max_grad_norm=1e9, **settings))
+    one = train.update(model, torch.optim.SGD(model.parameters(), lr=0.0), responses, 0.0, 0.75, 1.0, config, "cpu")
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), one
+
+
+def naive_logits(model, response: Response) -> torch.Tensor:
+    """[R, V], by transformers."""
+    ids = torch.tensor([response.prompt_ids + response.response_ids])
+    return model(input_ids=ids).logits[0, len(response.prompt_ids) - 1 : -1]
+
+
+def test_entropy_bonus_is_exact_through_the_chunked_function(tiny_model):
+    """Its gradient is that of the mean entropy of all tokens, by autograd over whole logits."""
+    responses = responses_of([(4, i + 1) for i in range(6)])
+    with_bonus, _ = update_gradient(tiny_model, responses, entropy_coef=0.5)
+    without, _ = update_gradient(tiny_model, responses)
+    log_p = torch.log_softmax(torch.cat([naive_logits(tiny_model, r) for r in responses]), -1)
+    tiny_model.zero_grad()
+    (-(log_p.exp() * log_p).sum(-1).mean() * -0.5).backward()
+    expected = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(with_bonus - without, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_positive_nll_is_the_mean_over_correct_responses(tiny_model):
+    responses = responses_of([(4, i + 1) for i in range(6)])
+    with_nll, _ = update_gradient(tiny_model, responses, positive_nll_coef=0.1)
+    without, _ = update_gradient(tiny_model, responses)
+    tiny_model.zero_grad()
+    nll = [
+        torch.nn.functional.cross_entropy(naive_logits(tiny_model, r), torch.tensor(r.response_ids), reduction="none")
+        for r in responses
+        if r.advantage > 0
+    ]
+    (0.1 * torch.cat(nll).mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
+    torch.testing.assert_close(with_nll - without, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", loss.AGGREGATIONS)
+def test_gradient_does_not_depend_on_the_cut(tiny_model, aggregation):
+    """One micro-batch or ten, through the real update: the same gradient to 1e-6."""
+    responses = responses_of([(4, i + 1) for i in range(10)])
+    gradients, cuts = [], []
+    for budget in (10_000, 14):
+        gradient, one = update_gradient(tiny_model, responses, max_micro_batch_tokens=budget, aggregation=aggregation)
+        gradients.append(gradient)
+        cuts.append((len(policy.micro_batches(responses, budget)), one["loss"]))
+    assert cuts[0][0] == 1 and cuts[1][0] >= 9 and cuts[0][1] == pytest.approx(cuts[1][1], abs=1e-6)
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
+
+
+def test_measure_fills_in_every_response(tiny_model):
+    responses = responses_of([(2, 3), (5, 8), (1, 1)])
+    for r in responses:
+        r.old_logprobs = r.entropy = None
+    policy.measure(tiny_model, responses, 1.0, 12, "cpu")
+    for r in responses:
+        logprobs, entropy, _ = policy.forward(tiny_model, policy.collate([r]), 1.0)
+        torch.testing.assert_close(r.old_logprobs, logprobs[0][-len(r.response_ids) :].detach(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(r.entropy, entropy[0][-len(r.response_ids) :].detach(), atol=1e-5, rtol=0)
+
+
+def test_checkpoint_round_trip(tiny_model, tokenizer, tmp_path):
+    """Weights and optimizer come back bit for bit, and transformers loads the folder as it is."""
+    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
+    tiny_model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    optimizer.step()
+    folder = tmp_path / "checkpoint-000007"
+    policy.save_checkpoint(folder, tiny_model, tokenizer, optimizer, {"step": 7})
+    assert not list(tmp_path.glob("*.partial"))
+
+    saved = {name: p.clone() for name, p in tiny_model.named_parameters()}
+    moments = optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    optimizer.step()
+    assert policy.load_checkpoint(folder, tiny_model, optimizer) == {"step": 7}
+    for name, p in tiny_model.named_parameters():
+        assert torch.equal(p, saved[name]), name
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], moments)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(again.get_input_embeddings().weight, saved["model.embed_tokens.weight"])
+
+
+def test_checkpoint_is_written_aside(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """A save that dies half-way leaves the old checkpoint whole."""
+    optimizer = torch.optim.AdamW(tiny_model.parameters())
+    folder = tmp_path / "checkpoint-000001"
+    policy.save_checkpoint(folder, tiny_model, tokenizer, optimizer, {"step": 1})
+    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        policy.save_checkpoint(folder, tiny_model, tokenizer, optimizer, {"step": 2})
+    assert torch.load(folder / "trainer.pt", weights_only=True)["state"] == {"step": 1}
+
+
+def test_float32_master_weights_take_small_steps(tiny_folder):
+    """At the paper's learning rate a bfloat16 weight would not move at all."""
+    model, _ = policy.load_model(str(tiny_folder))
+    weight = model.get_input_embeddings().weight
+    assert weight.dtype == torch.float32
+    before = weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.square().sum().backward()
+    optimizer.step()
+    assert (weight != before).float().mean() > 0.9
+    assert (weight.bfloat16() != before.bfloat16()).float().mean() < 0.1
+
+
+def test_what_is_no_model_is_refused(tiny_folder, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        policy.load_model(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"no config\.json"):
+        policy.load_model(str(tmp_path))
+    (tiny_folder / "model.safetensors").rename(tiny_folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        policy.load_model(str(tiny_folder))
+    (tiny_folder / "config.json").write_text("{broken")
+    with pytest.raises(UserError, match="cannot read its config"):
+        policy.load_model(str(tiny_folder))
+
+
+def test_heads_that_would_be_wrong_are_refused(tiny_model, tokenizer, tmp_path):
+    tiny_model.config.final_logit_softcapping = 30.0
+    tiny_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="final_logit_softcapping = 30"):
+        policy.load_model(str(tmp_path))
+
+
+def test_flops_are_those_of_the_matrix_products(tiny_model):
+    """Against torch's own count over forward and backward; its attention is not halved for causality."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ids = torch.randint(200, (2, 33))
+    with FlopCounterMode(display=False) as counter:
+        tiny_model(input_ids=ids).logits.sum().backward()
+    ours = policy.flops(tiny_model, prompt_and_response=66, response=66, squares=2 * 33**2)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.15)

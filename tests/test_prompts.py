@@ -1,0 +1,71 @@
+"""Bad data is named by file and line; prompts are rendered once."""
+
+import copy
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from prompts import UserError, load_problems, load_rows
+
+GOOD = {"prompt": [{"role": "user", "content": "1+2=?"}], "answer": "3", "source": "test"}
+
+
+def test_rows_come_back_in_order(write_rows):
+    path = write_rows(GOOD, "", GOOD | {"answer": "4"})
+    assert [row["answer"] for row in load_rows(path)] == ["3", "4"]
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ('{"prompt": [', "not JSON"),
+        ("[1, 2]", "a list, where an object"),
+        ({"prompt": GOOD["prompt"], "source": "test"}, "the key 'answer' is missing"),
+        (GOOD | {"answer": 3}, "'answer' is 3, where a string"),
+        (GOOD | {"source": None}, "'source' is null, where a string"),
+        (GOOD | {"prompt": "1+2=?"}, "'prompt' is no list of messages"),
+        (GOOD | {"prompt": []}, "'prompt' is no list of messages"),
+        (GOOD | {"prompt": [{"role": "user"}]}, "lacks a string for 'role' or 'content'"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(write_rows, bad, message):
+    path = write_rows(GOOD, bad)
+    with pytest.raises(UserError) as error:
+        load_rows(path)
+    assert f"{path}, line 2: " in str(error.value) and message in str(error.value)
+
+
+def test_missing_and_empty_files(write_rows, tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.jsonl: no such file"):
+        load_rows(str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(UserError, match=r"no rows"):
+        load_rows(write_rows())
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(write_rows, tokenizer):
+    long = GOOD | {"prompt": [{"role": "user", "content": "1+" * 50 + "1=?"}]}
+    problems, dropped = load_problems(write_rows(GOOD, long, GOOD), tokenizer, max_prompt_tokens=30)
+    assert len(problems) == 2 and dropped == 1
+    with pytest.raises(UserError, match="every prompt is longer than max_prompt_tokens = 30"):
+        load_problems(write_rows(long), tokenizer, max_prompt_tokens=30)
+
+
+def test_one_beginning_of_sequence_token(write_rows, tokenizer):
+    """A template that writes the token, and a tokenizer that would add it again."""
+    doubled = copy.deepcopy(tokenizer)
+    bos = doubled.convert_tokens_to_ids("<|system|>")
+    doubled.bos_token = "<|system|>"
+    doubled.chat_template = "{{ bos_token }}" + doubled.chat_template
+    doubled.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", bos)]
+    )
+    assert doubled.encode("1")[0] == bos
+    problems, _ = load_problems(write_rows(GOOD), doubled, 64)
+    assert problems[0].prompt_ids.count(bos) == 1 and problems[0].prompt_ids[0] == bos
+
+
+def test_a_tokenizer_without_chat_template_is_refused(write_rows, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        load_problems(write_rows(GOOD), bare, 64)

@@ -1,0 +1,133 @@
+"""Real vLLM: what it samples, what it says of it, and that the trainer's weights really arrive."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import loss
+import policy
+from prompts import load_problems
+from rollout import Engine, decode, stop_token_ids
+
+BASE = str(Path(__file__).parents[1] / "data" / "arithmetic" / "base")
+DATA = str(Path(__file__).parents[1] / "data" / "arithmetic" / "eval.jsonl")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return policy.load_model(BASE)
+
+
+@pytest.fixture(scope="module")
+def engine(base):
+    threads = torch.get_num_threads()
+    engine = Engine(BASE, base[1], context=512, cpu_kv_cache_gib=0.5)
+    assert torch.get_num_threads() == threads, "the engine took the trainer's threads"
+    return engine
+
+
+@pytest.fixture(scope="module")
+def prompts(base):
+    return [problem.prompt_ids for problem in load_problems(DATA, base[1], 64)[0][:16]]
+
+
+def gap(model, groups, temperature) -> float:
+    """Largest difference between vLLM's and the trainer's logprobs, nats."""
+    responses = [response for group in groups for response in group]
+    policy.measure(model, responses, temperature, 8192, "cpu")
+    return max((r.old_logprobs - r.rollout_logprobs).abs().max().item() for r in responses)
+
+
+def test_groups(engine, base, prompts):
+    tokenizer = base[1]
+    groups = engine.generate(prompts, 8, max_tokens=32, temperature=1.0, seed=0)
+    assert len(groups) == 16 and all(len(group) == 8 for group in groups)
+    responses = [response for group in groups for response in group]
+    assert [r.prompt_ids for r in responses] == [ids for ids in prompts for _ in range(8)]
+    assert len({tuple(r.response_ids) for r in groups[0]}) > 1
+    assert {r.truncated for r in responses} == {True, False}, "both kinds are needed for what follows"
+    for r in responses:
+        assert len(r.rollout_logprobs) == len(r.response_ids) <= 32
+        ends = [token in engine.stop_token_ids for token in r.response_ids]
+        if r.truncated:
+            assert len(r.response_ids) == 32 and not any(ends)
+        else:
+            assert ends[-1] and not any(ends[:-1]), "the end-of-sequence token is the response's last, and only there"
+        assert r.text == tokenizer.decode(r.response_ids, skip_special_tokens=True) and "<|end|>" not in r.text
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_sampling_distribution(engine, base, prompts, temperature):
+    engine.load_weights(policy.named_weights(base[0]))
+    assert gap(base[0], engine.generate(prompts, 8, max_tokens=48, temperature=temperature, seed=1), temperature) < 1e-4
+
+
+def test_the_same_seed_gives_the_same_tokens(engine, prompts):
+    runs = [engine.generate(prompts, 4, max_tokens=48, temperature=1.0, seed=seed) for seed in (5, 5, 6)]
+    ids = [[r.response_ids for group in groups for r in group] for groups in runs]
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "self_attn", "mlp", "norm"])
+def test_every_weight_arrives(engine, base, prompts, part):
+    """The tied embedding too, of which vLLM keeps a packed copy for the head on a CPU."""
+    model, _ = policy.load_model(BASE)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    engine.load_weights(policy.named_weights(base[0]))
+    before = gap(model, engine.generate(prompts, 4, max_tokens=48, temperature=1.0, seed=2), 1.0)
+    engine.load_weights(policy.named_weights(model))
+    after = gap(model, engine.generate(prompts, 4, max_tokens=48, temperature=1.0, seed=2), 1.0)
+    assert after < 1e-4 < before
+
+
+def test_rollout_correction_with_an_engine_that_disagrees(engine, base, prompts):
+    """vLLM with perturbed weights stands for one of another precision. Truncated weights point the right way: over what
+    vLLM samples, pi_old / pi_vllm is 1 on average, and its inverse is not."""
+    model, _ = policy.load_model(BASE)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.03 * torch.randn(parameter.shape, generator=g))
+    engine.load_weights(policy.named_weights(model))
+    groups = engine.generate(prompts, 64, max_tokens=48, temperature=1.0, seed=4)
+    responses = [response for group in groups for response in group]
+    policy.measure(base[0], responses, 1.0, 8192, "cpu")
+    batch = policy.collate(responses)
+    mask = batch.response_mask
+    ratio = (batch.old_logprobs - batch.rollout_logprobs).exp()[mask]
+    assert ratio.max() > 1.5 and abs(ratio.mean() - 1) < 0.02 < abs((1 / ratio).mean() - 1)
+
+    old, rollout = batch.old_logprobs, batch.rollout_logprobs
+    tis = loss.rollout_correction(old, rollout, "tis", cap=1.2)[mask]
+    torch.testing.assert_close(tis, torch.tensor([min(r, 1.2) for r in ratio.tolist()]))
+    kept = loss.rollout_correction(old, rollout, "mask", cap=1.2)[mask]
+    assert kept.tolist() == [float(1 / 1.2 <= r <= 1.2) for r in ratio.tolist()] and 0.5 < kept.mean() < 1
+    assert loss.rollout_correction(old, rollout, "none", cap=1.2) is None
+
+
+def test_the_prefix_cache_is_forgotten_at_a_sync(engine, base, prompts):
+    """A prompt of several cache blocks, seen before with other weights."""
+    long = [sum(prompts, [])[:400]]
+    engine.load_weights(policy.named_weights(base[0]))
+    engine.generate(long, 2, max_tokens=16, temperature=1.0, seed=3)
+    model, _ = policy.load_model(BASE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    engine.wake(policy.named_weights(model))
+    assert gap(model, engine.generate(long, 2, max_tokens=16, temperature=1.0, seed=3), 1.0) < 1e-4
+
+
+def test_a_folder_cannot_change_the_sampling(tiny_folder, tokenizer):
+    """generation_config.json names end-of-sequence ids, several perhaps; its top_p and the like are not used."""
+    (tiny_folder / "generation_config.json").write_text('{"eos_token_id": [5, 9], "top_p": 0.1, "temperature": 0.1}')
+    assert stop_token_ids(str(tiny_folder), tokenizer) == sorted({5, 9, tokenizer.eos_token_id})
+
+
+def test_ids_past_the_vocabulary_are_survived(tokenizer):
+    ids = tokenizer.encode("12")
+    assert decode(tokenizer, [ids[0], len(tokenizer) + 3, ids[1]]) == "12"
