@@ -183,6 +183,22 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     return centered / (rewards.std(1, keepdim=True) + 1e-6) if normalize_std else centered
 
 
+def control_entropy(entropy: float, target: float, integral: float) -> tuple[float, float, float]:
+    """Betas that move entropy towards the target: (beta1, beta2, the new integral).
+
+    Proportional and integral in the relative error e = (target - entropy) / target:
+        integral <- clip(integral + 0.1 e, -1, 1)        the only state; it is part of the checkpoint
+        u = clip(integral + e, -1, 1)
+        beta1 = min(1, 1 - u),  beta2 = min(1, 1 + u)
+    u = 1 keeps only what raises entropy (PA&LP), u = -1 only what lowers it (NA&LP), u = 0 both. It can do no more than
+    that: betas act on clipped tokens alone, and what all the other tokens do to the entropy is beyond its reach.
+    """
+    error = (target - entropy) / target
+    integral = min(1.0, max(-1.0, integral + 0.1 * error))
+    u = min(1.0, max(-1.0, integral + error))
+    return min(1.0, 1 - u), min(1.0, 1 + u), integral
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Entropy accounting
 

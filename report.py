@@ -218,6 +218,23 @@ def rollout_metrics(
     return metrics
 
 
+BY_UPDATE = ("clip/low", "clip/high", "weight/low", "weight/high", "ratio/min", "ratio/max", "kl/old")
+
+
+def update_metrics(updates: list[dict]) -> dict[str, float]:
+    """A step's updates as one: means over all their tokens, then the same shares by index of the update."""
+    metrics = {"optim/updates": len(updates), "optim/skipped": sum(u["skipped"] for u in updates)}
+    if not updates:  # no group had unequal rewards
+        return metrics
+    metrics |= loss.update_metrics(loss.add_sums([u["sums"] for u in updates]))
+    metrics["optim/loss"] = sum(u["loss"] for u in updates) / len(updates)
+    metrics["optim/grad_norm"] = sum(u["grad_norm"] for u in updates) / len(updates)
+    for index, one in enumerate(updates, start=1):
+        by_update = loss.update_metrics(one["sums"])
+        metrics |= {f"update_{index}/{k.replace('/', '_')}": v for k, v in by_update.items() if k in BY_UPDATE}
+    return metrics
+
+
 def quantile(values: torch.Tensor, q: float) -> float:
     """The nearest-rank quantile; torch.quantile refuses more than 16 M values."""
     return values.kthvalue(max(1, math.ceil(q * len(values)))).values.item()

@@ -4,25 +4,22 @@ python train.py                                   the default: a small policy le
 python train.py --objective grpo --seed 1         every setting below can be given on the command line
 """
 
-import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 import loss
 import policy
+import settings
 from evaluate import evaluate
 from prompts import Problem, UserError, load_problems
-from report import Report, Timer, histograms, rollout_metrics, sample_rows, start_run_folder
+from report import Report, Timer, histograms, rollout_metrics, sample_rows, start_run_folder, update_metrics
 from reward import overlong_penalty, score
 from rollout import Engine, Response
 
@@ -93,73 +90,10 @@ class Config:
     max_mismatch: float = 0.05  # nats; mean gap of the logprobs of vLLM and trainer beyond which the run ends
 
 
-# What the objectives' papers set where their authors were not silent, for settings that are left at None.
-PUBLISHED = {
-    "dapo": {"eps_high": 0.28},  # arXiv 2503.14476; and a fifth of the response's limit as overlong buffer
-    "cispo": {"eps_low": 1.0},  # arXiv 2506.13585: no lower bound
-    "gspo": {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"},  # arXiv 2507.18071
-}
-
-
-def resolve(config: Config) -> Config:
-    """The configuration with every None that stands for a published value filled in, checked."""
-    values = {"eps_low": 0.2, "eps_high": 0.2, "aggregation": "token-mean"} | PUBLISHED.get(config.objective, {})
-    values["overlong_buffer"] = config.max_response_tokens // 5 if config.objective == "dapo" else 0
-    unset = {name: value for name, value in values.items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **unset)
-    check(config)
-    return config
-
-
-def check(config: Config) -> None:
-    """UserError, in one sentence, for what cannot be meant."""
-    for name, known in (
-        ("objective", loss.OBJECTIVES),
-        ("aggregation", loss.AGGREGATIONS),
-        ("rollout_correction", loss.ROLLOUT_CORRECTIONS),
-    ):
-        if getattr(config, name) not in known:
-            raise UserError(f"{name} '{getattr(config, name)}' is unknown; known: {', '.join(known)}")
-    for field in dataclasses.fields(config):
-        least = 0 if field.name in ("seed", "overlong_buffer", "warmup_steps", "logged_samples") else 1
-        if field.type is int and getattr(config, field.name) < least:
-            raise UserError(f"{field.name} = {getattr(config, field.name)}: must be at least {least}")
-    if config.responses_per_prompt < 2:
-        raise UserError("responses_per_prompt = 1: a group needs at least 2 responses to compare")
-    if config.max_kept_prompts > config.prompts_per_step:
-        raise UserError(
-            f"max_kept_prompts = {config.max_kept_prompts} is more than prompts_per_step = {config.prompts_per_step}"
-        )
-    if config.max_kept_prompts % config.mini_batch_prompts:
-        raise UserError(
-            f"mini_batch_prompts = {config.mini_batch_prompts} does not divide max_kept_prompts = "
-            f"{config.max_kept_prompts}; updates of equal size are needed"
-        )
-    if not config.resume and run_folder(config).exists():
-        folder = run_folder(config)
-        raise UserError(f"{folder} belongs to another run; choose another name with --run, or --resume {folder}")
-    if config.top_p != 1.0:
-        raise UserError(
-            f"top_p = {config.top_p}: rollouts to train on need 1.0, or vLLM samples from a renormalized distribution "
-            "and the ratio is biased (eval_top_p is free)"
-        )
-    for name in ("beta1", "beta2", "beta1_end", "beta2_end"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value <= 1:
-            raise UserError(f"{name} = {value}: must be from 0 to 1")
-    if config.entropy_target is not None and config.objective != "ce_gppo":
-        raise UserError(f"entropy_target moves beta1 and beta2, which objective '{config.objective}' does not have")
-    if config.entropy_target is not None and config.entropy_target <= 0:
-        raise UserError(f"entropy_target = {config.entropy_target}: must be above 0 nats")
-    if config.temperature <= 0:
-        raise UserError(f"temperature = {config.temperature}: must be above 0, the policy would have no entropy")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def train(config: Config) -> None:
-    config = resolve(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = policy.load_model(config.model, device)
     problems, dropped = load_problems(config.train_data, tokenizer, config.max_prompt_tokens)
@@ -173,12 +107,12 @@ def train(config: Config) -> None:
     )
     folder, state = Path(config.resume), {"step": 0, "controller": 0.0}
     if config.resume:
-        state = policy.load_checkpoint(newest_checkpoint(folder), model, optimizer)
+        state = policy.load_checkpoint(settings.newest_checkpoint(folder), model, optimizer)
     else:
-        folder = run_folder(config)
+        folder = settings.run_folder(config)
         start_run_folder(folder, config)
     counts = (len(problems), dropped), (len(held_out), held_out_dropped)
-    print_plan(config, folder, model, device, *counts, state["step"])
+    settings.print_plan(config, folder, model, device, *counts, state["step"])
     engine = Engine(
         config.model,
         tokenizer,
@@ -194,7 +128,7 @@ def train(config: Config) -> None:
     timer = Timer(device)
     checkpoint = None
 
-    def run_evaluation(step: int) -> dict[str, float]:
+    def run_evaluation() -> dict[str, float]:
         metrics, _ = evaluate(
             engine,
             held_out,
@@ -208,7 +142,7 @@ def train(config: Config) -> None:
 
     if state["step"] == 0:
         with timer("eval"):
-            metrics = run_evaluation(0)
+            metrics = run_evaluation()
         report.log(0, metrics | timer.take(), [], {})
 
     for step in range(state["step"] + 1, config.steps + 1):
@@ -250,8 +184,8 @@ def train(config: Config) -> None:
         with timer("update"):
             updates = []
             for mini_batch in split_evenly(kept, math.ceil(len(kept) / config.mini_batch_prompts)):
-                responses_ = [response for group in mini_batch for response in group]
-                updates.append(update(model, optimizer, responses_, lr, beta1, beta2, config, device))
+                mini_batch = [response for group in mini_batch for response in group]
+                updates.append(update(model, optimizer, mini_batch, lr, beta1, beta2, config, device))
         metrics |= update_metrics(updates) | {"optim/lr": lr, "optim/beta1": beta1, "optim/beta2": beta2}
 
         # -- Sync: the new weights into vLLM
@@ -259,9 +193,9 @@ def train(config: Config) -> None:
             engine.wake(policy.named_weights(model))
 
         # -- Evaluate, log, checkpoint
-        if step % config.eval_every == 0 or step == config.steps or stop.requested:
+        if step % config.eval_every == 0 or step == config.steps:
             with timer("eval"):
-                metrics |= run_evaluation(step)
+                metrics |= run_evaluation()
         metrics |= timer.take()
         metrics |= policy.speed(model, responses, [r for group in kept for r in group], metrics, matrix_rate, device)
         report.log(step, metrics, sample_rows(groups, chosen, config.logged_samples), histograms(kept))
@@ -343,6 +277,17 @@ def seed_of_step(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:4], "little")
 
 
+def betas_of_step(config: Config, step: int, entropy: float, state: dict) -> tuple[float, float]:
+    """beta1 and beta2 of this step: constant, linear over the run, or held by the entropy controller."""
+    if config.entropy_target is not None:
+        beta1, beta2, state["controller"] = loss.control_entropy(entropy, config.entropy_target, state["controller"])
+        return beta1, beta2
+    progress = (step - 1) / max(1, config.steps - 1)
+    beta1_end = config.beta1 if config.beta1_end is None else config.beta1_end
+    beta2_end = config.beta2 if config.beta2_end is None else config.beta2_end
+    return config.beta1 + progress * (beta1_end - config.beta1), config.beta2 + progress * (beta2_end - config.beta2)
+
+
 def reward_groups(groups: list[list[Response]], problems: list[Problem], config: Config) -> torch.Tensor:
     """Score every response; returns the rewards, [P, G]."""
     texts = [response.text for group in groups for response in group]
@@ -370,44 +315,6 @@ def check_mismatch(metrics: dict[str, float], config: Config) -> None:
         )
 
 
-def betas_of_step(config: Config, step: int, entropy: float, state: dict) -> tuple[float, float]:
-    """beta1 and beta2 of this step: constant, linear over the run, or held by the entropy controller.
-
-    The controller is proportional and integral in the relative error e = (target - entropy) / target:
-        integral <- clip(integral + 0.1 e, -1, 1)        the only state; it is part of the checkpoint
-        u = clip(integral + e, -1, 1)
-        beta1 = min(1, 1 - u),  beta2 = min(1, 1 + u)
-    u = 1 keeps only what raises entropy (PA&LP), u = -1 only what lowers it (NA&LP), u = 0 both. It can do no more than
-    that: betas act on clipped tokens alone, and what all the other tokens do to the entropy is beyond its reach.
-    """
-    if config.entropy_target is not None:
-        error = (config.entropy_target - entropy) / config.entropy_target
-        state["controller"] = min(1.0, max(-1.0, state["controller"] + 0.1 * error))
-        u = min(1.0, max(-1.0, state["controller"] + error))
-        return min(1.0, 1 - u), min(1.0, 1 + u)
-    progress = (step - 1) / max(1, config.steps - 1)
-    beta1_end = config.beta1 if config.beta1_end is None else config.beta1_end
-    beta2_end = config.beta2 if config.beta2_end is None else config.beta2_end
-    return config.beta1 + progress * (beta1_end - config.beta1), config.beta2 + progress * (beta2_end - config.beta2)
-
-
-BY_UPDATE = ("clip/low", "clip/high", "weight/low", "weight/high", "ratio/min", "ratio/max", "kl/old")
-
-
-def update_metrics(updates: list[dict]) -> dict[str, float]:
-    """A step's updates as one: means over all their tokens, then the same shares by index of the update."""
-    metrics = {"optim/updates": len(updates), "optim/skipped": sum(u["skipped"] for u in updates)}
-    if not updates:  # no group had unequal rewards
-        return metrics
-    metrics |= loss.update_metrics(loss.add_sums([u["sums"] for u in updates]))
-    metrics["optim/loss"] = sum(u["loss"] for u in updates) / len(updates)
-    metrics["optim/grad_norm"] = sum(u["grad_norm"] for u in updates) / len(updates)
-    for index, one in enumerate(updates, start=1):
-        by_update = loss.update_metrics(one["sums"])
-        metrics |= {f"update_{index}/{k.replace('/', '_')}": v for k, v in by_update.items() if k in BY_UPDATE}
-    return metrics
-
-
 class StopRequest:
     """Ctrl-C or SIGTERM: the step in hand is finished and saved. A second one ends the program at once."""
 
@@ -423,62 +330,9 @@ class StopRequest:
         print(f"\n{self.requested}: finishing this step, then saving; once more to stop at once", file=sys.stderr)
 
 
-def run_folder(config: Config) -> Path:
-    return Path(config.out) / (config.run or f"{config.objective}-seed{config.seed}-{time.strftime('%m%d-%H%M%S')}")
-
-
-def newest_checkpoint(folder: Path) -> Path:
-    checkpoints = sorted(folder.glob("checkpoint-[0-9]*[0-9]"))
-    if not checkpoints:
-        raise UserError(f"--resume {folder}: no checkpoint there to continue from")
-    return checkpoints[-1]
-
-
-def resumed_config(folder: str) -> Config:
-    """The settings of the run in `folder`."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"--resume {folder}: no config.json there, so it is not the folder of a run")
-    saved = json.loads(path.read_text())["config"]
-    known = {field.name for field in dataclasses.fields(Config)}
-    if unknown := saved.keys() - known:
-        raise UserError(f"{path}: unknown settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    return Config(**saved | {"adam_betas": tuple(saved["adam_betas"]), "resume": folder})
-
-
-def print_plan(config: Config, folder: Path, model, device: str, train_counts, eval_counts, start: int) -> None:
-    """The derived sizes, before the first step."""
-    parameters = sum(p.numel() for p in model.parameters())
-    sequences = config.prompts_per_step * config.responses_per_prompt
-    print(
-        f"run          {folder}" + (f", continued after step {start}" if start else "") + "\n"
-        f"model        {config.model}, {parameters / 1e6:,.2f} M parameters, on {device}\n"
-        f"data         {train_counts[0]} training and {eval_counts[0]} held-out problems "
-        f"({train_counts[1]} and {eval_counts[1]} dropped: prompt longer than {config.max_prompt_tokens} tokens)\n"
-        f"objective    {config.objective}, beta1 {config.beta1}, beta2 {config.beta2}, "
-        f"clip interval [{1 - config.eps_low:g}, {1 + config.eps_high:g}]\n"
-        f"step         {config.prompts_per_step} prompts x {config.responses_per_prompt} = {sequences} responses, "
-        f"then up to {config.max_kept_prompts // config.mini_batch_prompts} updates of "
-        f"{config.mini_batch_prompts * config.responses_per_prompt} responses; {config.steps} steps",
-        flush=True,
-    )
-
-
-def parse(arguments: list[str]) -> Config:
-    """The command line as a Config. An unknown setting is an error that lists the known ones."""
-    known = {field.name for field in dataclasses.fields(Config)}
-    for argument in arguments:
-        name = argument.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
-        if argument.startswith("--") and name not in known | {"help"}:
-            raise UserError(f"unknown setting {argument}; known: {', '.join(sorted(known))}")
-    config = tyro.cli(Config, args=arguments, description=__doc__)
-    return resumed_config(config.resume) if config.resume else config
-
-
 def main() -> None:
     try:
-        config = parse(sys.argv[1:])
-        train(config)
+        train(settings.parse(Config, sys.argv[1:]))
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

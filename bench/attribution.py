@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import loss
 import policy
 import report
+import settings as run_settings
 import train
 from rollout import Response
 
@@ -63,7 +64,7 @@ def step(model, optimizer, groups: list[list[Response]], config: train.Config, e
         flat = [response for group in mini_batch for response in group]
         updates.append(train.update(model, optimizer, flat, 0.0, 0.75, 1.0, config, device))
     if everything:
-        metrics |= train.update_metrics(updates)
+        metrics |= report.update_metrics(updates)
         report.histograms(groups)
     return timer.take()["time/step"]
 
@@ -71,7 +72,7 @@ def step(model, optimizer, groups: list[list[Response]], config: train.Config, e
 def main(config: Config) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = policy.load_model(config.model, device)
-    settings = train.resolve(train.Config())
+    settings = run_settings.resolve(train.Config())
     optimizer = torch.optim.AdamW(model.parameters())
     generator = torch.Generator().manual_seed(0)
     groups = []

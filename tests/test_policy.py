@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import loss
 import policy
+import settings
 import train
 from prompts import UserError
 from rollout import Response
@@ -134,9 +135,9 @@ def test_micro_batches_hold_everything_once_within_the_budget():
     assert policy.micro_batches(responses_of([(3, 90)]), max_tokens=50) == [[0]]
 
 
-def update_gradient(model, responses: list[Response], **settings) -> tuple[torch.Tensor, dict]:
+def update_gradient(model, responses: list[Response], **changes) -> tuple[torch.Tensor, dict]:
     """The gradient that train.update applies, all parameters in a row, before clipping; and what it returns."""
-    config = train.resolve(train.Config(max_grad_norm=1e9, **settings))
+    config = settings.resolve(train.Config(max_grad_norm=1e9, **changes))
     one = train.update(model, torch.optim.SGD(model.parameters(), lr=0.0), responses, 0.0, 0.75, 1.0, config, "cpu")
     return torch.cat([p.grad.flatten() for p in model.parameters()]), one
 

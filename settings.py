@@ -1,0 +1,126 @@
+"""From the command line to a checked configuration. A user's mistake is one sentence that says what would be right."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import tyro
+
+import loss
+from prompts import UserError
+
+# What the objectives' papers set where their authors were not silent, for settings that are left at None.
+PUBLISHED = {
+    "dapo": {"eps_high": 0.28},  # arXiv 2503.14476; and a fifth of the response's limit as overlong buffer
+    "cispo": {"eps_low": 1.0},  # arXiv 2506.13585: no lower bound
+    "gspo": {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"},  # arXiv 2507.18071
+}
+
+
+def resolve(config):
+    """The configuration with every None that stands for a published value filled in, checked."""
+    values = {"eps_low": 0.2, "eps_high": 0.2, "aggregation": "token-mean"} | PUBLISHED.get(config.objective, {})
+    values["overlong_buffer"] = config.max_response_tokens // 5 if config.objective == "dapo" else 0
+    unset = {name: value for name, value in values.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **unset)
+    check(config)
+    return config
+
+
+def check(config) -> None:
+    """UserError, in one sentence, for what cannot be meant."""
+    for name, known in (
+        ("objective", loss.OBJECTIVES),
+        ("aggregation", loss.AGGREGATIONS),
+        ("rollout_correction", loss.ROLLOUT_CORRECTIONS),
+    ):
+        if getattr(config, name) not in known:
+            raise UserError(f"{name} '{getattr(config, name)}' is unknown; known: {', '.join(known)}")
+    for field in dataclasses.fields(config):
+        least = 0 if field.name in ("seed", "overlong_buffer", "warmup_steps", "logged_samples") else 1
+        if field.type is int and getattr(config, field.name) < least:
+            raise UserError(f"{field.name} = {getattr(config, field.name)}: must be at least {least}")
+    if config.responses_per_prompt < 2:
+        raise UserError("responses_per_prompt = 1: a group needs at least 2 responses to compare")
+    if config.max_kept_prompts > config.prompts_per_step:
+        raise UserError(
+            f"max_kept_prompts = {config.max_kept_prompts} is more than prompts_per_step = {config.prompts_per_step}"
+        )
+    if config.max_kept_prompts % config.mini_batch_prompts:
+        raise UserError(
+            f"mini_batch_prompts = {config.mini_batch_prompts} does not divide max_kept_prompts = "
+            f"{config.max_kept_prompts}; updates of equal size are needed"
+        )
+    if not config.resume and run_folder(config).exists():
+        folder = run_folder(config)
+        raise UserError(f"{folder} belongs to another run; choose another name with --run, or --resume {folder}")
+    if config.top_p != 1.0:
+        raise UserError(
+            f"top_p = {config.top_p}: rollouts to train on need 1.0, or vLLM samples from a renormalized distribution "
+            "and the ratio is biased (eval_top_p is free)"
+        )
+    for name in ("beta1", "beta2", "beta1_end", "beta2_end"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"{name} = {value}: must be from 0 to 1")
+    if config.entropy_target is not None and config.objective != "ce_gppo":
+        raise UserError(f"entropy_target moves beta1 and beta2, which objective '{config.objective}' does not have")
+    if config.entropy_target is not None and config.entropy_target <= 0:
+        raise UserError(f"entropy_target = {config.entropy_target}: must be above 0 nats")
+    if config.temperature <= 0:
+        raise UserError(f"temperature = {config.temperature}: must be above 0, the policy would have no entropy")
+
+
+def parse(Config: type, arguments: list[str]):
+    """The command line as a Config, resolved and checked. An unknown setting is an error that lists the known ones."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    for argument in arguments:
+        name = argument.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
+        if argument.startswith("--") and name not in known | {"help"}:
+            raise UserError(f"unknown setting {argument}; known: {', '.join(sorted(known))}")
+    config = tyro.cli(Config, args=arguments, description=Config.__doc__)
+    if config.resume and config != Config(resume=config.resume):
+        raise UserError("--resume continues a run with its own settings; leave the others away")
+    return resolve(resumed(Config, config.resume) if config.resume else config)
+
+
+def resumed(Config: type, folder: str):
+    """The settings of the run in `folder`."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"--resume {folder}: no config.json there, so it is not the folder of a run")
+    saved = json.loads(path.read_text())["config"]
+    known = {field.name for field in dataclasses.fields(Config)}
+    if unknown := saved.keys() - known:
+        raise UserError(f"{path}: unknown settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    return Config(**saved | {"adam_betas": tuple(saved["adam_betas"]), "resume": folder})
+
+
+def run_folder(config) -> Path:
+    return Path(config.out) / (config.run or f"{config.objective}-seed{config.seed}-{time.strftime('%m%d-%H%M%S')}")
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    checkpoints = sorted(folder.glob("checkpoint-[0-9]*[0-9]"))
+    if not checkpoints:
+        raise UserError(f"--resume {folder}: no checkpoint there to continue from")
+    return checkpoints[-1]
+
+
+def print_plan(config, folder: Path, model, device: str, train_counts, eval_counts, start: int) -> None:
+    """The derived sizes, before the first step."""
+    parameters = sum(p.numel() for p in model.parameters())
+    sequences = config.prompts_per_step * config.responses_per_prompt
+    print(
+        f"run          {folder}" + (f", continued after step {start}" if start else "") + "\n"
+        f"model        {config.model}, {parameters / 1e6:,.2f} M parameters, on {device}\n"
+        f"data         {train_counts[0]} training and {eval_counts[0]} held-out problems "
+        f"({train_counts[1]} and {eval_counts[1]} dropped: prompt longer than {config.max_prompt_tokens} tokens)\n"
+        f"objective    {config.objective}, beta1 {config.beta1}, beta2 {config.beta2}, "
+        f"clip interval [{1 - config.eps_low:g}, {1 + config.eps_high:g}]\n"
+        f"step         {config.prompts_per_step} prompts x {config.responses_per_prompt} = {sequences} responses, "
+        f"then up to {config.max_kept_prompts // config.mini_batch_prompts} updates of "
+        f"{config.mini_batch_prompts * config.responses_per_prompt} responses; {config.steps} steps",
+        flush=True,
+    )
