@@ -5,10 +5,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 PLATFORM := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 LOCK := requirements/$(PLATFORM).txt
 TORCH := $(shell grep '^torch==' $(LOCK))
+CHECK_PYTHON = test -n "$(PYTHON)" || \
+	{ echo "make: no Python 3.11 to 3.14 found; install one, or say make PYTHON=/path/to/python3" >&2; exit 2; }
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
 
-.PHONY: help setup data train eval test lint clean
+.PHONY: help setup data train eval figures bench test lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -19,6 +21,12 @@ train: setup data  ## train; settings by ARGS="--lr 3e-5 --seed 1", all listed b
 
 eval: setup data  ## evaluate a checkpoint: ARGS="--model out/<run>/checkpoint-000040 --k 8"
 	@.venv/bin/python evaluate.py $(ARGS)
+
+figures: setup  ## draw curves of runs: RUNS="out/a out/b"
+	@.venv/bin/python figures.py $(RUNS) $(ARGS)
+
+bench: setup data  ## measure what the entropy accounting costs
+	@.venv/bin/python bench/attribution.py $(ARGS)
 
 test: setup data  ## run the tests
 	@.venv/bin/python -m pytest $(ARGS)
@@ -39,17 +47,19 @@ setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 # torch comes first and alone: its CPU build from PyTorch's own index where that can be reached, otherwise from wherever
 # pip finds it in the next step. The rest is locked, hence --no-deps.
 .venv/installed-cpu: requirements/cpu.txt
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.14 found; install one, or say make PYTHON=/path/to/python3"; exit 2; }
-	$(PYTHON) -m venv .venv
-	-.venv/bin/python -m pip install --quiet --no-deps --retries 0 --timeout 15 $(TORCH) \
+	@$(CHECK_PYTHON)
+	@echo "installing into .venv, without a GPU: a few minutes and 4 GB, once"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --no-deps --retries 0 --timeout 15 $(TORCH) \
 		--index-url https://download.pytorch.org/whl/cpu 2>/dev/null || echo "PyTorch's index cannot be reached; going on without it"
-	.venv/bin/python -m pip install --quiet --no-deps -r $<
+	@.venv/bin/python -m pip install --quiet --no-deps -r $<
 	@touch $@
 
 .venv/installed-cuda: requirements/cuda.txt
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 to 3.14 found; install one, or say make PYTHON=/path/to/python3"; exit 2; }
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --no-deps -r $<
+	@$(CHECK_PYTHON)
+	@echo "installing into .venv, for an NVIDIA GPU: several minutes, once"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --no-deps -r $<
 	@touch $@
 
 clean:  ## remove .venv, the default data and base policy, and caches; runs in out/ are kept

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from prepare import arguments, problem, prompt, show, splits, working
 
@@ -106,6 +107,7 @@ def main() -> None:
     forbidden = {show(terms) for terms in held_out}
     probe = [problem(rng, args.terms, args.largest) for _ in range(384)]
 
+    disable_progress_bar()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     # Muon for the matrices learns this task in about half the steps of AdamW alone.
@@ -114,7 +116,7 @@ def main() -> None:
     optimizers = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95))]
     warmup = [torch.optim.lr_scheduler.LinearLR(o, start_factor=0.02, total_iters=50) for o in optimizers]
 
-    rate, progress = 0.0, tqdm(range(args.max_steps), desc="base policy", unit="step")
+    rate, progress = 0.0, tqdm(range(args.max_steps), desc="base policy", unit="step", disable=None)
     for step in progress:
         problems: list[list[int]] = []
         while len(problems) < args.batch_size:
@@ -131,6 +133,8 @@ def main() -> None:
             stepper.step()
         if step >= 250 and step % 25 == 0:
             rate = pass_rate(model, tokenizer, probe)
+            if progress.disable:  # no terminal: plain lines for the log
+                print(f"base policy: step {step}, pass rate {rate:.2f}", flush=True)
             if rate >= args.pass_rate:
                 break
         progress.set_postfix(loss=f"{loss.item():.2f}", pass_rate=f"{rate:.2f}")

@@ -1,0 +1,144 @@
+"""What is logged of a rollout, against loops; the run's folder; the figures."""
+
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import figures
+import report
+from prompts import Problem, UserError
+from rollout import Response
+
+
+def groups_of(P: int = 6, G: int = 4, seed: int = 0) -> tuple[list[list[Response]], torch.Tensor]:
+    """Random groups as they are after `policy.measure`, and their rewards [P, G]; one group solved, one not at all."""
+    g = torch.Generator().manual_seed(seed)
+    rewards = (torch.rand(P, G, generator=g) < 0.5).float()
+    rewards[0], rewards[1] = 1.0, 0.0
+    groups = []
+    for p in range(P):
+        group = []
+        for i in range(G):
+            R = int(torch.randint(1, 9, (1,), generator=g))
+            r = Response([1, 2], list(range(R)), -torch.rand(R, generator=g), R == 8, f"\\boxed{{{p}}}")
+            r.old_logprobs = (r.rollout_logprobs + 0.1 * torch.randn(R, generator=g)).clamp(max=0)
+            r.entropy = torch.rand(R, generator=g)
+            r.reward, r.advantage = rewards[p, i].item(), (rewards[p, i] - rewards[p].mean()).item()
+            group.append(r)
+        groups.append(group)
+    return groups, rewards
+
+
+def test_rollout_metrics_against_loops():
+    groups, rewards = groups_of()
+    responses = [r for group in groups for r in group]
+    metrics = report.rollout_metrics(rewards, responses, previous_entropy=0.25)
+    entropy = np.concatenate([r.entropy.numpy() for r in responses]).astype(np.float64)
+    gap = np.concatenate([(r.old_logprobs - r.rollout_logprobs).numpy() for r in responses]).astype(np.float64)
+    expected = {
+        "entropy/mean": entropy.mean(),
+        "entropy/delta": entropy.mean() - 0.25,
+        "entropy/p10": np.quantile(entropy, 0.1, method="inverted_cdf"),
+        "entropy/p90": np.quantile(entropy, 0.9, method="inverted_cdf"),
+        "mismatch/kl": np.mean([math.exp(x) - 1 - x for x in gap]),
+        "mismatch/ratio_max": np.exp(np.abs(gap).max()),
+        "mismatch/ratio_p99": np.exp(np.quantile(np.abs(gap), 0.99, method="inverted_cdf")),
+        "reward/mean": rewards.mean(),
+        "reward/group_solved_all": np.mean([row.min() == 1 for row in rewards.numpy()]),
+        "reward/group_solved_none": np.mean([row.max() == 0 for row in rewards.numpy()]),
+        "reward/pass_at_g": np.mean([row.max() == 1 for row in rewards.numpy()]),
+        "response/truncated": np.mean([r.truncated for r in responses]),
+        "response/length_mean": np.mean([len(r.response_ids) for r in responses]),
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_histograms_hold_every_trained_token_once():
+    groups, _ = groups_of()
+    kept = groups[2:]
+    histograms = report.histograms(kept)
+    tokens = sum(len(r.response_ids) for group in kept for r in group if r.advantage != 0)
+    assert sum(len(values) for values in histograms.values()) == tokens
+    assert all(((values > 0) & (values <= 1)).all() for values in histograms.values())
+    assert report.histograms([]) == {}
+
+
+def test_sample_rows_show_what_was_scored():
+    groups, _ = groups_of()
+    problems = [Problem(f"prompt {p}", [1, 2], str(p), "test") for p in range(6)]
+    rows = report.sample_rows(groups, problems, 3)
+    assert [row["extracted"] for row in rows] == ["0", "1", "2"] == [row["answer"] for row in rows]
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_spearman():
+    assert report.spearman([(1, 10), (2, 20), (3, 40), (4, 45)]) == pytest.approx(1)
+    assert report.spearman([(1, 4), (2, 3), (3, 2), (4, 1)]) == pytest.approx(-1)
+    pairs = [(0.3, 5), (0.1, 2), (0.9, 1), (0.4, 9), (0.8, 3)]
+    ranks = [[sorted(column).index(x) for x in column] for column in zip(*pairs, strict=True)]
+    assert report.spearman(pairs) == pytest.approx(np.corrcoef(ranks)[0, 1])
+
+
+def test_a_resumed_report_drops_the_steps_that_will_be_done_again(tmp_path):
+    rows = [{"step": step, "entropy/mean": 1.0 / (step + 1)} for step in range(6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = report.Report(tmp_path, types.SimpleNamespace(steps=10), first_step=3)
+    again.log(4, {"entropy/mean": 0.5}, [], {})
+    again.close(None)
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in kept] == [0, 1, 2, 3, 4] and kept[4]["entropy/mean"] == 0.5
+
+
+def test_without_a_key_nothing_asks_for_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
+    assert not report._has_wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert report._has_wandb_key()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert report.start_wandb(tmp_path, None) is None
+
+
+def write_run(folder, objective: str, seed: int):
+    """A run's folder with the metrics that the figures need."""
+    folder.mkdir()
+    config = {"objective": objective, "beta1": 0.75, "beta2": 1.0, "seed": seed}
+    (folder / "config.json").write_text(json.dumps({"config": config}))
+    rng = np.random.default_rng(seed)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(11):
+            row = {"step": step}
+            if step:
+                names = ["entropy/mean", "clip/low", "clip/high", "velocity/total"]
+                names += [f"velocity/{q}" for q in figures.QUADRANTS]
+                row |= {name: float(rng.random()) for name in names}
+            if step % 5 == 0:
+                row["eval/test/avg_at_k"] = float(rng.random())
+            file.write(json.dumps(row) + "\n")
+
+
+def test_figures_draw_from_metrics_alone(tmp_path):
+    runs = []
+    for objective in ("ce_gppo", "grpo"):
+        for seed in (0, 1):
+            runs.append(tmp_path / f"{objective}{seed}")
+            write_run(runs[-1], objective, seed)
+    figures.main(figures.Config(tuple(runs), out=tmp_path / "figures"))
+    assert (tmp_path / "figures" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    svg = (tmp_path / "figures" / "curves.svg").read_text()
+    assert svg.startswith("<?xml")
+    label, rows = figures.load(runs[0])
+    assert label == "ce_gppo (0.75, 1)"
+    steps, values = figures.series([rows, figures.load(runs[1])[1]], "eval/test/avg_at_k")
+    assert steps.tolist() == [0, 5, 10] and values.shape == (2, 3)
+
+
+def test_figures_name_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        figures.main(figures.Config((tmp_path,)))
