@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def check(config) -> None:
         if getattr(config, name) not in known:
             raise UserError(f"{name} '{getattr(config, name)}' is unknown; known: {', '.join(known)}")
     for field in dataclasses.fields(config):
-        least = 0 if field.name in ("seed", "overlong_buffer", "warmup_steps", "logged_samples") else 1
+        least = 0 if field.name in ("seed", "overlong_buffer", "warmup_steps", "logged_samples", "top_k") else 1
         if field.type is int and getattr(config, field.name) < least:
             raise UserError(f"{field.name} = {getattr(config, field.name)}: must be at least {least}")
     if config.responses_per_prompt < 2:
@@ -55,11 +56,22 @@ def check(config) -> None:
     if not config.resume and run_folder(config).exists():
         folder = run_folder(config)
         raise UserError(f"{folder} belongs to another run; choose another name with --run, or --resume {folder}")
-    if config.top_p != 1.0:
+    if config.top_p != 1.0 or config.top_k != 0:
         raise UserError(
-            f"top_p = {config.top_p}: rollouts to train on need 1.0, or vLLM samples from a renormalized distribution "
-            "and the ratio is biased (eval_top_p is free)"
+            f"top_p = {config.top_p}, top_k = {config.top_k}: rollouts to train on need 1.0 and 0, or vLLM "
+            "samples from a renormalized distribution and the ratio is biased (eval_top_p is free)"
         )
+    for name in (
+        "lr",
+        "weight_decay",
+        "max_grad_norm",
+        "eps_low",
+        "eps_high",
+        "rollout_correction_cap",
+        "max_mismatch",
+    ):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{name} = {getattr(config, name)}: must be a number from 0 upwards")
     for name in ("beta1", "beta2", "beta1_end", "beta2_end"):
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:

@@ -7,6 +7,7 @@ python train.py --objective grpo --seed 1         every setting below can be giv
 import hashlib
 import itertools
 import math
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Config:
     responses_per_prompt: int = 8  # responses to each problem, one group
     temperature: float = 1.0  # of the sampling; the policy being trained is the one at this temperature
     top_p: float = 1.0  # must be 1: anything else biases the ratio
+    top_k: int = 0  # must be 0, that is off, for the same reason
     max_prompt_tokens: int = 64  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: int = 64  # longer responses are cut, and count as wrong unless already boxed [16384]
     dynamic_sampling: bool = True  # drop the groups whose rewards are all equal; they teach nothing
@@ -325,7 +327,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame) -> None:
         if self.requested:
-            sys.exit(128 + number)
+            os._exit(128 + number)  # metrics are on the disk, checkpoints are whole
         self.requested = signal.Signals(number).name
         print(f"\n{self.requested}: finishing this step, then saving; once more to stop at once", file=sys.stderr)
 

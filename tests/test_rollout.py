@@ -122,6 +122,28 @@ def test_the_prefix_cache_is_forgotten_at_a_sync(engine, base, prompts):
     assert gap(model, engine.generate(long, 2, max_tokens=16, temperature=1.0, seed=3), 1.0) < 1e-4
 
 
+def test_on_a_gpu_memory_is_asked_for_in_the_right_order():
+    """The order of calls alone, as a CPU has no sleep: weights, the sync, the stale cache, then room for a new cache.
+    Level 2 drops the weights, so there is no way to wake without bringing new ones."""
+    calls = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: calls.append((name, kwargs.get("level") or kwargs.get("tags")))
+
+    sleeper = Engine.__new__(Engine)
+    sleeper.cuda, sleeper.llm = True, Recorder()
+    sleeper.sleep()
+    sleeper.wake(iter([]))
+    assert calls == [
+        ("sleep", 2),
+        ("wake_up", ["weights"]),
+        ("collective_rpc", None),
+        ("reset_prefix_cache", None),
+        ("wake_up", ["kv_cache"]),
+    ]
+
+
 def test_a_folder_cannot_change_the_sampling(tiny_folder, tokenizer):
     """generation_config.json names end-of-sequence ids, several perhaps; its top_p and the like are not used."""
     (tiny_folder / "generation_config.json").write_text('{"eos_token_id": [5, 9], "top_p": 0.1, "temperature": 0.1}')
