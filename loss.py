@@ -189,14 +189,15 @@ def control_entropy(entropy: float, target: float, integral: float) -> tuple[flo
     Proportional and integral in the relative error e = (target - entropy) / target:
         integral <- clip(integral + 0.1 e, -1, 1)        the only state; it is part of the checkpoint
         u = clip(integral + e, -1, 1)
-        beta1 = min(1, 1 - u),  beta2 = min(1, 1 + u)
-    u = 1 keeps only what raises entropy (PA&LP), u = -1 only what lowers it (NA&LP), u = 0 both. It can do no more than
-    that: betas act on clipped tokens alone, and what all the other tokens do to the entropy is beyond its reach.
+        beta1 = (1 - u) / 2,  beta2 = min(1, 1 + u / 2)
+    From u = 1, betas (0, 1), which keep only what raises entropy, over the paper's (0.5, 1) at u = 0, to (1, 0.5) at
+    u = -1, its fastest collapse. Not to (1, 0): without the gains of good tokens, pushing bad ones away unlearns the task.
+    It can do no more than that: betas act on clipped tokens alone; what all the others do to entropy is out of reach.
     """
     error = (target - entropy) / target
     integral = min(1.0, max(-1.0, integral + 0.1 * error))
     u = min(1.0, max(-1.0, integral + error))
-    return min(1.0, 1 - u), min(1.0, 1 + u), integral
+    return (1 - u) / 2, min(1.0, 1 + u / 2), integral
 
 
 # ----------------------------------------------------------------------------------------------------------------------

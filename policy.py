@@ -263,11 +263,9 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, tokenizer, optimizer, 
     aside.rename(folder)
 
 
-def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict:
-    """Weights and optimizer as `save_checkpoint` wrote them, in place; returns its `state`. Nothing is unpickled."""
-    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    model.load_state_dict(weights.state_dict())
-    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location=model.device)
+def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
+    """The optimizer of a checkpoint, in place; returns its `state`. Its weights are `load_model`'s to load."""
+    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(saved["optimizer"])
     return saved["state"]
 

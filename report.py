@@ -1,5 +1,6 @@
 """What a run leaves behind: metrics.jsonl, samples.jsonl, W&B, a line or a bar on the terminal, a table at the end."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -29,9 +30,8 @@ class Report:
         self.history: list[dict] = []
         self.path = folder / "metrics.jsonl"
         if first_step:  # resumed: what was logged after the checkpoint will be done again
-            lines = self.path.read_text().splitlines()
-            self.history = [row for row in map(json.loads, lines) if row["step"] <= first_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+            self.history = drop_later_steps(self.path, first_step)
+            drop_later_steps(folder / "samples.jsonl", first_step)
         self.file = self.path.open("a")
         self.samples = (folder / "samples.jsonl").open("a")
         self.wandb = start_wandb(folder, config)
@@ -118,6 +118,17 @@ class Report:
         print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows), flush=True)
         self.file.close()
         self.samples.close()
+
+
+def drop_later_steps(path: Path, last_step: int) -> list[dict]:
+    """Rewrite a JSONL file with its rows up to last_step alone, and return them. A half-written line is dropped."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    rows = [row for row in rows if row["step"] <= last_step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def spearman(pairs: list[tuple[float, float]]) -> float:

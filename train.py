@@ -74,7 +74,7 @@ class Config:
     lr: float = 3e-4  # AdamW learning rate [1e-6]
     warmup_steps: int = 5  # rollouts over which the learning rate grows to lr, then constant [10]
     weight_decay: float = 0.1  # AdamW
-    adam_betas: tuple[float, float] = (0.9, 0.95)  # AdamW [0.9, 0.999]
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # AdamW; at 0.999 the second moment outlasts this short run
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     max_micro_batch_tokens: int = 16384  # tokens, padding included, in one pass through the model; bounds the memory
 
@@ -97,7 +97,10 @@ class Config:
 
 def train(config: Config) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = policy.load_model(config.model, device)
+    folder, checkpoint = settings.run_folder(config), None
+    if config.resume:
+        folder, checkpoint = Path(config.resume), settings.newest_checkpoint(Path(config.resume))
+    model, tokenizer = policy.load_model(str(checkpoint or config.model), device)
     problems, dropped = load_problems(config.train_data, tokenizer, config.max_prompt_tokens)
     held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, config.max_prompt_tokens)
     context = config.max_prompt_tokens + config.max_response_tokens
@@ -107,11 +110,10 @@ def train(config: Config) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay
     )
-    folder, state = Path(config.resume), {"step": 0, "controller": 0.0}
-    if config.resume:
-        state = policy.load_checkpoint(settings.newest_checkpoint(folder), model, optimizer)
+    state = {"step": 0, "controller": 0.0}
+    if checkpoint:
+        state = policy.load_trainer_state(checkpoint, optimizer)
     else:
-        folder = settings.run_folder(config)
         start_run_folder(folder, config)
     counts = (len(problems), dropped), (len(held_out), held_out_dropped)
     settings.print_plan(config, folder, model, device, *counts, state["step"])
@@ -128,7 +130,6 @@ def train(config: Config) -> None:
     report = Report(folder, config, first_step=state["step"])
     stop = StopRequest()
     timer = Timer(device)
-    checkpoint = None
 
     def run_evaluation() -> dict[str, float]:
         metrics, _ = evaluate(

@@ -86,11 +86,15 @@ def test_spearman():
 
 def test_a_resumed_report_drops_the_steps_that_will_be_done_again(tmp_path):
     rows = [{"step": step, "entropy/mean": 1.0 / (step + 1)} for step in range(6)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "entr'  # the disk was full, say
+    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "samples.jsonl").write_text(text)
     again = report.Report(tmp_path, types.SimpleNamespace(steps=10), first_step=3)
     again.log(4, {"entropy/mean": 0.5}, [], {})
     again.close(None)
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [0, 1, 2, 3]
     assert [row["step"] for row in kept] == [0, 1, 2, 3, 4] and kept[4]["entropy/mean"] == 0.5
 
 
