@@ -38,9 +38,7 @@ def load(folder: Path) -> tuple[str, list[dict]]:
         raise UserError(f"{folder}: no metrics.jsonl there, so it is not the folder of a run")
     config = json.loads((folder / "config.json").read_text())["config"]
     label = config["objective"]
-    if config.get("entropy_target") is not None:
-        label += f", entropy target {config['entropy_target']:g}"
-    elif label == "ce_gppo":
+    if label == "ce_gppo":
         label += f" ({config['beta1']:g}, {config['beta2']:g})"
     if config.get("entropy_coef"):
         label += f", bonus {config['entropy_coef']:g}"

@@ -183,23 +183,6 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     return centered / (rewards.std(1, keepdim=True) + 1e-6) if normalize_std else centered
 
 
-def control_entropy(entropy: float, target: float, integral: float) -> tuple[float, float, float]:
-    """Betas that move entropy towards the target: (beta1, beta2, the new integral).
-
-    Proportional and integral in the relative error e = (target - entropy) / target:
-        integral <- clip(integral + 0.1 e, -1, 1)        the only state; it is part of the checkpoint
-        u = clip(integral + e, -1, 1)
-        beta1 = (1 - u) / 2,  beta2 = min(1, 1 + u / 2)
-    From u = 1, betas (0, 1), which keep only what raises entropy, over the paper's (0.5, 1) at u = 0, to (1, 0.5) at
-    u = -1, its fastest collapse. Not to (1, 0): without the gains of good tokens, pushing bad ones away unlearns the task.
-    It can do no more than that: betas act on clipped tokens alone; what all the others do to entropy is out of reach.
-    """
-    error = (target - entropy) / target
-    integral = min(1.0, max(-1.0, integral + 0.1 * error))
-    u = min(1.0, max(-1.0, integral + error))
-    return (1 - u) / 2, min(1.0, 1 + u / 2), integral
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Entropy accounting
 

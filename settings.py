@@ -76,10 +76,6 @@ def check(config) -> None:
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{name} = {value}: must be from 0 to 1")
-    if config.entropy_target is not None and config.objective != "ce_gppo":
-        raise UserError(f"entropy_target moves beta1 and beta2, which objective '{config.objective}' does not have")
-    if config.entropy_target is not None and config.entropy_target <= 0:
-        raise UserError(f"entropy_target = {config.entropy_target}: must be above 0 nats")
     if config.temperature <= 0:
         raise UserError(f"temperature = {config.temperature}: must be above 0, the policy would have no entropy")
 

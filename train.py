@@ -60,7 +60,6 @@ class Config:
     beta2: float = 1.0  # gradient kept by positive-advantage tokens above the interval
     beta1_end: float | None = None  # if set, beta1 moves there linearly over the run
     beta2_end: float | None = None  # if set, beta2 moves there linearly over the run
-    entropy_target: float | None = None  # nats a token; if set, a controller moves the betas to hold entropy/mean there
     dual_clip: float | None = None  # bound c > 1 on the ratio of negative-advantage tokens; None: off
     aggregation: str | None = None  # token-mean, seq-mean-token-mean or seq-mean-token-sum; None: the paper's
     normalize_std: bool = True  # divide advantages by their group's standard deviation
@@ -110,7 +109,7 @@ def train(config: Config) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay
     )
-    state = {"step": 0, "controller": 0.0}
+    state = {"step": 0}
     if checkpoint:
         state = policy.load_trainer_state(checkpoint, optimizer)
     else:
@@ -183,7 +182,7 @@ def train(config: Config) -> None:
 
         # -- Updates: one for each mini-batch of groups
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
-        beta1, beta2 = betas_of_step(config, step, metrics["entropy/mean"], state)
+        beta1, beta2 = betas_of_step(config, step)
         with timer("update"):
             updates = []
             for mini_batch in split_evenly(kept, math.ceil(len(kept) / config.mini_batch_prompts)):
@@ -280,11 +279,8 @@ def seed_of_step(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:4], "little")
 
 
-def betas_of_step(config: Config, step: int, entropy: float, state: dict) -> tuple[float, float]:
-    """beta1 and beta2 of this step: constant, linear over the run, or held by the entropy controller."""
-    if config.entropy_target is not None:
-        beta1, beta2, state["controller"] = loss.control_entropy(entropy, config.entropy_target, state["controller"])
-        return beta1, beta2
+def betas_of_step(config: Config, step: int) -> tuple[float, float]:
+    """beta1 and beta2 of this step: constant, or on a line from the first step to the last."""
     progress = (step - 1) / max(1, config.steps - 1)
     beta1_end = config.beta1 if config.beta1_end is None else config.beta1_end
     beta2_end = config.beta2 if config.beta2_end is None else config.beta2_end

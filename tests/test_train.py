@@ -187,7 +187,6 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--top-k", "20"], "top_k = 20: rollouts to train on need 1.0 and 0"),
         (["--lr", "nan"], "lr = nan: must be a number"),
         (["--beta1", "1.5"], "beta1 = 1.5: must be from 0 to 1"),
-        (["--objective", "grpo", "--entropy-target", "0.2"], "entropy_target moves beta1 and beta2"),
         (["--rollout-correction", "is"], "rollout_correction 'is' is unknown; known: none, tis, mask"),
         (["--temperature", "0"], "temperature = 0.0: must be above 0"),
         (["--model", "no/such/model"], "model 'no/such/model': no such folder"),
@@ -258,24 +257,9 @@ def test_one_setting_makes_a_baseline():
 
 def test_betas_move_linearly():
     config = train.Config(steps=5, beta1=0.5, beta2=1.0, beta1_end=1.0, beta2_end=0.0)
-    moved = [train.betas_of_step(config, step, 0.3, {}) for step in range(1, 6)]
+    moved = [train.betas_of_step(config, step) for step in range(1, 6)]
     assert moved == [(0.5, 1.0), (0.625, 0.75), (0.75, 0.5), (0.875, 0.25), (1.0, 0.0)]
-    assert train.betas_of_step(train.Config(), 3, 0.3, {}) == (0.75, 1.0)
-
-
-def test_entropy_controller_pushes_the_right_way_and_keeps_no_hidden_state():
-    config = train.Config(entropy_target=0.2)
-    below, above, at = {"controller": 0.0}, {"controller": 0.0}, {"controller": 0.0}
-    beta1, beta2 = train.betas_of_step(config, 1, 0.1, below)
-    assert beta2 == 1 and beta1 < 0.5, "too little entropy: keep PA&LP, which raise it; drop NA&LP, which lower it"
-    beta1, beta2 = train.betas_of_step(config, 1, 0.3, above)
-    assert beta1 > 0.7 and 0.5 <= beta2 < 0.8
-    assert train.betas_of_step(config, 1, 0.2, at) == (0.5, 1.0) and at == {"controller": 0.0}
-    for _ in range(1000):
-        beta1, beta2 = train.betas_of_step(config, 1, 0.0, below)
-    assert (beta1, beta2) == (0.0, 1.0) and below["controller"] == 1.0, "the integral does not wind up"
-    again = dict(below)
-    assert train.betas_of_step(config, 7, 0.25, below) == train.betas_of_step(config, 9, 0.25, again)
+    assert train.betas_of_step(train.Config(), 3) == (0.75, 1.0)
 
 
 def test_split_evenly():
