@@ -40,7 +40,7 @@ class Config:
     wandb_project: str = "ce-gppo"  # project that W&B files the run under
 
     # Rollouts.
-    steps: int = 40  # rollouts, each followed by several updates
+    steps: int = 50  # rollouts, each followed by several updates
     prompts_per_step: int = 64  # problems a rollout [256]
     responses_per_prompt: int = 8  # responses to each problem, one group
     temperature: float = 1.0  # of the sampling; the policy being trained is the one at this temperature
@@ -70,10 +70,10 @@ class Config:
 
     # Updates.
     mini_batch_prompts: int = 8  # groups an update; a rollout has max_kept_prompts / mini_batch_prompts at most [16]
-    lr: float = 3e-4  # AdamW learning rate [1e-6]
+    lr: float = 1e-4  # AdamW learning rate [1e-6]
     warmup_steps: int = 5  # rollouts over which the learning rate grows to lr, then constant [10]
     weight_decay: float = 0.1  # AdamW
-    adam_betas: tuple[float, float] = (0.9, 0.95)  # AdamW; at 0.999 the second moment outlasts this short run
+    adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     max_micro_batch_tokens: int = 16384  # tokens, padding included, in one pass through the model; bounds the memory
 
