@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from transformers import AutoConfig, AutoTokenizer
+
 import prepare
 
 
@@ -29,6 +31,16 @@ def test_splits_do_not_overlap_and_repeat_exactly():
     assert not {prepare.show(t) for t in train} & {prepare.show(t) for t in held_out}
     assert (train, held_out) == prepare.splits(0, terms=5, largest=9, train=500, held_out=100)
     assert train != prepare.splits(1, terms=5, largest=9, train=500, held_out=100)[0]
+
+
+def test_the_saved_tokenizer_fits_the_model(tiny_folder, tokenizer):
+    """What AutoTokenizer makes of the folder has the same ids, and none past the embedding."""
+    loaded = AutoTokenizer.from_pretrained(tiny_folder)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert len(loaded) == AutoConfig.from_pretrained(tiny_folder).vocab_size
+    text = "<|user|>3+8-2=?<|end|><|assistant|>3+8=11\n11-2=9\n\\boxed{9}<|end|>"
+    ids = loaded.encode(text, add_special_tokens=False)
+    assert ids == tokenizer.encode(text, add_special_tokens=False) and loaded.decode(ids) == text
 
 
 def test_command_writes_both_files(tmp_path):

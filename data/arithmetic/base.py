@@ -35,6 +35,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
+        unk_token="<|pad|>",  # bytes need none, but Qwen2's tokenizer class would add one past the model's vocabulary
         eos_token="<|end|>",
         extra_special_tokens=special[2:],
         chat_template=CHAT_TEMPLATE,
