@@ -210,7 +210,7 @@ def train(config: Config) -> None:
 
     report.close(checkpoint)
     if stop.requested:
-        print(f"stopped by {stop.requested} after step {step}; continue with: python train.py --resume {folder}")
+        print(f'stopped by {stop.requested} after step {step}; continue with: make train ARGS="--resume {folder}"')
 
 
 def update(
