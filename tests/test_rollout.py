@@ -91,7 +91,7 @@ def test_rollout_correction_with_an_engine_that_disagrees(engine, base, prompts)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1 + 0.03 * torch.randn(parameter.shape, generator=g))
+            parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=g))
     engine.load_weights(policy.named_weights(model))
     groups = engine.generate(prompts, 64, max_tokens=48, temperature=1.0, seed=4)
     responses = [response for group in groups for response in group]

@@ -27,7 +27,8 @@ SMALL = [
 
 
 def start(out: Path, *arguments: str, mode: str = "disabled") -> subprocess.Popen:
-    command = [sys.executable, "train.py", "--out", str(out), *arguments]
+    where = [] if "--resume" in arguments else ["--out", str(out)]
+    command = [sys.executable, "train.py", *where, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"WANDB_MODE": mode}, **pipes)
 
