@@ -59,6 +59,16 @@ def evaluate(
 
 
 def main(config: Config) -> None:
+    for name, valid in {
+        "k": config.k >= 1,
+        "temperature": config.temperature >= 0,
+        "top_p": 0 < config.top_p <= 1,
+        "max_response_tokens": config.max_response_tokens is None or config.max_response_tokens >= 1,
+    }.items():
+        if not valid:
+            raise UserError(
+                f"{name} = {getattr(config, name)}: k and lengths start at 1, temperature at 0, top_p is in (0, 1]"
+            )
     limit = context_of(config.model)
     tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     problems, dropped = load_problems(config.data, tokenizer, min(config.max_prompt_tokens, limit - 1))

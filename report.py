@@ -112,7 +112,8 @@ class Report:
         if self.wandb:
             offline = self.wandb.settings.mode == "offline"
             self.wandb.finish()
-            synced = f"wandb sync {Path(self.wandb.dir).parent}" if offline else self.wandb.url
+            wandb_command = os.path.relpath(Path(sys.executable).with_name("wandb"))
+            synced = f"{wandb_command} sync {Path(self.wandb.dir).parent}" if offline else self.wandb.url
             rows.append(("W&B, offline; upload with" if offline else "W&B", synced))
         width = max(len(name) for name, _ in rows)
         print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows), flush=True)

@@ -69,9 +69,17 @@ def check(config) -> None:
         "eps_high",
         "rollout_correction_cap",
         "max_mismatch",
+        "eval_temperature",
     ):
         if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"{name} = {getattr(config, name)}: must be a number from 0 upwards")
+    for name in ("eval_top_p", "gpu_memory_utilization"):
+        if not 0 < getattr(config, name) <= 1:
+            raise UserError(f"{name} = {getattr(config, name)}: must be above 0, and at most 1")
+    if not all(0 <= beta < 1 for beta in config.adam_betas):
+        raise UserError(f"adam_betas = {config.adam_betas}: must be from 0 to below 1")
+    if config.dual_clip is not None and not config.dual_clip > 1:
+        raise UserError(f"dual_clip = {config.dual_clip}: must be above 1, or None to turn it off")
     for name in ("beta1", "beta2", "beta1_end", "beta2_end"):
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:

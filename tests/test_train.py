@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import settings
 import train
 from prompts import Problem, UserError
@@ -187,6 +188,10 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--top-p", "0.9"], "top_p = 0.9, top_k = 0: rollouts to train on need 1.0"),
         (["--top-k", "20"], "top_k = 20: rollouts to train on need 1.0 and 0"),
         (["--lr", "nan"], "lr = nan: must be a number"),
+        (["--eval-temperature", "-1"], "eval_temperature = -1.0: must be a number from 0"),
+        (["--eval-top-p", "2"], "eval_top_p = 2.0: must be above 0, and at most 1"),
+        (["--adam-betas", "0.9", "1.0"], "adam_betas = .*: must be from 0 to below 1"),
+        (["--dual-clip", "0.5"], "dual_clip = 0.5: must be above 1"),
         (["--beta1", "1.5"], "beta1 = 1.5: must be from 0 to 1"),
         (["--rollout-correction", "is"], "rollout_correction 'is' is unknown; known: none, tis, mask"),
         (["--temperature", "0"], "temperature = 0.0: must be above 0"),
@@ -207,6 +212,12 @@ def test_mistakes(arguments, message, monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr().err
     assert end.value.code == 2 and re.search(message, printed) and "Traceback" not in printed
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, value", [("k", 0), ("temperature", -1.0), ("top_p", 0.0), ("max_response_tokens", 0)])
+def test_evaluate_refuses_what_cannot_be_meant(name, value):
+    with pytest.raises(UserError, match=f"{name} = {value}"):
+        evaluate.main(evaluate.Config(**{name: value}))
 
 
 def test_a_folder_of_another_run_is_not_touched(tmp_path, monkeypatch):
