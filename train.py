@@ -224,7 +224,7 @@ def update(
     optimizer.zero_grad()
     for rows in policy.micro_batches(responses, config.max_micro_batch_tokens):
         batch = policy.collate([responses[i] for i in rows], device)
-        logprobs, entropy, S = policy.forward(model, batch, config.temperature)  # [B, T - 1] each
+        logprobs, entropy, S = policy.forward(model, batch, config.temperature)  # [B, R] each
         batch_loss, info = loss.policy_loss(
             logprobs,
             batch.old_logprobs,

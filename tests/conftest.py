@@ -21,7 +21,9 @@ def tokenizer():
 def tiny_model(tokenizer):
     """A random Qwen2 of 50 k parameters, the same every time."""
     torch.manual_seed(0)
-    return make_model(tokenizer, hidden_size=64, num_layers=1)
+    model = make_model(tokenizer, hidden_size=64, num_layers=1)
+    model.set_attn_implementation("packed")
+    return model
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import loss
 import policy
@@ -35,15 +35,15 @@ def naive(hidden, weight, targets, temperature):
     return log_p.gather(1, targets[:, None])[:, 0], H, S
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 8, 24, 100])
+@pytest.mark.parametrize("width", [1, 7, 8, 53, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_head_matches_naive_float64_forward_and_backward(chunk_size, temperature):
+def test_head_matches_naive_float64_forward_and_backward(width, temperature):
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(24, 16, generator=g), torch.randn(53, 16, generator=g) / 2
     targets = torch.randint(53, (24,), generator=g)
     to_logprobs, to_entropy = torch.randn(24, generator=g), torch.randn(24, generator=g)
     results = []
-    for compute, args in ((policy.head_logprobs, (temperature, chunk_size)), (naive, (temperature,))):
+    for compute, args in ((policy.head_logprobs, (temperature, width)), (naive, (temperature,))):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropy, S = compute(h, w, targets, *args)
         ((logprobs * to_logprobs).sum() + (entropy * to_entropy).sum()).backward()
@@ -78,7 +78,7 @@ def test_head_survives_extreme_logits():
 
 
 def test_head_never_allocates_tokens_by_vocabulary():
-    """The largest tensor that forward and backward make is a chunk's logits or the head's gradient."""
+    """The largest tensor that forward and backward make is a tile's logits or the head's gradient."""
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -90,24 +90,25 @@ def test_head_never_allocates_tokens_by_vocabulary():
                     largest = max(largest, tensor.numel())
             return out
 
-    N, D, V, chunk = 512, 8, 300, 32
+    N, D, V, width = 512, 8, 300, 32
     hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     with Watch():
-        logprobs, entropy, _ = policy.head_logprobs(hidden, weight, torch.zeros(N, dtype=torch.long), 1.0, chunk)
+        logprobs, entropy, _ = policy.head_logprobs(hidden, weight, torch.zeros(N, dtype=torch.long), 1.0, width)
         (logprobs.sum() + entropy.sum()).backward()
-    assert largest <= max(chunk * V, N * D, V * D)
+    assert largest <= max(N * width, N * D, V * D)
 
 
 def test_forward_matches_transformers_on_each_sequence_alone(tiny_model):
-    """Right padding without an attention mask, targets shifted by one, only response tokens."""
+    """Packed without padding, a shared prompt once, targets shifted by one, only response tokens."""
     responses = responses_of([(3, 5), (1, 1), (7, 2), (2, 9)])
+    responses[2].prompt_ids = responses[1].prompt_ids
     batch = policy.collate(responses)
+    assert len(batch.input_ids) == 3 + 1 + 2 + 5 + 1 + 2 + 9
     logprobs, entropy, _ = policy.forward(tiny_model, batch, temperature=0.7)
     assert batch.response_mask.sum() == 5 + 1 + 2 + 9
     assert (logprobs[~batch.response_mask] == 0).all()
     for i, r in enumerate(responses):
-        logits = tiny_model(input_ids=torch.tensor([r.prompt_ids + r.response_ids])).logits[0, :-1].double() / 0.7
-        log_p = torch.log_softmax(logits, -1)[len(r.prompt_ids) - 1 :]
+        log_p = torch.log_softmax(naive_logits(tiny_model, r).double() / 0.7, -1)
         expected = log_p.gather(1, torch.tensor(r.response_ids)[:, None])[:, 0]
         torch.testing.assert_close(logprobs[i][batch.response_mask[i]].double(), expected, atol=1e-5, rtol=0)
         H = -(log_p.exp() * log_p).sum(-1)
@@ -122,17 +123,70 @@ def test_mask_comes_from_lengths_not_from_token_ids(tokenizer):
         Response([eos], [pad] * 4, torch.zeros(4), True, ""),
     ]
     batch = policy.collate(responses)
-    assert batch.response_mask.tolist() == [[False, True, True, False], [True, True, True, True]]
+    assert batch.response_mask.tolist() == [[True, True, False, False], [True, True, True, True]]
+
+
+def group_of(prompt: int, lengths: list[int], seed: int = 0) -> list[Response]:
+    """Responses to one prompt."""
+    responses = responses_of([(prompt, length) for length in lengths], seed)
+    for r in responses:
+        r.prompt_ids = responses[0].prompt_ids
+    return responses
 
 
 def test_micro_batches_hold_everything_once_within_the_budget():
-    responses = responses_of([(i % 5 + 1, (7 * i) % 13 + 1) for i in range(40)])
+    responses = [r for i in range(10) for r in group_of(i % 5 + 3, [(7 * i + j) % 13 + 1 for j in range(4)], seed=i)]
     batches = policy.micro_batches(responses, max_tokens=50)
-    assert sorted(i for batch in batches for i in batch) == list(range(40))
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in responses]
-    for batch in batches:
-        assert len(batch) * max(lengths[i] for i in batch) <= 50
-    assert policy.micro_batches(responses_of([(3, 90)]), max_tokens=50) == [[0]]
+    assert [i for batch in batches for i in batch] == list(range(40))
+    sizes = [len(policy.collate([responses[i] for i in batch]).input_ids) for batch in batches]
+    assert max(sizes) <= 50 and sum(sizes) / len(sizes) > 35
+    assert policy.micro_batches(responses_of([(3, 90), (2, 90)]), max_tokens=50) == [[0], [1]]
+
+
+def test_padding_in_attention_is_bounded_and_all_other_is_none():
+    responses = responses_of([(5, n) for n in (1, 2, 4, 8, 16, 17, 18, 19, 20, 40, 80)])
+    batch = policy.collate(responses)
+    real = sum(5 + len(r.response_ids) for r in responses)
+    assert len(batch.input_ids) == real and len(batch.targets) == real - 5 * len(responses)
+    assert real <= len(batch.packing.order) <= real / 0.85
+    assert sum(b for b, _ in batch.packing.blocks) == len(responses) > len(batch.packing.blocks) > 1
+
+
+def test_gradient_through_a_shared_prompt_is_that_of_sequences_apart(tiny_model):
+    """A group packed with its prompt once, against each response in a batch of its own."""
+    responses = group_of(6, [3, 9, 1, 5])
+    gradients = [update_gradient(tiny_model, responses, max_micro_batch_tokens=budget)[0] for budget in (10_000, 1)]
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+ARCHITECTURES = {
+    "llama": {},
+    "qwen3": {"head_dim": 16},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "mistral": {"sliding_window": 4},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 4},
+    "phi3": {"pad_token_id": 0},
+    "olmo2": {},
+    "smollm3": {"pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_attention_in_other_architectures(name):
+    """Fewer key heads than query heads, sliding windows, norms of queries: what transformers' own attention gives."""
+    sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(name, **sizes, **heads, **ARCHITECTURES[name])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("packed")
+    responses = [*responses_of([(3, 9)]), *group_of(5, [7, 2], seed=1)]
+    batch = policy.collate(responses)
+    logprobs, _, _ = policy.forward(model, batch, 1.0)
+    for i, r in enumerate(responses):
+        expected = torch.log_softmax(naive_logits(model, r), -1).gather(1, torch.tensor(r.response_ids)[:, None])[:, 0]
+        torch.testing.assert_close(logprobs[i][batch.response_mask[i]], expected, atol=1e-5, rtol=1e-5)
 
 
 def update_gradient(model, responses: list[Response], **changes) -> tuple[torch.Tensor, dict]:
@@ -143,9 +197,12 @@ def update_gradient(model, responses: list[Response], **changes) -> tuple[torch.
 
 
 def naive_logits(model, response: Response) -> torch.Tensor:
-    """[R, V], by transformers."""
+    """[R, V], by transformers with its own attention."""
     ids = torch.tensor([response.prompt_ids + response.response_ids])
-    return model(input_ids=ids).logits[0, len(response.prompt_ids) - 1 : -1]
+    model.set_attn_implementation("sdpa")
+    logits = model(input_ids=ids).logits[0, len(response.prompt_ids) - 1 : -1]
+    model.set_attn_implementation("packed")
+    return logits
 
 
 def test_entropy_bonus_is_exact_through_the_chunked_function(tiny_model):
@@ -185,7 +242,7 @@ def test_gradient_does_not_depend_on_the_cut(tiny_model, aggregation):
         gradient, one = update_gradient(tiny_model, responses, max_micro_batch_tokens=budget, aggregation=aggregation)
         gradients.append(gradient)
         cuts.append((len(policy.micro_batches(responses, budget)), one["loss"]))
-    assert cuts[0][0] == 1 and cuts[1][0] >= 9 and cuts[0][1] == pytest.approx(cuts[1][1], abs=1e-6)
+    assert cuts[0][0] == 1 and cuts[1][0] >= 9 and cuts[0][1] == pytest.approx(cuts[1][1], rel=1e-6)
     assert gradients[0].abs().max() > 1e-3
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
 
@@ -197,14 +254,14 @@ def test_measure_fills_in_every_response(tiny_model):
     policy.measure(tiny_model, responses, 1.0, 12, "cpu")
     for r in responses:
         logprobs, entropy, _ = policy.forward(tiny_model, policy.collate([r]), 1.0)
-        torch.testing.assert_close(r.old_logprobs, logprobs[0][-len(r.response_ids) :].detach(), atol=1e-5, rtol=0)
-        torch.testing.assert_close(r.entropy, entropy[0][-len(r.response_ids) :].detach(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(r.old_logprobs, logprobs[0].detach(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(r.entropy, entropy[0].detach(), atol=1e-5, rtol=0)
 
 
 def test_checkpoint_round_trip(tiny_model, tokenizer, tmp_path):
     """Weights and optimizer come back bit for bit, and transformers loads the folder as it is."""
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
-    tiny_model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    tiny_model.lm_head.weight.sum().backward()
     optimizer.step()
     folder = tmp_path / "checkpoint-000007"
     policy.save_checkpoint(folder, tiny_model, tokenizer, optimizer, {"step": 7})
@@ -239,7 +296,7 @@ def test_float32_master_weights_take_small_steps(tiny_folder):
     assert weight.dtype == torch.float32
     before = weight.detach().clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
-    model(input_ids=torch.tensor([[1, 2, 3]])).logits.square().sum().backward()
+    naive_logits(model, Response([1], [2, 3], torch.zeros(2), False, "")).square().sum().backward()
     optimizer.step()
     assert (weight != before).float().mean() > 0.9
     assert (weight.bfloat16() != before.bfloat16()).float().mean() < 0.1
@@ -271,6 +328,7 @@ def test_flops_are_those_of_the_matrix_products(tiny_model):
     from torch.utils.flop_counter import FlopCounterMode
 
     ids = torch.randint(200, (2, 33))
+    tiny_model.set_attn_implementation("sdpa")
     with FlopCounterMode(display=False) as counter:
         tiny_model(input_ids=ids).logits.sum().backward()
     ours = policy.flops(tiny_model, prompt_and_response=66, response=66, squares=2 * 33**2)
