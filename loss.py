@@ -17,6 +17,8 @@ Where this file does not do what the authors' released code does:
  4. `beta1` has one default, 0.75, the paper's 7B value; theirs has three.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -181,6 +183,29 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     centered = rewards - rewards.mean(1, keepdim=True)
     centered = centered.masked_fill(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0)
     return centered / (rewards.std(1, keepdim=True) + 1e-6) if normalize_std else centered
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Betas that hold entropy at a target
+
+GAIN, INTEGRAL_GAIN = 4.0, 0.4  # of the controller, a rollout; relative errors of entropy vary by some 0.03
+
+
+def steer(control: tuple[float, float], entropy: float, target: float) -> tuple[float, float]:
+    """One step of the entropy controller, after a rollout: (u, x) and that rollout's mean entropy -> the new (u, x).
+
+    u in [0, 1] says how much entropy is wanted: `steered_betas`. x = log(entropy / target) is the relative error.
+    A proportional-integral law in incremental form, which cannot wind up:  u <- clip(u - K_P (x' - x) - K_I x', 0, 1).
+    The paper leaves adaptive betas to future work; the law is this project's.
+    """
+    u, before = control
+    error = math.log(max(entropy, 1e-6) / target)
+    return min(1.0, max(0.0, u - GAIN * (error - before) - INTEGRAL_GAIN * error)), error
+
+
+def steered_betas(u: float, beta1: float, beta2: float) -> tuple[float, float]:
+    """u = 1: clipped NA&LP get no gradient, clipped PA&LP beta2 of theirs, for the most entropy; u = 0: the reverse."""
+    return (1 - u) * beta1, u * beta2
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -36,8 +36,12 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", 
 # Loading
 
 
-def load_model(path: str, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    path: str, device: str = "cpu", gradient_checkpointing: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32 (the master weights) and its tokenizer, from a folder or a hub name.
+
+    gradient_checkpointing: keep only the input of each layer for backward, which computes the rest again.
 
     Only safetensors are read and no code of the folder is run. Raises UserError, in one sentence, for what is no model
     or has a head that `head_logprobs` would get wrong.
@@ -52,6 +56,12 @@ def load_model(path: str, device: str = "cpu") -> tuple[PreTrainedModel, PreTrai
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise UserError(f"model '{path}': its output head is not a plain linear layer without bias")
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers recomputes in training mode alone; the ratio allows no dropout
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 

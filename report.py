@@ -239,8 +239,8 @@ def update_metrics(updates: list[dict]) -> dict[str, float]:
     if not updates:  # no group had unequal rewards
         return metrics
     metrics |= loss.update_metrics(loss.add_sums([u["sums"] for u in updates]))
-    metrics["optim/loss"] = sum(u["loss"] for u in updates) / len(updates)
-    metrics["optim/grad_norm"] = sum(u["grad_norm"] for u in updates) / len(updates)
+    for name, key in (("optim/loss", "loss"), ("optim/grad_norm", "grad_norm"), ("perf/padding", "padding")):
+        metrics[name] = sum(u[key] for u in updates) / len(updates)
     for index, one in enumerate(updates, start=1):
         by_update = loss.update_metrics(one["sums"])
         metrics |= {f"update_{index}/{k.replace('/', '_')}": v for k, v in by_update.items() if k in BY_UPDATE}

@@ -11,6 +11,7 @@ import atexit
 import json
 import logging
 import os
+import queue
 import re
 import resource
 import signal
@@ -67,6 +68,52 @@ def score(
     if unread := sum(len(indices) for pair, indices in undecided.items() if pair not in verdicts):
         print(f"reward: WARNING: {unread} of {len(responses)} answers scored 0 unread, {budget:g} s a batch were over")
     return rewards
+
+
+class BackgroundScorer:
+    """`score` in a thread of its own: answers are given to it as they come, while others are still being sampled.
+
+    What has arrived while it was busy is scored as one batch, so that `budget` bounds the wait, not each addition.
+    """
+
+    def __init__(self, answers: list[str], **options):
+        """answers: the true one of each group to come. options: the keyword arguments of `score`."""
+        self.answers, self.options = answers, options
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()
+        self.rewards: list[list[float]] = [[] for _ in answers]
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def add(self, index: int, group: list) -> None:
+        """A group of responses, which have a `text`, to the problem of this index."""
+        self.waiting.put((index, [response.text for response in group]))
+
+    def finish(self) -> list[list[float]]:
+        """The rewards of every group, once all are scored. Raises what `score` raised."""
+        self.waiting.put(None)
+        self.thread.join()
+        if self.error:
+            raise self.error
+        return self.rewards
+
+    def _work(self) -> None:
+        last = False
+        while not last:
+            batch = [self.waiting.get()]
+            while not self.waiting.empty():
+                batch.append(self.waiting.get())
+            last = None in batch
+            batch = [item for item in batch if item is not None]
+            texts = [text for _, group in batch for text in group]
+            answers = [self.answers[index] for index, group in batch for _ in group]
+            try:
+                rewards = iter(score(texts, answers, **self.options))
+            except Exception as error:
+                self.error = error
+                return
+            for index, group in batch:
+                self.rewards[index] = [next(rewards) for _ in group]
 
 
 def extract_answer(response: str, *, thinking: bool = False) -> str | None:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +84,13 @@ class Engine:
         seed: int,
         top_p: float = 1.0,
         top_k: int = 0,
+        on_group: Callable[[int, list[Response]], None] = lambda index, group: None,
     ) -> list[list[Response]]:
         """group_size responses to each prompt of token ids, in order. The same seed and weights give the same tokens.
 
-        With top_p or top_k the logprobs are renormalized over what survived: for evaluation only, never for training.
+        on_group is called with the index of a prompt and its group as soon as that is complete, while others are still
+        being sampled. With top_p or top_k the logprobs are renormalized over what survived: for evaluation only, never
+        for training.
         """
         torch.manual_seed(seed)  # the engine samples from this process's generator
         params = self.vllm.SamplingParams(
@@ -99,13 +102,19 @@ class Engine:
             stop_token_ids=self.stop_token_ids,
             logprobs=0,  # of the sampled token alone
             detokenize=False,
+            output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
-        inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = self.llm.generate(inputs, params, use_tqdm=False)
-        return [
-            [self._response(ids, completion) for completion in sorted(output.outputs, key=lambda c: c.index)]
-            for ids, output in zip(prompts, outputs, strict=True)
-        ]
+        engine = self.llm.llm_engine
+        for index, ids in enumerate(prompts):
+            engine.add_request(str(index), {"prompt_token_ids": ids}, params)
+        groups: list[list[Response]] = [[] for _ in prompts]
+        while engine.has_unfinished_requests():
+            for output in engine.step():  # llm.generate would wait for the last one
+                index = int(output.request_id)
+                completions = sorted(output.outputs, key=lambda completion: completion.index)
+                groups[index] = [self._response(prompts[index], completion) for completion in completions]
+                on_group(index, groups[index])
+        return groups
 
     def _response(self, prompt_ids: list[int], completion) -> Response:
         if completion.finish_reason not in ("stop", "length"):

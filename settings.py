@@ -84,6 +84,11 @@ def check(config) -> None:
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{name} = {value}: must be from 0 to 1")
+    if config.entropy_target is not None:
+        if not 0 < config.entropy_target < math.inf:
+            raise UserError(f"entropy_target = {config.entropy_target}: must be above 0 nats, or None to turn it off")
+        if config.objective != "ce_gppo" or config.beta1_end is not None or config.beta2_end is not None:
+            raise UserError("entropy_target moves the betas: it needs objective ce_gppo and no beta1_end or beta2_end")
     if config.temperature <= 0:
         raise UserError(f"temperature = {config.temperature}: must be above 0, the policy would have no entropy")
 

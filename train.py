@@ -21,7 +21,7 @@ import settings
 from evaluate import evaluate
 from prompts import Problem, UserError, load_problems
 from report import Report, Timer, histograms, rollout_metrics, sample_rows, start_run_folder, update_metrics
-from reward import overlong_penalty, score
+from reward import BackgroundScorer, overlong_penalty
 from rollout import Engine, Response
 
 
@@ -60,6 +60,7 @@ class Config:
     beta2: float = 1.0  # gradient kept by positive-advantage tokens above the interval
     beta1_end: float | None = None  # if set, beta1 moves there linearly over the run
     beta2_end: float | None = None  # if set, beta2 moves there linearly over the run
+    entropy_target: float | None = None  # nats; if set, the betas move within [0, beta1] and [0, beta2] to hold it
     dual_clip: float | None = None  # bound c > 1 on the ratio of negative-advantage tokens; None: off
     aggregation: str | None = None  # token-mean, seq-mean-token-mean or seq-mean-token-sum; None: the paper's
     normalize_std: bool = True  # divide advantages by their group's standard deviation
@@ -75,7 +76,8 @@ class Config:
     weight_decay: float = 0.1  # AdamW
     adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    max_micro_batch_tokens: int = 16384  # tokens, padding included, in one pass through the model; bounds the memory
+    max_micro_batch_tokens: int = 16384  # tokens in one pass through the model; bounds the memory
+    gradient_checkpointing: bool = False  # recompute the layers in backward: a third more time, far less memory [true]
 
     # Evaluation and checkpoints.
     eval_every: int = 10  # steps; also before the first and after the last [5]
@@ -99,7 +101,7 @@ def train(config: Config) -> None:
     folder, checkpoint = settings.run_folder(config), None
     if config.resume:
         folder, checkpoint = Path(config.resume), settings.newest_checkpoint(Path(config.resume))
-    model, tokenizer = policy.load_model(str(checkpoint or config.model), device)
+    model, tokenizer = policy.load_model(str(checkpoint or config.model), device, config.gradient_checkpointing)
     problems, dropped = load_problems(config.train_data, tokenizer, config.max_prompt_tokens)
     held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, config.max_prompt_tokens)
     context = config.max_prompt_tokens + config.max_response_tokens
@@ -109,7 +111,7 @@ def train(config: Config) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay
     )
-    state = {"step": 0}
+    state = {"step": 0, "control": (0.5, 0.0)}  # and of the entropy controller: u, relative error
     if checkpoint:
         state = policy.load_trainer_state(checkpoint, optimizer)
     else:
@@ -151,6 +153,7 @@ def train(config: Config) -> None:
         # -- Rollout: a group of responses to each prompt, by vLLM
         with timer("rollout"):
             chosen = problems_of_step(problems, step, config)
+            scorer = BackgroundScorer([problem.answer for problem in chosen])
             groups = engine.generate(
                 [problem.prompt_ids for problem in chosen],
                 config.responses_per_prompt,
@@ -158,12 +161,13 @@ def train(config: Config) -> None:
                 temperature=config.temperature,
                 top_p=config.top_p,
                 seed=seed_of_step(config.seed, step),
+                on_group=scorer.add,
             )
             engine.sleep()
 
-        # -- Reward: the verifier, and the length penalty if there is one
+        # -- Reward: the verifier, which has been at work since the first group was complete, and the length penalty
         with timer("reward"):
-            rewards = reward_groups(groups, chosen, config)  # [P, G]
+            rewards = reward_groups(groups, scorer.finish(), config)  # [P, G]
 
         # -- Advantages, and the groups that have any
         advantages = loss.group_advantages(rewards, config.normalize_std)  # [P, G]
@@ -173,22 +177,25 @@ def train(config: Config) -> None:
         keep = (rewards.amax(1) > rewards.amin(1)) | (not config.dynamic_sampling)  # [P]
         kept = list(itertools.compress(groups, keep.tolist()))[: config.max_kept_prompts]
 
-        # -- Old logprobs and entropy of every response, under the weights that sampled it
+        # -- Old logprobs and entropy of every response, under the weights that sampled it. The first mini-batch needs
+        # no pass of its own: its update begins with the same weights.
+        mini_batches = [flatten(part) for part in split_evenly(kept, math.ceil(len(kept) / config.mini_batch_prompts))]
         with timer("old_logprobs"):
-            responses = [response for group in groups for response in group]
-            policy.measure(model, responses, config.temperature, config.max_micro_batch_tokens, device)
-            metrics = rollout_metrics(rewards, responses, report.latest("entropy/mean"))
-            check_mismatch(metrics, config)
+            responses = flatten(groups)
+            first = {id(response) for response in mini_batches[0]} if mini_batches else set()
+            others = [response for response in responses if id(response) not in first]
+            policy.measure(model, others, config.temperature, config.max_micro_batch_tokens, device)
 
         # -- Updates: one for each mini-batch of groups
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
-        beta1, beta2 = betas_of_step(config, step)
+        beta1, beta2 = betas_of_step(config, step, state["control"])
         with timer("update"):
-            updates = []
-            for mini_batch in split_evenly(kept, math.ceil(len(kept) / config.mini_batch_prompts)):
-                mini_batch = [response for group in mini_batch for response in group]
-                updates.append(update(model, optimizer, mini_batch, lr, beta1, beta2, config, device))
-        metrics |= update_metrics(updates) | {"optim/lr": lr, "optim/beta1": beta1, "optim/beta2": beta2}
+            updates = [update(model, optimizer, part, lr, beta1, beta2, config, device) for part in mini_batches]
+        metrics = rollout_metrics(rewards, responses, report.latest("entropy/mean")) | update_metrics(updates)
+        metrics |= {"optim/lr": lr, "optim/beta1": beta1, "optim/beta2": beta2}
+        check_mismatch(metrics, config)
+        if config.entropy_target:
+            state["control"] = loss.steer(state["control"], metrics["entropy/mean"], config.entropy_target)
 
         # -- Sync: the new weights into vLLM
         with timer("sync"):
@@ -199,7 +206,7 @@ def train(config: Config) -> None:
             with timer("eval"):
                 metrics |= run_evaluation()
         metrics |= timer.take()
-        metrics |= policy.speed(model, responses, [r for group in kept for r in group], metrics, matrix_rate, device)
+        metrics |= policy.speed(model, responses, flatten(kept), metrics, matrix_rate, device)
         report.log(step, metrics, sample_rows(groups, chosen, config.logged_samples), histograms(kept))
         state["step"] = step
         if step % config.checkpoint_every == 0 or step == config.steps or stop.requested:
@@ -220,11 +227,15 @@ def update(
     tokens = sum(len(r.response_ids) for r in responses)
     positive_tokens = sum(len(r.response_ids) for r in responses if r.advantage > 0)
     denominator = tokens if config.aggregation == "token-mean" else len(responses)
-    parts, total_loss = [], 0.0
+    parts, total_loss, places = [], 0.0, 0
     optimizer.zero_grad()
     for rows in policy.micro_batches(responses, config.max_micro_batch_tokens):
-        batch = policy.collate([responses[i] for i in rows], device)
+        micro_batch = [responses[i] for i in rows]
+        batch = policy.collate(micro_batch, device)
         logprobs, entropy, S = policy.forward(model, batch, config.temperature)  # [B, R] each
+        if micro_batch[0].old_logprobs is None:  # the first update of a rollout
+            policy.remember(micro_batch, logprobs, entropy, batch.response_mask)
+            batch.old_logprobs, batch.old_entropy = logprobs.detach(), entropy.detach()
         batch_loss, info = loss.policy_loss(
             logprobs,
             batch.old_logprobs,
@@ -248,6 +259,7 @@ def update(
             batch_loss = batch_loss - config.entropy_coef * bonus
         batch_loss.backward()
         total_loss += batch_loss.item()
+        places += len(batch.packing.order)
         old = (batch.old_logprobs, batch.old_entropy)
         parts.append(loss.update_sums(info, logprobs, entropy, S, *old, batch.advantages, batch.response_mask))
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
@@ -256,7 +268,9 @@ def update(
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
         optimizer.step()
-    return {"sums": loss.add_sums(parts), "loss": total_loss, "grad_norm": grad_norm, "skipped": not finite}
+    padding = 1 - sum(len(r.prompt_ids) + len(r.response_ids) for r in responses) / places
+    sums = loss.add_sums(parts)
+    return {"sums": sums, "loss": total_loss, "grad_norm": grad_norm, "skipped": not finite, "padding": padding}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,24 +293,27 @@ def seed_of_step(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:4], "little")
 
 
-def betas_of_step(config: Config, step: int) -> tuple[float, float]:
-    """beta1 and beta2 of this step: constant, or on a line from the first step to the last."""
+def betas_of_step(config: Config, step: int, control: tuple[float, float]) -> tuple[float, float]:
+    """beta1 and beta2 of this step: steered, constant, or on a line from the first step to the last."""
+    if config.entropy_target:
+        return loss.steered_betas(control[0], config.beta1, config.beta2)
     progress = (step - 1) / max(1, config.steps - 1)
     beta1_end = config.beta1 if config.beta1_end is None else config.beta1_end
     beta2_end = config.beta2 if config.beta2_end is None else config.beta2_end
     return config.beta1 + progress * (beta1_end - config.beta1), config.beta2 + progress * (beta2_end - config.beta2)
 
 
-def reward_groups(groups: list[list[Response]], problems: list[Problem], config: Config) -> torch.Tensor:
-    """Score every response; returns the rewards, [P, G]."""
-    texts = [response.text for group in groups for response in group]
-    answers = [problem.answer for problem, group in zip(problems, groups, strict=True) for _ in group]
-    scores = iter(score(texts, answers))
-    for group in groups:
-        for response in group:
+def reward_groups(groups: list[list[Response]], verdicts: list[list[float]], config: Config) -> torch.Tensor:
+    """The verifier's scores plus DAPO's penalty for length, if set; returns the rewards, [P, G]."""
+    for group, group_verdicts in zip(groups, verdicts, strict=True):
+        for response, verdict in zip(group, group_verdicts, strict=True):
             penalty = overlong_penalty(len(response.response_ids), config.max_response_tokens, config.overlong_buffer)
-            response.reward = next(scores) + penalty
+            response.reward = verdict + penalty
     return torch.tensor([[response.reward for response in group] for group in groups])
+
+
+def flatten(groups: list[list[Response]]) -> list[Response]:
+    return [response for group in groups for response in group]
 
 
 def split_evenly(items: list, parts: int) -> list[list]:

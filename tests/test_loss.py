@@ -1,6 +1,7 @@
 """The objectives and the entropy accounting, against golden vectors, float64 autograd and the equations themselves."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -354,3 +355,25 @@ def test_means_over_no_tokens_are_left_out():
     old, advantages, mask = (case[n] for n in names)
     metrics = L.update_metrics(L.update_sums(info, case["logprobs"], H, H, old, H, advantages, mask))
     assert metrics["clip/low"] == 0 and "clip/prob_low" not in metrics
+
+
+@pytest.mark.parametrize("target", [0.5, 0.8, 1.2])
+def test_the_controller_holds_what_can_be_reached(target):
+    """A process whose entropy drifts by what u says, with noise: it settles at the target; out of reach, u stays at its
+    end without winding up, and comes back at once."""
+    g = torch.Generator().manual_seed(0)
+    entropy, control, history = 2.0, (0.5, 0.0), []
+    for _ in range(300):
+        entropy *= math.exp(-0.03 + 0.05 * control[0])
+        seen = entropy * math.exp(0.03 * torch.randn((), generator=g).item())
+        control = L.steer(control, seen, target)
+        assert 0 <= control[0] <= 1
+        history.append(entropy)
+    settled = history[100:]
+    assert abs(sum(settled) / len(settled) / target - 1) < 0.05 and max(abs(h / target - 1) for h in settled) < 0.15
+
+    for _ in range(100):
+        control = L.steer(control, 0.1 * target, target)
+    assert control[0] == 1.0 and L.steered_betas(1.0, 0.75, 1.0) == (0.0, 1.0)
+    assert L.steer(control, 1.1 * target, target)[0] < 0.5
+    assert L.steered_betas(0.0, 0.75, 1.0) == (0.75, 0.0)

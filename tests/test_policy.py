@@ -160,6 +160,20 @@ def test_gradient_through_a_shared_prompt_is_that_of_sequences_apart(tiny_model)
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
 
+def test_gradient_checkpointing_changes_memory_alone(tiny_folder):
+    responses = group_of(6, [3, 9, 1, 5])
+    gradients, saved = [], []
+    for checkpointing in (False, True):
+        model, _ = policy.load_model(str(tiny_folder), gradient_checkpointing=checkpointing)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            policy.forward(model, policy.collate(responses), 1.0)
+        saved.append(sum(sizes))
+        gradients.append(update_gradient(model, responses)[0])
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-6)
+    assert saved[1] < saved[0] / 2
+
+
 ARCHITECTURES = {
     "llama": {},
     "qwen3": {"head_dim": 16},

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import reward
-from reward import extract_answer, overlong_penalty, score
+from reward import BackgroundScorer, extract_answer, overlong_penalty, score
 
 TABLE = r"""
 integers            | 48 | 48 | 1
@@ -463,6 +464,26 @@ def test_from_another_thread(no_cache):
     for thread in threads:
         thread.join()
     assert results == {2: [1.0], 3: [1.0], 5: [1.0]}
+
+
+def test_background_scorer_gives_each_group_its_own_rewards():
+    """Groups that come in any order, while the ones before are being scored."""
+    answers = [str(i) for i in range(50)]
+    scorer = BackgroundScorer(answers)
+    for i in random.Random(0).sample(range(50), 50):
+        scorer.add(i, [SimpleNamespace(text=f"\\boxed{{{i if right else i + 1}}}") for right in (i % 2, 1, 0)])
+    assert scorer.finish() == [[float(i % 2), 1.0, 0.0] for i in range(50)]
+
+
+def test_background_scorer_passes_on_errors_and_options(monkeypatch):
+    scorer = BackgroundScorer(["4"], thinking=True)
+    scorer.add(0, [SimpleNamespace(text="<think>\\boxed{4}"), SimpleNamespace(text="<think></think>\\boxed{4}")])
+    assert scorer.finish() == [[0.0, 1.0]]
+    monkeypatch.setattr(reward, "normalize", lambda text: 1 / 0)
+    scorer = BackgroundScorer(["4"])
+    scorer.add(0, [SimpleNamespace(text="\\boxed{4}")])
+    with pytest.raises(ZeroDivisionError):
+        scorer.finish()
 
 
 def test_workers_end_with_their_parent(no_cache):

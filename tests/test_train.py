@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import evaluate
+import loss
 import settings
 import train
 from prompts import Problem, UserError
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = [
     *("--steps", "4", "--prompts-per-step", "16", "--max-kept-prompts", "8", "--mini-batch-prompts", "2"),
     *("--eval-every", "2", "--eval-samples", "2", "--checkpoint-every", "2", "--max-micro-batch-tokens", "2048"),
+    *("--entropy-target", "0.2"),  # so that every test of a run is one of the controller too
 ]
 
 
@@ -85,7 +87,7 @@ def test_every_metric_is_there_finite_and_sane(finished):
         "response": ["length_mean", "length_max", "truncated"],
         "optim": ["loss", "grad_norm", "lr", "beta1", "beta2", "skipped"],
         "time": ["rollout", "reward", "old_logprobs", "update", "sync", "step"],
-        "perf": ["rollout_tokens_per_s", "update_tokens_per_s", "mfu", "peak_memory_gib"],
+        "perf": ["rollout_tokens_per_s", "update_tokens_per_s", "padding", "mfu", "peak_memory_gib"],
     }
     for row in rows[1:]:
         missing = {f"{group}/{name}" for group, names in expected.items() for name in names} - row.keys()
@@ -193,6 +195,11 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--adam-betas", "0.9", "1.0"], "adam_betas = .*: must be from 0 to below 1"),
         (["--dual-clip", "0.5"], "dual_clip = 0.5: must be above 1"),
         (["--beta1", "1.5"], "beta1 = 1.5: must be from 0 to 1"),
+        (["--entropy-target", "-1"], "entropy_target = -1.0: must be above 0 nats"),
+        (
+            ["--entropy-target", "0.1", "--objective", "grpo"],
+            "entropy_target moves the betas: it needs",
+        ),
         (["--rollout-correction", "is"], "rollout_correction 'is' is unknown; known: none, tis, mask"),
         (["--temperature", "0"], "temperature = 0.0: must be above 0"),
         (["--model", "no/such/model"], "model 'no/such/model': no such folder"),
@@ -269,9 +276,19 @@ def test_one_setting_makes_a_baseline():
 
 def test_betas_move_linearly():
     config = train.Config(steps=5, beta1=0.5, beta2=1.0, beta1_end=1.0, beta2_end=0.0)
-    moved = [train.betas_of_step(config, step) for step in range(1, 6)]
+    moved = [train.betas_of_step(config, step, (0.1, 0.0)) for step in range(1, 6)]
     assert moved == [(0.5, 1.0), (0.625, 0.75), (0.75, 0.5), (0.875, 0.25), (1.0, 0.0)]
-    assert train.betas_of_step(train.Config(), 3) == (0.75, 1.0)
+    assert train.betas_of_step(train.Config(), 3, (0.1, 0.0)) == (0.75, 1.0)
+    assert train.betas_of_step(train.Config(entropy_target=0.1), 3, (0.2, 0.0)) == pytest.approx((0.6, 0.2))
+
+
+def test_the_controller_moves_the_betas_of_a_run(finished):
+    """The betas of each step follow from the entropies of the steps before, and from nothing else."""
+    rows, control = metrics_of(finished[0])[1:], (0.5, 0.0)
+    for row in rows:
+        assert (row["optim/beta1"], row["optim/beta2"]) == pytest.approx(loss.steered_betas(control[0], 0.75, 1.0))
+        control = loss.steer(control, row["entropy/mean"], 0.2)
+    assert len({row["optim/beta1"] for row in rows}) == 4
 
 
 def test_split_evenly():
