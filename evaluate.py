@@ -50,12 +50,18 @@ def evaluate(
     responses = [response for group in groups for response in group]
     for response, reward in zip(responses, score([r.text for r in responses], answers), strict=True):
         response.reward = reward
+    rewards = [[response.reward for response in group] for group in groups]
+    return accuracy(list(zip([problem.source for problem in problems], rewards, strict=True))), groups
+
+
+def accuracy(graded: list[tuple[str, list[float]]]) -> dict[str, float]:
+    """avg@k and pass@k by benchmark, from (benchmark, rewards of the k samples) of each problem."""
     metrics = {}
-    for source in dict.fromkeys(problem.source for problem in problems):
-        rewards = [[r.reward for r in g] for g, p in zip(groups, problems, strict=True) if p.source == source]
-        metrics[f"{source}/avg_at_k"] = sum(map(sum, rewards)) / (len(rewards) * k)
-        metrics[f"{source}/pass_at_k"] = sum(max(group) > 0 for group in rewards) / len(rewards)
-    return metrics, groups
+    for source in dict.fromkeys(source for source, _ in graded):
+        rewards = [row for name, row in graded if name == source]
+        metrics[f"{source}/avg_at_k"] = sum(map(sum, rewards)) / sum(map(len, rewards))
+        metrics[f"{source}/pass_at_k"] = sum(max(row) > 0 for row in rewards) / len(rewards)
+    return metrics
 
 
 def main(config: Config) -> None:

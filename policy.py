@@ -1,19 +1,22 @@
-"""The trained model: loading, exact logprobs and entropy without [tokens, vocabulary] tensors, batches, checkpoints."""
+"""The trained model: loading, exact logprobs and entropy without [tokens, vocabulary] tensors, packing, sharding."""
 
+import contextlib
 import dataclasses
 import itertools
-import os
 import resource
-import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -25,6 +28,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+import ranks
 from prompts import UserError
 from rollout import Response
 
@@ -245,7 +249,13 @@ class Batch:
 
 
 def collate(responses: list[Response], device: str = "cpu") -> Batch:
-    """The mask comes from lengths alone, never from token ids: padding may well be the end-of-sequence token."""
+    """The mask comes from lengths alone, never from token ids: padding may well be the end-of-sequence token.
+
+    No responses at all make a batch that can be computed and has no response tokens, for a rank with nothing to do.
+    """
+    if not responses:
+        batch = collate([Response([0], [0], torch.zeros(1), False, "")], device)
+        return dataclasses.replace(batch, response_mask=torch.zeros_like(batch.response_mask))
     ids, positions, predecessors, targets = [], [], [], []
     sequences: list[list[int]] = []  # packed indices of each sequence's tokens
     prompt_ids, prompt = None, range(0)
@@ -388,12 +398,12 @@ def forward(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[T
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, responses: list[Response], temperature: float, max_tokens: int, device: str):
-    """Fill in old_logprobs and entropy, [R] each, of every response under the model's weights as they are now."""
-    for indices in micro_batches(responses, max_tokens):
+def measure(policy: torch.nn.Module, responses: list[Response], temperature: float, max_tokens: int, device: str):
+    """Fill in old_logprobs and entropy, [R] each, of every response under the weights as they are now. Collective."""
+    for indices in even_passes(micro_batches(responses, max_tokens)):
         chosen = [responses[i] for i in indices]
         batch = collate(chosen, device)
-        logprobs, entropy, _ = forward(model, batch, temperature)
+        logprobs, entropy, _ = policy(batch, temperature)
         remember(chosen, logprobs, entropy, batch.response_mask)
 
 
@@ -407,37 +417,57 @@ def remember(responses: list[Response], logprobs: Tensor, entropy: Tensor, respo
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Several processes
 
 
-def named_weights(model: PreTrainedModel) -> Iterable[tuple[str, Tensor]]:
-    """Weights by their checkpoint names, tied ones once: what save_pretrained would write, one tensor at a time."""
-    return ((name, parameter.detach()) for name, parameter in model.named_parameters())
+class Policy(torch.nn.Module):
+    """A model as the function from batches to logprobs, entropy and S: the unit that DDP and FSDP wrap."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        return forward(self.model, batch, temperature)
 
 
-def save_checkpoint(folder: Path, model: PreTrainedModel, tokenizer, optimizer, state: dict) -> None:
-    """A Hugging Face folder that vLLM and transformers load as it is, with trainer.pt (optimizer and `state`) inside.
-
-    Written aside, flushed to the disk and renamed: a folder of this name is always whole.
+def distribute(model: PreTrainedModel, shard: bool) -> torch.nn.Module:
+    """The model as a `Policy` over all ranks: copied (DDP), or sharded layer by layer (FSDP2), with its gradients
+    averaged. Every rank must make the same number of forward and backward passes: see `even_passes`.
     """
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    torch.save({"optimizer": optimizer.state_dict(), "state": state}, aside / "trainer.pt")
-    for path in [*aside.iterdir(), aside]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    policy = Policy(model)
+    if ranks.world() == 1:
+        return policy
+    if not shard:
+        return DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (ranks.world(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16 if mesh.device_type == "cuda" else None, torch.float32)
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision)  # embedding, last norm and head: whole until backward
 
 
-def load_trainer_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """The optimizer of a checkpoint, in place; returns its `state`. Its weights are `load_model`'s to load."""
-    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["state"]
+def even_passes(batches: list[list[int]]) -> list[list[int]]:
+    """As many micro-batches as the rank with the most has; the added ones are empty, and `collate` takes them."""
+    return batches + [[]] * (max(ranks.gather(len(batches))) - len(batches))
+
+
+def gradients_stay_here(actor: torch.nn.Module):
+    """A context for all but the last backward pass of an update: DDP then sums over ranks once. FSDP always sums."""
+    return actor.no_sync() if isinstance(actor, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def clip_gradients(actor: torch.nn.Module, max_norm: float) -> float:
+    """Scale the gradients down to max_norm; returns their norm before that, over all shards."""
+    norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Weights by their checkpoint names, tied ones once, one tensor at a time; of a sharded model each is whole."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -458,25 +488,34 @@ def flops(model: PreTrainedModel, prompt_and_response: int, response: int, squar
     return 6.0 * (blocks * prompt_and_response + head * response) + attention
 
 
+def work_of(mini_batches: list[list[Response]]) -> tuple[int, int, int, int]:
+    """What updates on these responses have to compute: (tokens of prompts and responses, the same with the prompt of a
+    group counted once, tokens of responses, sum of squared lengths)."""
+    responses = [response for mini_batch in mini_batches for response in mini_batch]
+    pairs = [(len(r.prompt_ids), len(r.response_ids)) for r in responses]
+    prompts = sum(
+        len(r.prompt_ids) for i, r in enumerate(responses) if i == 0 or r.prompt_ids != responses[i - 1].prompt_ids
+    )
+    tokens, response_tokens = sum(map(sum, pairs)), sum(R for _, R in pairs)
+    return tokens, prompts + response_tokens, response_tokens, sum((P + R) ** 2 for P, R in pairs)
+
+
 def speed(
-    model: PreTrainedModel,
-    sampled: list[Response],
-    trained: list[Response],
-    seconds: dict[str, float],
-    matrix_rate: float,
-    device: str,
+    model: PreTrainedModel, sampled_tokens: float, work: list[float], seconds: dict, rate: float, device: str
 ) -> dict[str, float]:
-    """perf/* of a step, from its time/* in `seconds`. Update tokens are those of prompts and responses, not padding."""
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in trained]
-    response_tokens = sum(len(r.response_ids) for r in trained)
+    """perf/* of a step, from its time/* in `seconds`. sampled_tokens and work are of all ranks; rate is of one device.
+
+    Update tokens are those of prompts and responses, not padding. mfu counts only what must be computed: a shared
+    prompt once, no recomputation.
+    """
     metrics = {
-        "perf/rollout_tokens_per_s": sum(len(r.response_ids) for r in sampled) / seconds["time/rollout"],
+        "perf/rollout_tokens_per_s": sampled_tokens / seconds["time/rollout"],
         "perf/peak_memory_gib": peak_memory_gib(device),
     }
-    if trained:
-        work = flops(model, sum(lengths), response_tokens, sum(length**2 for length in lengths))
-        metrics["perf/update_tokens_per_s"] = sum(lengths) / seconds["time/update"]
-        metrics["perf/mfu"] = work / seconds["time/update"] / matrix_rate
+    tokens, *needed = work
+    if tokens:
+        metrics["perf/update_tokens_per_s"] = tokens / seconds["time/update"]
+        metrics["perf/mfu"] = flops(model, *needed) / seconds["time/update"] / (rate * ranks.world())
     return metrics
 
 

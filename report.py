@@ -25,35 +25,57 @@ from rollout import Response
 class Report:
     """One run's folder and its W&B run. `log` is called once a step and everything is on the disk when it returns."""
 
-    def __init__(self, folder: Path, config, *, first_step: int = 0):
+    def __init__(self, folder: Path, config, state: dict):
+        """state: the trainer's, with the step to go on from and the id of the W&B run."""
         self.folder, self.config = folder, config
-        self.history: list[dict] = []
         self.path = folder / "metrics.jsonl"
-        if first_step:  # resumed: what was logged after the checkpoint will be done again
-            self.history = drop_later_steps(self.path, first_step)
-            drop_later_steps(folder / "samples.jsonl", first_step)
+        # Resumed: what was logged after the checkpoint will be done again, the evaluation before the first step too.
+        last_step = state["step"] or -1
+        self.history = drop_later_steps(self.path, last_step)
+        drop_later_steps(folder / "samples.jsonl", last_step)
         self.file = self.path.open("a")
         self.samples = (folder / "samples.jsonl").open("a")
-        self.wandb = start_wandb(folder, config)
+        self.incomplete = False  # a write has failed: the disk is full, perhaps
+        self.wandb = start_wandb(folder, config, state["wandb_id"])
         # A bar where somebody watches, plain lines where a file does.
-        self.bar = tqdm(total=config.steps, initial=first_step, unit="step") if sys.stderr.isatty() else None
+        self.bar = tqdm(total=config.steps, initial=state["step"], unit="step") if sys.stderr.isatty() else None
 
     def log(self, step: int, metrics: dict, samples: list[dict], histograms: dict[str, torch.Tensor]) -> None:
         row = {"step": step, **metrics}
         self.history.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        self.samples.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
-        self.samples.flush()
+        self._write(row, samples)
         self._show(row)
         if self.wandb:
-            import wandb
+            try:
+                self._log_wandb(row, samples, histograms)
+            except Exception as error:  # whatever it is, it must not end the run
+                print(f"WARNING: W&B has failed and is off now ({error}); {self.path} goes on", file=sys.stderr)
+                self.wandb = None
 
-            media = {name: wandb.Histogram(values.numpy()) for name, values in histograms.items()}
-            if samples:
-                columns = list(samples[0])
-                media["samples"] = wandb.Table(columns=columns, data=[[s[c] for c in columns] for s in samples])
-            self.wandb.log(row | media)
+    def _write(self, row: dict, samples: list[dict]) -> None:
+        try:
+            if self.incomplete:  # all of it again, aside, now that there may be room
+                aside = self.path.with_suffix(".partial")
+                aside.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+                aside.replace(self.path)
+                self.file, self.incomplete = self.path.open("a"), False
+            else:
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+            self.samples.writelines(json.dumps({"step": row["step"], **sample}) + "\n" for sample in samples)
+            self.samples.flush()
+        except OSError as error:
+            print(f"WARNING: {self.path} is not written ({error}); trying again after the next step", file=sys.stderr)
+            self.incomplete = True
+
+    def _log_wandb(self, row: dict, samples: list[dict], histograms: dict[str, torch.Tensor]) -> None:
+        import wandb
+
+        media = {name: wandb.Histogram(values.numpy()) for name, values in histograms.items()}
+        if samples:
+            columns = list(samples[0])
+            media["samples"] = wandb.Table(columns=columns, data=[[s[c] for c in columns] for s in samples])
+        self.wandb.log(row | media, step=row["step"])
 
     def latest(self, name: str) -> float | None:
         return next((row[name] for row in reversed(self.history) if name in row), None)
@@ -77,7 +99,7 @@ class Report:
         else:
             print(f"step {row['step']}/{self.config.steps}", *(f"{k} {v}" for k, v in text.items()), flush=True)
 
-    def close(self, checkpoint: Path | None) -> None:
+    def close(self, checkpoints: list[Path]) -> None:
         """The table at the end: what changed, how fast, where the time went, where things are."""
         if self.bar is not None:
             self.bar.close()
@@ -106,8 +128,8 @@ class Report:
             parts[part] = sum(row.get(f"time/{part}", 0.0) for row in self.history)
         shares = ", ".join(f"{part} {seconds / max(total, 1e-9):.0%}" for part, seconds in parts.items())
         rows.append((f"time, {total:.0f} s", shares))
-        if checkpoint:
-            rows.append(("checkpoint", str(checkpoint)))
+        if checkpoints:
+            rows.append(("checkpoint", str(checkpoints[-1])))
         rows.append(("curves", str(self.path)))
         if self.wandb:
             offline = self.wandb.settings.mode == "offline"
@@ -124,11 +146,15 @@ class Report:
 def drop_later_steps(path: Path, last_step: int) -> list[dict]:
     """Rewrite a JSONL file with its rows up to last_step alone, and return them. A half-written line is dropped."""
     rows = []
+    if not path.exists():
+        return rows
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     rows = [row for row in rows if row["step"] <= last_step]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside.replace(path)
     return rows
 
 
@@ -140,18 +166,20 @@ def spearman(pairs: list[tuple[float, float]]) -> float:
 
 def start_run_folder(folder: Path, config) -> None:
     """config.json with the git commit, and a copy of the sources: what is needed to know later what this run was."""
-    folder.mkdir(parents=True)
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
     record = {"config": dataclasses.asdict(config), "git_commit": commit or None, "command": sys.argv}
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    (folder / "source").mkdir()
+    (folder / "source").mkdir(exist_ok=True)
     for source in here.glob("*.py"):
         shutil.copy(source, folder / "source")
 
 
-def start_wandb(folder: Path, config):
-    """A W&B run, or None where WANDB_MODE=disabled. Offline without a key: nothing here asks for an account."""
+def start_wandb(folder: Path, config, run_id: str):
+    """A W&B run, or None where WANDB_MODE=disabled. Offline without a key: nothing here asks for an account.
+
+    A resumed run has the run_id of before, and goes on in the same W&B run.
+    """
     mode = os.environ.get("WANDB_MODE")
     if mode == "disabled":
         return None
@@ -160,9 +188,14 @@ def start_wandb(folder: Path, config):
     if mode is None and not _has_wandb_key():
         mode = "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
-    run = wandb.init(
-        project=config.wandb_project, name=folder.name, dir=folder, config=dataclasses.asdict(config), mode=mode
-    )
+    options = {"project": config.wandb_project, "name": folder.name, "dir": folder, "id": run_id, "mode": mode}
+    if mode != "offline":
+        options["resume"] = "allow"
+    try:
+        run = wandb.init(**options, config=dataclasses.asdict(config))
+    except Exception as error:  # no network, a key that is not valid
+        print(f"WARNING: W&B cannot be reached, logging offline ({error})", file=sys.stderr)
+        run = wandb.init(**options | {"mode": "offline", "resume": None}, config=dataclasses.asdict(config))
     run.define_metric("step", hidden=True)
     for name in (
         "entropy",
@@ -200,14 +233,22 @@ def _has_wandb_key() -> bool:
 # What is logged of a rollout
 
 
-def rollout_metrics(
-    rewards: torch.Tensor, responses: list[Response], previous_entropy: float | None
-) -> dict[str, float]:
-    """Metrics of all the step's responses, those of dropped groups included. rewards: [P, G]."""
-    lengths = torch.tensor([len(r.response_ids) for r in responses], dtype=torch.float64)
-    entropy = torch.cat([r.entropy for r in responses]).double()  # [N]
-    # From the sampler to the trainer: log(pi_old / pi_vllm) of the sampled tokens, the same weights on both sides.
-    gap = torch.cat([r.old_logprobs - r.rollout_logprobs for r in responses]).double()  # [N]
+def rollout_values(rewards: torch.Tensor, responses: list[Response]) -> dict[str, torch.Tensor]:
+    """What the metrics of a rollout are computed from, small enough to be gathered from all ranks. rewards: [P, G]."""
+    return {
+        "rewards": rewards,
+        "lengths": torch.tensor([len(r.response_ids) for r in responses]),  # [P G]
+        "truncated": torch.tensor([r.truncated for r in responses]),  # [P G]
+        "entropy": torch.cat([r.entropy for r in responses]),  # [N]
+        # From the sampler to the trainer: log(pi_old / pi_vllm) of the sampled tokens, the same weights on both sides.
+        "gap": torch.cat([r.old_logprobs - r.rollout_logprobs for r in responses]),  # [N]
+    }
+
+
+def rollout_metrics(parts: list[dict[str, torch.Tensor]], previous_entropy: float | None) -> dict[str, float]:
+    """Metrics of all the step's responses, those of dropped groups included, from every rank's `rollout_values`."""
+    values = {name: torch.cat([part[name] for part in parts]).double() for name in parts[0]}
+    rewards, lengths, truncated, entropy, gap = values.values()
     metrics = {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std().item(),
@@ -216,7 +257,7 @@ def rollout_metrics(
         "reward/pass_at_g": (rewards.amax(1) > 0).double().mean().item(),
         "response/length_mean": lengths.mean().item(),
         "response/length_max": lengths.max().item(),
-        "response/truncated": sum(r.truncated for r in responses) / len(responses),
+        "response/truncated": truncated.mean().item(),
         "entropy/mean": entropy.mean().item(),
         "entropy/p10": quantile(entropy, 0.1),
         "entropy/p90": quantile(entropy, 0.9),
@@ -233,17 +274,23 @@ def rollout_metrics(
 BY_UPDATE = ("clip/low", "clip/high", "weight/low", "weight/high", "ratio/min", "ratio/max", "kl/old")
 
 
-def update_metrics(updates: list[dict]) -> dict[str, float]:
-    """A step's updates as one: means over all their tokens, then the same shares by index of the update."""
-    metrics = {"optim/updates": len(updates), "optim/skipped": sum(u["skipped"] for u in updates)}
-    if not updates:  # no group had unequal rewards
+def update_metrics(parts: list[list[dict]]) -> dict[str, float]:
+    """A step's updates as one: means over all their tokens, then the same shares by index of the update.
+
+    parts: the updates of each rank. Their sums and losses are of its own tokens, everything else is alike on all.
+    """
+    own = parts[0]
+    metrics = {"optim/updates": len(own), "optim/skipped": sum(u["skipped"] for u in own)}
+    if not own:  # no group had unequal rewards
         return metrics
-    metrics |= loss.update_metrics(loss.add_sums([u["sums"] for u in updates]))
-    for name, key in (("optim/loss", "loss"), ("optim/grad_norm", "grad_norm"), ("perf/padding", "padding")):
-        metrics[name] = sum(u[key] for u in updates) / len(updates)
-    for index, one in enumerate(updates, start=1):
-        by_update = loss.update_metrics(one["sums"])
-        metrics |= {f"update_{index}/{k.replace('/', '_')}": v for k, v in by_update.items() if k in BY_UPDATE}
+    by_update = [loss.add_sums([u["sums"] for u in same]) for same in zip(*parts, strict=True)]
+    metrics |= loss.update_metrics(loss.add_sums(by_update))
+    metrics["optim/loss"] = sum(u["loss"] for updates in parts for u in updates) / len(own)
+    metrics["optim/grad_norm"] = sum(u["grad_norm"] for u in own) / len(own)
+    metrics["perf/padding"] = sum(u["padding"] for u in own) / len(own)
+    for index, sums in enumerate(by_update, start=1):
+        shares = loss.update_metrics(sums)
+        metrics |= {f"update_{index}/{k.replace('/', '_')}": v for k, v in shares.items() if k in BY_UPDATE}
     return metrics
 
 
@@ -252,9 +299,8 @@ def quantile(values: torch.Tensor, q: float) -> float:
     return values.kthvalue(max(1, math.ceil(q * len(values)))).values.item()
 
 
-def histograms(kept: list[list[Response]]) -> dict[str, torch.Tensor]:
+def histograms(responses: list[Response]) -> dict[str, torch.Tensor]:
     """Probabilities of the sampled tokens under the rollout weights, by quadrant."""
-    responses = [response for group in kept for response in group]
     if not responses:
         return {}
     old_logprobs = torch.cat([r.old_logprobs for r in responses])  # [N]
@@ -264,19 +310,19 @@ def histograms(kept: list[list[Response]]) -> dict[str, torch.Tensor]:
     return {f"probability/{name}": old_logprobs[mask].exp() for name, mask in members.items() if mask.any()}
 
 
-def sample_rows(groups: list[list[Response]], problems: list[Problem], count: int) -> list[dict]:
-    """The first response to each of the first `count` prompts, to be read by people."""
+def sample_rows(groups: dict[int, list[Response]], problems: list[Problem], count: int) -> list[dict]:
+    """The first response to each of `count` problems, to be read by people. groups: by index of the problem."""
     return [
         {
-            "prompt": problem.prompt,
+            "prompt": problems[i].prompt,
             "response": group[0].text,
-            "answer": problem.answer,
+            "answer": problems[i].answer,
             "extracted": extract_answer(group[0].text),
             "reward": group[0].reward,
             "entropy": group[0].entropy.mean().item(),
             "tokens": len(group[0].response_ids),
         }
-        for group, problem in list(zip(groups, problems, strict=True))[:count]
+        for i, group in itertools.islice(groups.items(), count)
     ]
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import ranks
+
 
 @dataclass
 class Response:
@@ -31,6 +33,7 @@ class Engine:
 
     model: folder or hub name. tokenizer: decodes. context: tokens of prompt and response together.
     gpu_memory_utilization: share of the GPU's memory that vLLM takes. cpu_kv_cache_gib: its cache where there is none.
+    tensor_parallel: neighbouring ranks that hold one engine together; they must make the same calls.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Engine:
         gpu_memory_utilization: float = 0.9,
         cpu_kv_cache_gib: float = 1.0,
         max_sequences: int = 512,
+        tensor_parallel: int = 1,
         seed: int = 0,
     ):
         self.cuda = torch.cuda.is_available()
@@ -59,6 +63,8 @@ class Engine:
         else:  # there gpu_memory_utilization is a share of the RAM that must be free at the start
             options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05}
             options["kv_cache_memory_bytes"] = int(cpu_kv_cache_gib * 2**30)
+        if ranks.world() > 1:  # vLLM joins the process group that is there, and takes this rank's GPU
+            options["distributed_executor_backend"] = "external_launcher"
         with warnings.catch_warnings(action="ignore"):  # of vLLM's own making
             self.llm = vllm.LLM(
                 model=model,
@@ -70,6 +76,7 @@ class Engine:
                 logprobs_mode="processed_logprobs",  # after the temperature: those of the distribution sampled from
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
+                tensor_parallel_size=tensor_parallel,
                 **options,
             )
         self.stop_token_ids = stop_token_ids(model, tokenizer)
@@ -85,12 +92,13 @@ class Engine:
         top_p: float = 1.0,
         top_k: int = 0,
         on_group: Callable[[int, list[Response]], None] = lambda index, group: None,
+        stop: object = False,
     ) -> list[list[Response]]:
         """group_size responses to each prompt of token ids, in order. The same seed and weights give the same tokens.
 
         on_group is called with the index of a prompt and its group as soon as that is complete, while others are still
-        being sampled. With top_p or top_k the logprobs are renormalized over what survived: for evaluation only, never
-        for training.
+        being sampled. Once `stop` is true, the groups not yet complete are given up, and stay empty. With top_p or
+        top_k the logprobs are renormalized over what survived: for evaluation only, never for training.
         """
         torch.manual_seed(seed)  # the engine samples from this process's generator
         params = self.vllm.SamplingParams(
@@ -108,7 +116,7 @@ class Engine:
         for index, ids in enumerate(prompts):
             engine.add_request(str(index), {"prompt_token_ids": ids}, params)
         groups: list[list[Response]] = [[] for _ in prompts]
-        while engine.has_unfinished_requests():
+        while engine.has_unfinished_requests() and not stop:
             for output in engine.step():  # llm.generate would wait for the last one
                 index = int(output.request_id)
                 completions = sorted(output.outputs, key=lambda completion: completion.index)

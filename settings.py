@@ -1,6 +1,7 @@
 """From the command line to a checked configuration. A user's mistake is one sentence that says what would be right."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import time
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import tyro
 
+import checkpoint
 import loss
+import ranks
 from prompts import UserError
 
 # What the objectives' papers set where their authors were not silent, for settings that are left at None.
@@ -35,6 +38,7 @@ def check(config) -> None:
         ("objective", loss.OBJECTIVES),
         ("aggregation", loss.AGGREGATIONS),
         ("rollout_correction", loss.ROLLOUT_CORRECTIONS),
+        ("on_failed_checkpoint", ("continue", "stop")),
     ):
         if getattr(config, name) not in known:
             raise UserError(f"{name} '{getattr(config, name)}' is unknown; known: {', '.join(known)}")
@@ -53,9 +57,6 @@ def check(config) -> None:
             f"mini_batch_prompts = {config.mini_batch_prompts} does not divide max_kept_prompts = "
             f"{config.max_kept_prompts}; updates of equal size are needed"
         )
-    if not config.resume and run_folder(config).exists():
-        folder = run_folder(config)
-        raise UserError(f"{folder} belongs to another run; choose another name with --run, or --resume {folder}")
     if config.top_p != 1.0 or config.top_k != 0:
         raise UserError(
             f"top_p = {config.top_p}, top_k = {config.top_k}: rollouts to train on need 1.0 and 0, or vLLM "
@@ -119,14 +120,82 @@ def resumed(Config: type, folder: str):
 
 
 def run_folder(config) -> Path:
-    return Path(config.out) / (config.run or f"{config.objective}-seed{config.seed}-{time.strftime('%m%d-%H%M%S')}")
+    return Path(config.out) / (
+        config.run_name or f"{config.objective}-seed{config.seed}-{time.strftime('%m%d-%H%M%S')}"
+    )
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    checkpoints = sorted(folder.glob("checkpoint-[0-9]*[0-9]"))
-    if not checkpoints:
-        raise UserError(f"--resume {folder}: no checkpoint there to continue from")
-    return checkpoints[-1]
+def locate(config):
+    """(configuration, folder, checkpoint or None) of the run to be: new, resumed, or one that was interrupted.
+
+    The run's folder is locked until this process ends. Raises UserError where it belongs to another run or process.
+    """
+    folder = Path(config.resume) if config.resume else run_folder(config)
+    if not config.resume and (found := interrupted(config)):
+        folder = found
+    elif not config.resume and folder.exists():
+        raise UserError(
+            f"{folder} belongs to a run that is finished or has other settings; choose another name with --run-name"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not lock(folder):
+        raise UserError(f"{folder}: another process is training there; choose another name with --run-name")
+    last = checkpoint.newest(folder)
+    if (folder / "config.json").exists():
+        after = f"after {last.name.replace('-0', ' 0')}" if last else "from its start, as there is no checkpoint yet"
+        print(
+            f"going on with {folder} {after}; a new run of the same settings needs a name of its own: --run-name NAME"
+        )
+    return config, folder, last
+
+
+def interrupted(config) -> Path | None:
+    """The newest run with these very settings that is neither finished nor being trained by another process."""
+    wanted = _comparable(dataclasses.asdict(config))
+    paths = sorted(
+        Path(config.out).glob(f"{config.run_name or '*'}/config.json"), key=lambda path: path.stat().st_mtime
+    )
+    for path in reversed(paths):
+        finished = (path.parent / f"checkpoint-{config.steps:06d}").exists()
+        try:
+            same = _comparable(json.loads(path.read_text())["config"]) == wanted
+        except (ValueError, KeyError):
+            continue
+        if same and not finished and lock(path.parent, keep=False):
+            return path.parent
+    return None
+
+
+def _comparable(config: dict) -> dict:
+    return json.loads(json.dumps(config | {"run_name": "", "resume": ""}))
+
+
+_locks = []  # open as long as the process lives
+
+
+def lock(folder: Path, keep: bool = True) -> bool:
+    """Whether no other process is training in this folder; from now on this one is, if `keep`."""
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    if keep:
+        _locks.append(file)
+    return True
+
+
+def check_ranks(config) -> None:
+    """UserError for what does not fit the number of processes."""
+    if ranks.world() % config.rollout_tp:
+        raise UserError(f"rollout_tp = {config.rollout_tp}: must divide the number of processes, {ranks.world()}")
+    if config.prompts_per_step < ranks.world():
+        raise UserError(
+            f"prompts_per_step = {config.prompts_per_step}: fewer than the {ranks.world()} processes, of which each "
+            "needs a prompt"
+        )
+    if config.shard and ranks.world() == 1:
+        raise UserError("shard = True needs several processes: start it with torchrun, or make train GPUS=8")
 
 
 def print_plan(config, folder: Path, model, device: str, train_counts, eval_counts, start: int) -> None:
@@ -142,6 +211,7 @@ def print_plan(config, folder: Path, model, device: str, train_counts, eval_coun
         f"clip interval [{1 - config.eps_low:g}, {1 + config.eps_high:g}]\n"
         f"step         {config.prompts_per_step} prompts x {config.responses_per_prompt} = {sequences} responses, "
         f"then up to {config.max_kept_prompts // config.mini_batch_prompts} updates of "
-        f"{config.mini_batch_prompts * config.responses_per_prompt} responses; {config.steps} steps",
+        f"{config.mini_batch_prompts * config.responses_per_prompt} responses; {config.steps} steps"
+        + (f"; on {ranks.world()} processes, {'sharded' if config.shard else 'copied'}" if ranks.world() > 1 else ""),
         flush=True,
     )

@@ -2,25 +2,42 @@
 
 python train.py                                   the default: a small policy learns sums, on any machine
 python train.py --objective grpo --seed 1         every setting below can be given on the command line
+torchrun --nproc_per_node 8 train.py              the same on eight GPUs; README.md has several machines
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import math
 import os
+import secrets
 import signal
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
+import checkpoint
 import loss
 import policy
+import ranks
 import settings
-from evaluate import evaluate
+from evaluate import accuracy, evaluate
 from prompts import Problem, UserError, load_problems
-from report import Report, Timer, histograms, rollout_metrics, sample_rows, start_run_folder, update_metrics
+from report import (
+    Report,
+    Timer,
+    histograms,
+    rollout_metrics,
+    rollout_values,
+    sample_rows,
+    start_run_folder,
+    update_metrics,
+)
 from reward import BackgroundScorer, overlong_penalty
 from rollout import Engine, Response
 
@@ -34,7 +51,9 @@ class Config:
     train_data: str = "data/arithmetic/train.jsonl"  # problems to train on, JSONL [KlearReasoner-MathSub-30K]
     eval_data: str = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL
     out: str = "out"  # folder of the runs
-    run: str = ""  # name of this run; empty: objective, seed and time of day
+    run_name: str = (
+        ""  # name of this run; empty: objective, seed and time of day, or go on with one that was interrupted
+    )
     resume: str = ""  # folder of a run to continue from its newest checkpoint; its own settings hold
     seed: int = 0  # of the sampling and of the order of the problems
     wandb_project: str = "ce-gppo"  # project that W&B files the run under
@@ -85,9 +104,15 @@ class Config:
     eval_temperature: float = 1.0  # [0.6]
     eval_top_p: float = 1.0  # [0.95]
     checkpoint_every: int = 20  # steps; also after the last
+    keep_checkpoints: int = 2  # the newest ones; older ones are removed
+    on_failed_checkpoint: str = "continue"  # or stop: what a full disk does to the run
+    max_skipped_updates: int = 5  # updates in a row whose gradient is not finite, before the run ends
+    max_silent_rollouts: int = 20  # rollouts in a row without a group of unequal rewards, before the run ends
     logged_samples: int = 4  # responses a step in samples.jsonl and in W&B
 
-    # Machine.
+    # Machine. With torchrun (make train GPUS=8) every process has an engine, and its share of the prompts.
+    shard: bool = False  # FSDP2 instead of DDP: weights, gradients and optimizer spread over all processes
+    rollout_tp: int = 1  # processes that share one engine, for models too large for one GPU [32B: 2 or 4]
     gpu_memory_utilization: float = 0.5  # share of the GPU's memory for vLLM, which sleeps during the updates
     cpu_kv_cache_gib: float = 1.0  # GiB for vLLM's cache, without a GPU
     max_mismatch: float = 0.05  # nats; mean gap of the logprobs of vLLM and trainer beyond which the run ends
@@ -97,180 +122,264 @@ class Config:
 
 
 def train(config: Config) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder, checkpoint = settings.run_folder(config), None
-    if config.resume:
-        folder, checkpoint = Path(config.resume), settings.newest_checkpoint(Path(config.resume))
-    model, tokenizer = policy.load_model(str(checkpoint or config.model), device, config.gradient_checkpointing)
+    stop = StopRequest()
+    device = ranks.start()
+    config, folder, last = ranks.first(lambda: settings.locate(config))
+    settings.check_ranks(config)
+    where = "cpu" if config.shard else device  # shards go to their devices by themselves
+    model, tokenizer = policy.load_model(str(last or config.model), where, config.gradient_checkpointing)
     problems, dropped = load_problems(config.train_data, tokenizer, config.max_prompt_tokens)
     held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, config.max_prompt_tokens)
     context = config.max_prompt_tokens + config.max_response_tokens
     if context > (limit := policy.context_of(config.model)):
         raise UserError(f"max_prompt_tokens + max_response_tokens = {context} is beyond the model's context of {limit}")
 
+    actor = policy.distribute(model, config.shard)  # `model` over all ranks; its weights are those of `model`
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay
     )
-    state = {"step": 0, "control": (0.5, 0.0)}  # and of the entropy controller: u, relative error
-    if checkpoint:
-        state = policy.load_trainer_state(checkpoint, optimizer)
-    else:
-        start_run_folder(folder, config)
-    counts = (len(problems), dropped), (len(held_out), held_out_dropped)
-    settings.print_plan(config, folder, model, device, *counts, state["step"])
+    state = {
+        "step": 0,
+        "entropy": None,  # of the last rollout
+        "control": (0.5, 0.0),  # of the entropy controller: u, relative error
+        "skipped": 0,  # updates without a finite gradient, in a row
+        "silent": 0,  # rollouts without any group that teaches, in a row
+        "wandb_id": ranks.first(lambda: secrets.token_hex(4)),
+    }
+    if last:
+        state = checkpoint.load(last, model, optimizer)
+    if ranks.is_main():
+        if not last:
+            start_run_folder(folder, config)
+        counts = (len(problems), dropped), (len(held_out), held_out_dropped)
+        settings.print_plan(config, folder, model, device, *counts, state["step"])
     engine = Engine(
         config.model,
         tokenizer,
         context=context,
         gpu_memory_utilization=config.gpu_memory_utilization,
         cpu_kv_cache_gib=config.cpu_kv_cache_gib,
+        tensor_parallel=config.rollout_tp,
         seed=config.seed,
     )
     engine.load_weights(policy.named_weights(model))
     matrix_rate = policy.matrix_rate(device)
-    report = Report(folder, config, first_step=state["step"])
-    stop = StopRequest()
+    report = Report(folder, config, state) if ranks.is_main() else None
     timer = Timer(device)
 
     def run_evaluation() -> dict[str, float]:
-        metrics, _ = evaluate(
+        sampled, mine = shares(len(held_out), config)
+        _, groups = evaluate(
             engine,
-            held_out,
+            [held_out[i] for i in sampled],
             config.eval_samples,
             max_tokens=config.max_response_tokens,
             temperature=config.eval_temperature,
             top_p=config.eval_top_p,
-            seed=config.seed,
+            seed=config.seed + ranks.rank() // config.rollout_tp,
         )
-        return {f"eval/{name}": value for name, value in metrics.items()}
+        verdicts = {i: [response.reward for response in group] for i, group in zip(sampled, groups, strict=True)}
+        graded = [(held_out[i].source, verdicts[i]) for i in mine]
+        return {f"eval/{name}": value for name, value in accuracy(flatten(ranks.gather(graded))).items()}
 
-    if state["step"] == 0:
+    def save_checkpoint() -> None:
+        path = folder / f"checkpoint-{state['step']:06d}"
+        try:
+            checkpoint.save(path, model, tokenizer, optimizer, state)
+        except OSError as error:
+            if config.on_failed_checkpoint == "stop":
+                raise RunEnded(f"checkpoint not written: {error}") from None
+            if ranks.is_main():
+                print(f"WARNING: checkpoint not written, training goes on: {error}", file=sys.stderr)
+        else:
+            if ranks.is_main():
+                checkpoint.prune(folder, config.keep_checkpoints)
+
+    if state["step"] == 0 and not ranks.any_of(stop.requested):
         with timer("eval"):
             metrics = run_evaluation()
-        report.log(0, metrics | timer.take(), [], {})
+        if report:
+            report.log(0, metrics | timer.take(), [], {})
 
     for step in range(state["step"] + 1, config.steps + 1):
-        # -- Rollout: a group of responses to each prompt, by vLLM
+        # -- Rollout: a group of responses to each prompt, by vLLM; the verifier begins with the first complete group
         with timer("rollout"):
             chosen = problems_of_step(problems, step, config)
-            scorer = BackgroundScorer([problem.answer for problem in chosen])
+            sampled, mine = shares(len(chosen), config)  # indices: what this rank's engine samples, what it trains on
+            scorer = BackgroundScorer([chosen[i].answer for i in sampled])
             groups = engine.generate(
-                [problem.prompt_ids for problem in chosen],
+                [chosen[i].prompt_ids for i in sampled],
                 config.responses_per_prompt,
                 max_tokens=config.max_response_tokens,
                 temperature=config.temperature,
                 top_p=config.top_p,
-                seed=seed_of_step(config.seed, step),
+                seed=seed_of_step(config.seed, step, ranks.rank() // config.rollout_tp),
                 on_group=scorer.add,
+                stop=stop,
             )
+            if ranks.any_of(stop.requested):
+                break  # the rollout is lost, not the policy: the resumed run samples it again
             engine.sleep()
 
-        # -- Reward: the verifier, which has been at work since the first group was complete, and the length penalty
+        # -- Reward: the verifier's verdicts, and the penalty for length if there is one
         with timer("reward"):
-            rewards = reward_groups(groups, scorer.finish(), config)  # [P, G]
+            verdicts = dict(zip(sampled, scorer.finish(), strict=True))
+            groups = {i: group for i, group in zip(sampled, groups, strict=True) if i in mine}
+            rewards = reward_groups(groups, verdicts, config)  # [P, G]
 
         # -- Advantages, and the groups that have any
         advantages = loss.group_advantages(rewards, config.normalize_std)  # [P, G]
-        for group, group_advantages in zip(groups, advantages.tolist(), strict=True):
+        for group, group_advantages in zip(groups.values(), advantages.tolist(), strict=True):
             for response, advantage in zip(group, group_advantages, strict=True):
                 response.advantage = advantage
-        keep = (rewards.amax(1) > rewards.amin(1)) | (not config.dynamic_sampling)  # [P]
-        kept = list(itertools.compress(groups, keep.tolist()))[: config.max_kept_prompts]
+        teaches = (rewards.amax(1) > rewards.amin(1)) | (not config.dynamic_sampling)  # [P]
+        kept = sorted(flatten(ranks.gather(list(itertools.compress(mine, teaches.tolist())))))
+        kept = kept[: config.max_kept_prompts]  # of all ranks
+        mini_batches = [
+            flatten(groups[i] for i in part if i in groups)
+            for part in split_evenly(kept, math.ceil(len(kept) / config.mini_batch_prompts))
+        ]
 
         # -- Old logprobs and entropy of every response, under the weights that sampled it. The first mini-batch needs
         # no pass of its own: its update begins with the same weights.
-        mini_batches = [flatten(part) for part in split_evenly(kept, math.ceil(len(kept) / config.mini_batch_prompts))]
         with timer("old_logprobs"):
-            responses = flatten(groups)
+            responses = flatten(groups.values())
             first = {id(response) for response in mini_batches[0]} if mini_batches else set()
             others = [response for response in responses if id(response) not in first]
-            policy.measure(model, others, config.temperature, config.max_micro_batch_tokens, device)
+            policy.measure(actor, others, config.temperature, config.max_micro_batch_tokens, device)
 
         # -- Updates: one for each mini-batch of groups
         lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
         beta1, beta2 = betas_of_step(config, step, state["control"])
         with timer("update"):
-            updates = [update(model, optimizer, part, lr, beta1, beta2, config, device) for part in mini_batches]
-        metrics = rollout_metrics(rewards, responses, report.latest("entropy/mean")) | update_metrics(updates)
-        metrics |= {"optim/lr": lr, "optim/beta1": beta1, "optim/beta2": beta2}
-        check_mismatch(metrics, config)
-        if config.entropy_target:
-            state["control"] = loss.steer(state["control"], metrics["entropy/mean"], config.entropy_target)
+            updates = []
+            for mini_batch in mini_batches:
+                updates.append(update(actor, optimizer, mini_batch, lr, beta1, beta2, config, device))
+                state["skipped"] = state["skipped"] + 1 if updates[-1]["skipped"] else 0
+                if updates[-1]["skipped"]:
+                    save_skipped(folder / "skipped", step, len(updates), mini_batch, updates[-1])
+                if state["skipped"] >= config.max_skipped_updates:
+                    raise RunEnded(
+                        f"{state['skipped']} updates in a row had no finite gradient; {folder / 'skipped'} has what "
+                        f"they saw, and a lower lr than {config.lr:g} may help"
+                    )
 
         # -- Sync: the new weights into vLLM
         with timer("sync"):
             engine.wake(policy.named_weights(model))
+
+        # -- What it all came to, over all ranks
+        metrics = rollout_metrics(ranks.gather(rollout_values(rewards, responses)), state["entropy"])
+        check_mismatch(metrics, config)
+        metrics |= update_metrics(ranks.gather(updates)) | {"optim/lr": lr, "optim/beta1": beta1, "optim/beta2": beta2}
+        state["step"], state["entropy"] = step, metrics["entropy/mean"]
+        state["silent"] = 0 if kept else state["silent"] + 1
+        if config.entropy_target:
+            state["control"] = loss.steer(state["control"], metrics["entropy/mean"], config.entropy_target)
 
         # -- Evaluate, log, checkpoint
         if step % config.eval_every == 0 or step == config.steps:
             with timer("eval"):
                 metrics |= run_evaluation()
         metrics |= timer.take()
-        metrics |= policy.speed(model, responses, flatten(kept), metrics, matrix_rate, device)
-        report.log(step, metrics, sample_rows(groups, chosen, config.logged_samples), histograms(kept))
-        state["step"] = step
-        if step % config.checkpoint_every == 0 or step == config.steps or stop.requested:
-            checkpoint = folder / f"checkpoint-{step:06d}"
-            policy.save_checkpoint(checkpoint, model, tokenizer, optimizer, state)
-        if stop.requested:
+        sampled_tokens, *work = ranks.total(sum(len(r.response_ids) for r in responses), *policy.work_of(mini_batches))
+        metrics |= policy.speed(model, sampled_tokens, work, metrics, matrix_rate, device)
+        if report:
+            samples = sample_rows(groups, chosen, config.logged_samples)
+            report.log(step, metrics, samples, histograms(flatten(mini_batches)))
+        stopping = ranks.any_of(stop.requested)
+        if step % config.checkpoint_every == 0 or step == config.steps or stopping:
+            save_checkpoint()
+        if state["silent"] >= config.max_silent_rollouts:
+            raise RunEnded(
+                f"{state['silent']} rollouts in a row had no group with unequal rewards (reward/mean is "
+                f"{metrics['reward/mean']:.2f}): nothing can be learned; choose easier or harder problems, more "
+                "responses_per_prompt, or look at samples.jsonl for answers that the verifier does not find"
+            )
+        if stopping:
             break
 
-    report.close(checkpoint)
-    if stop.requested:
-        print(f'stopped by {stop.requested} after step {step}; continue with: make train ARGS="--resume {folder}"')
+    if state["step"] and not (folder / f"checkpoint-{state['step']:06d}").exists():
+        save_checkpoint()
+    if report:
+        report.close(checkpoint.all_of(folder))
+        if stop.requested:
+            print(
+                f"stopped by {stop.requested} after step {state['step']}; continue with: "
+                f'make train ARGS="--resume {folder}"'
+            )
 
 
 def update(
-    model, optimizer, responses: list[Response], lr: float, beta1: float, beta2: float, config: Config, device: str
+    actor: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    responses: list[Response],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    config: Config,
+    device: str,
 ) -> dict:
-    """One optimizer step on a mini-batch. Its gradient does not depend on how it is cut into micro-batches."""
-    tokens = sum(len(r.response_ids) for r in responses)
-    positive_tokens = sum(len(r.response_ids) for r in responses if r.advantage > 0)
-    denominator = tokens if config.aggregation == "token-mean" else len(responses)
-    parts, total_loss, places = [], 0.0, 0
+    """One optimizer step on a mini-batch, of which `responses` are this rank's share, perhaps none.
+
+    Its gradient does not depend on how the mini-batch is cut into ranks and micro-batches: all are divided by the same
+    count of tokens (or responses). The loss and the sums returned are this rank's, the gradient's norm is that of all.
+    """
+    own_tokens = sum(len(r.response_ids) for r in responses)
+    own_positive_tokens = sum(len(r.response_ids) for r in responses if r.advantage > 0)
+    tokens, positive_tokens, sequences = ranks.total(own_tokens, own_positive_tokens, len(responses))
+    denominator = tokens if config.aggregation == "token-mean" else sequences
+    parts, losses, places = [], [], 0
     optimizer.zero_grad()
-    for rows in policy.micro_batches(responses, config.max_micro_batch_tokens):
+    batches = policy.even_passes(policy.micro_batches(responses, config.max_micro_batch_tokens))
+    for index, rows in enumerate(batches, start=1):
         micro_batch = [responses[i] for i in rows]
         batch = policy.collate(micro_batch, device)
-        logprobs, entropy, S = policy.forward(model, batch, config.temperature)  # [B, R] each
-        if micro_batch[0].old_logprobs is None:  # the first update of a rollout
-            policy.remember(micro_batch, logprobs, entropy, batch.response_mask)
-            batch.old_logprobs, batch.old_entropy = logprobs.detach(), entropy.detach()
-        batch_loss, info = loss.policy_loss(
-            logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            batch.response_mask,
-            objective=config.objective,
-            eps_low=config.eps_low,
-            eps_high=config.eps_high,
-            beta1=beta1,
-            beta2=beta2,
-            dual_clip=config.dual_clip,
-            aggregation=config.aggregation,
-            denominator=denominator,
-            rollout_weights=loss.rollout_correction(
-                batch.old_logprobs, batch.rollout_logprobs, config.rollout_correction, config.rollout_correction_cap
-            ),
-            positive_nll=config.positive_nll_coef * tokens / max(1, positive_tokens),
-        )
-        if config.entropy_coef:
-            bonus = loss.aggregate(entropy, batch.response_mask, config.aggregation, denominator)
-            batch_loss = batch_loss - config.entropy_coef * bonus
-        batch_loss.backward()
-        total_loss += batch_loss.item()
-        places += len(batch.packing.order)
+        with policy.gradients_stay_here(actor) if index < len(batches) else contextlib.nullcontext():
+            logprobs, entropy, S = actor(batch, config.temperature)  # [B, R] each
+            if micro_batch and micro_batch[0].old_logprobs is None:  # the first update of a rollout
+                policy.remember(micro_batch, logprobs, entropy, batch.response_mask)
+                batch.old_logprobs, batch.old_entropy = logprobs.detach(), entropy.detach()
+            batch_loss, info = loss.policy_loss(
+                logprobs,
+                batch.old_logprobs,
+                batch.advantages,
+                batch.response_mask,
+                objective=config.objective,
+                eps_low=config.eps_low,
+                eps_high=config.eps_high,
+                beta1=beta1,
+                beta2=beta2,
+                dual_clip=config.dual_clip,
+                aggregation=config.aggregation,
+                denominator=denominator,
+                rollout_weights=loss.rollout_correction(
+                    batch.old_logprobs, batch.rollout_logprobs, config.rollout_correction, config.rollout_correction_cap
+                ),
+                positive_nll=config.positive_nll_coef * tokens / max(1, positive_tokens),
+            )
+            if config.entropy_coef:
+                bonus = loss.aggregate(entropy, batch.response_mask, config.aggregation, denominator)
+                batch_loss = batch_loss - config.entropy_coef * bonus
+            (batch_loss * ranks.world()).backward()  # DDP and FSDP will divide by it
+        losses.append(batch_loss.item())
+        places += len(batch.packing.order) if micro_batch else 0
         old = (batch.old_logprobs, batch.old_entropy)
         parts.append(loss.update_sums(info, logprobs, entropy, S, *old, batch.advantages, batch.response_mask))
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-    finite = math.isfinite(grad_norm) and math.isfinite(total_loss)
+    grad_norm = policy.clip_gradients(actor, config.max_grad_norm)
+    finite = not ranks.any_of(not math.isfinite(grad_norm + sum(losses)))
     if finite:
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
         optimizer.step()
-    padding = 1 - sum(len(r.prompt_ids) + len(r.response_ids) for r in responses) / places
-    sums = loss.add_sums(parts)
-    return {"sums": sums, "loss": total_loss, "grad_norm": grad_norm, "skipped": not finite, "padding": padding}
+    return {
+        "sums": loss.add_sums(parts),
+        "loss": sum(losses),
+        "micro_batch_losses": losses,
+        "grad_norm": grad_norm,
+        "skipped": not finite,
+        "padding": 1 - policy.work_of([responses])[0] / places if places else 0.0,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,9 +397,20 @@ def problems_of_step(problems: list[Problem], step: int, config: Config) -> list
     return chosen
 
 
-def seed_of_step(seed: int, step: int) -> int:
+def seed_of_step(seed: int, step: int, engine: int = 0) -> int:
     """A seed for this step alone, so that a resumed run samples what the uninterrupted one would have."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:4], "little")
+    text = f"{seed} {step}" + (f" {engine}" if engine else "")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+def shares(count: int, config: Config) -> tuple[list[int], list[int]]:
+    """Of `count` prompts the indices that this rank's engine samples, and of those the ones that are this rank's own.
+
+    Dealt like cards, so that the first ones are spread over all. The ranks of one engine (rollout_tp) sample alike.
+    """
+    engines = ranks.world() // config.rollout_tp
+    sampled = list(range(ranks.rank() // config.rollout_tp, count, engines))
+    return sampled, sampled[ranks.rank() % config.rollout_tp :: config.rollout_tp]
 
 
 def betas_of_step(config: Config, step: int, control: tuple[float, float]) -> tuple[float, float]:
@@ -303,17 +423,17 @@ def betas_of_step(config: Config, step: int, control: tuple[float, float]) -> tu
     return config.beta1 + progress * (beta1_end - config.beta1), config.beta2 + progress * (beta2_end - config.beta2)
 
 
-def reward_groups(groups: list[list[Response]], verdicts: list[list[float]], config: Config) -> torch.Tensor:
+def reward_groups(groups: dict[int, list[Response]], verdicts: dict[int, list[float]], config: Config) -> torch.Tensor:
     """The verifier's scores plus DAPO's penalty for length, if set; returns the rewards, [P, G]."""
-    for group, group_verdicts in zip(groups, verdicts, strict=True):
-        for response, verdict in zip(group, group_verdicts, strict=True):
+    for i, group in groups.items():
+        for response, verdict in zip(group, verdicts[i], strict=True):
             penalty = overlong_penalty(len(response.response_ids), config.max_response_tokens, config.overlong_buffer)
             response.reward = verdict + penalty
-    return torch.tensor([[response.reward for response in group] for group in groups])
+    return torch.tensor([[response.reward for response in group] for group in groups.values()])
 
 
-def flatten(groups: list[list[Response]]) -> list[Response]:
-    return [response for group in groups for response in group]
+def flatten(groups: Iterable[list]) -> list:
+    return [item for group in groups for item in group]
 
 
 def split_evenly(items: list, parts: int) -> list[list]:
@@ -322,36 +442,56 @@ def split_evenly(items: list, parts: int) -> list[list]:
     return [items[a:b] for a, b in itertools.pairwise(cuts)]
 
 
+def save_skipped(folder: Path, step: int, index: int, responses: list[Response], done: dict) -> None:
+    """What a skipped update had seen on this rank, to be looked at with torch.load(..., weights_only=True)."""
+    folder.mkdir(exist_ok=True)
+    fields = [dataclasses.asdict(response) for response in responses]
+    record = {"responses": fields, "micro_batch_losses": done["micro_batch_losses"], "grad_norm": done["grad_norm"]}
+    torch.save(record, folder / f"step-{step:06d}-update-{index}-rank-{ranks.rank()}.pt")
+
+
+class RunEnded(Exception):
+    """The run cannot go on. The message is for people, and says what to do."""
+
+
 def check_mismatch(metrics: dict[str, float], config: Config) -> None:
     """vLLM and trainer hold the same weights, so their logprobs must agree; if not, the weights did not arrive."""
     if not metrics["mismatch/mean"] <= config.max_mismatch:
-        raise RuntimeError(
+        raise RunEnded(
             f"the logprobs of vLLM and trainer differ by {metrics['mismatch/mean']:.3g} nats on average, more than "
             f"max_mismatch = {config.max_mismatch}: they do not hold the same weights, or not in the same precision"
         )
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM: the step in hand is finished and saved. A second one ends the program at once."""
+    """Ctrl-C or SIGTERM: a rollout in hand is dropped, updates in hand are finished, and then the run is saved.
+
+    A second one ends the program at once.
+    """
 
     def __init__(self):
         self.requested = ""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
+    def __bool__(self) -> bool:
+        return bool(self.requested)
+
     def _handle(self, number: int, frame) -> None:
         if self.requested:
             os._exit(128 + number)  # metrics are on the disk, checkpoints are whole
         self.requested = signal.Signals(number).name
-        print(f"\n{self.requested}: finishing this step, then saving; once more to stop at once", file=sys.stderr)
+        if ranks.is_main():
+            print(f"\n{self.requested}: finishing what is in hand, then saving; once more to stop now", file=sys.stderr)
 
 
+@record  # so that torchrun shows the error of the rank that failed
 def main() -> None:
     try:
         train(settings.parse(Config, sys.argv[1:]))
-    except UserError as error:
+    except (UserError, RunEnded) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

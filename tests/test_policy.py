@@ -206,7 +206,8 @@ def test_packed_attention_in_other_architectures(name):
 def update_gradient(model, responses: list[Response], **changes) -> tuple[torch.Tensor, dict]:
     """The gradient that train.update applies, all parameters in a row, before clipping; and what it returns."""
     config = settings.resolve(train.Config(max_grad_norm=1e9, **changes))
-    one = train.update(model, torch.optim.SGD(model.parameters(), lr=0.0), responses, 0.0, 0.75, 1.0, config, "cpu")
+    actor = policy.Policy(model)
+    one = train.update(actor, torch.optim.SGD(model.parameters(), lr=0.0), responses, 0.0, 0.75, 1.0, config, "cpu")
     return torch.cat([p.grad.flatten() for p in model.parameters()]), one
 
 
@@ -265,42 +266,11 @@ def test_measure_fills_in_every_response(tiny_model):
     responses = responses_of([(2, 3), (5, 8), (1, 1)])
     for r in responses:
         r.old_logprobs = r.entropy = None
-    policy.measure(tiny_model, responses, 1.0, 12, "cpu")
+    policy.measure(policy.Policy(tiny_model), responses, 1.0, 12, "cpu")
     for r in responses:
         logprobs, entropy, _ = policy.forward(tiny_model, policy.collate([r]), 1.0)
         torch.testing.assert_close(r.old_logprobs, logprobs[0].detach(), atol=1e-5, rtol=0)
         torch.testing.assert_close(r.entropy, entropy[0].detach(), atol=1e-5, rtol=0)
-
-
-def test_checkpoint_round_trip(tiny_model, tokenizer, tmp_path):
-    """Weights and optimizer come back bit for bit, and transformers loads the folder as it is."""
-    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
-    tiny_model.lm_head.weight.sum().backward()
-    optimizer.step()
-    folder = tmp_path / "checkpoint-000007"
-    policy.save_checkpoint(folder, tiny_model, tokenizer, optimizer, {"step": 7})
-    assert not list(tmp_path.glob("*.partial"))
-
-    saved = {name: p.clone() for name, p in tiny_model.named_parameters()}
-    moments = optimizer.state_dict()["state"][0]["exp_avg"].clone()
-    optimizer.step()
-    assert policy.load_trainer_state(folder, optimizer) == {"step": 7}
-    for name, p in policy.load_model(str(folder))[0].named_parameters():
-        assert torch.equal(p, saved[name]), name
-    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], moments)
-    again = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(again.get_input_embeddings().weight, saved["model.embed_tokens.weight"])
-
-
-def test_checkpoint_is_written_aside(tiny_model, tokenizer, tmp_path, monkeypatch):
-    """A save that dies half-way leaves the old checkpoint whole."""
-    optimizer = torch.optim.AdamW(tiny_model.parameters())
-    folder = tmp_path / "checkpoint-000001"
-    policy.save_checkpoint(folder, tiny_model, tokenizer, optimizer, {"step": 1})
-    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        policy.save_checkpoint(folder, tiny_model, tokenizer, optimizer, {"step": 2})
-    assert torch.load(folder / "trainer.pt", weights_only=True)["state"] == {"step": 1}
 
 
 def test_float32_master_weights_take_small_steps(tiny_folder):

@@ -36,7 +36,9 @@ def groups_of(P: int = 6, G: int = 4, seed: int = 0) -> tuple[list[list[Response
 def test_rollout_metrics_against_loops():
     groups, rewards = groups_of()
     responses = [r for group in groups for r in group]
-    metrics = report.rollout_metrics(rewards, responses, previous_entropy=0.25)
+    cuts = [(0, 1), (1, 4), (4, 6)]  # three ranks with different shares
+    parts = [report.rollout_values(rewards[a:b], [r for g in groups[a:b] for r in g]) for a, b in cuts]
+    metrics = report.rollout_metrics(parts, previous_entropy=0.25)
     entropy = np.concatenate([r.entropy.numpy() for r in responses]).astype(np.float64)
     gap = np.concatenate([(r.old_logprobs - r.rollout_logprobs).numpy() for r in responses]).astype(np.float64)
     expected = {
@@ -60,9 +62,9 @@ def test_rollout_metrics_against_loops():
 
 def test_histograms_hold_every_trained_token_once():
     groups, _ = groups_of()
-    kept = groups[2:]
+    kept = [r for group in groups[2:] for r in group]
     histograms = report.histograms(kept)
-    tokens = sum(len(r.response_ids) for group in kept for r in group if r.advantage != 0)
+    tokens = sum(len(r.response_ids) for r in kept if r.advantage != 0)
     assert sum(len(values) for values in histograms.values()) == tokens
     assert all(((values > 0) & (values <= 1)).all() for values in histograms.values())
     assert report.histograms([]) == {}
@@ -71,8 +73,8 @@ def test_histograms_hold_every_trained_token_once():
 def test_sample_rows_show_what_was_scored():
     groups, _ = groups_of()
     problems = [Problem(f"prompt {p}", [1, 2], str(p), "test") for p in range(6)]
-    rows = report.sample_rows(groups, problems, 3)
-    assert [row["extracted"] for row in rows] == ["0", "1", "2"] == [row["answer"] for row in rows]
+    rows = report.sample_rows({i: groups[i] for i in (1, 3, 4, 5)}, problems, 3)
+    assert [row["extracted"] for row in rows] == ["1", "3", "4"] == [row["answer"] for row in rows]
     assert json.loads(json.dumps(rows)) == rows
 
 
@@ -89,9 +91,9 @@ def test_a_resumed_report_drops_the_steps_that_will_be_done_again(tmp_path):
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "entr'  # the disk was full, say
     (tmp_path / "metrics.jsonl").write_text(text)
     (tmp_path / "samples.jsonl").write_text(text)
-    again = report.Report(tmp_path, types.SimpleNamespace(steps=10), first_step=3)
+    again = report.Report(tmp_path, types.SimpleNamespace(steps=10), {"step": 3, "wandb_id": "x"})
     again.log(4, {"entropy/mean": 0.5}, [], {})
-    again.close(None)
+    again.close([])
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 1, 2, 3]
@@ -106,7 +108,32 @@ def test_without_a_key_nothing_asks_for_one(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert report._has_wandb_key()
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert report.start_wandb(tmp_path, None) is None
+    assert report.start_wandb(tmp_path, None, "x") is None
+
+
+class BrokenWandb:
+    def log(self, *args, **kwargs):
+        raise ConnectionError("the network is gone")
+
+
+def test_what_fails_in_reporting_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    """W&B that breaks, and a disk that is full for a while: metrics.jsonl ends up whole."""
+    log = report.Report(tmp_path, types.SimpleNamespace(steps=10), {"step": 0, "wandb_id": "x"})
+    log.wandb = BrokenWandb()
+    log.log(0, {"entropy/mean": 0.5}, [], {})
+    assert log.wandb is None and "the network is gone" in capsys.readouterr().err
+
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    log.file = Full()
+    log.log(1, {"entropy/mean": 0.4}, [], {})
+    assert "No space left on device" in capsys.readouterr().err
+    log.log(2, {"entropy/mean": 0.3}, [], {})
+    log.log(3, {"entropy/mean": 0.2}, [], {})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
 
 def write_run(folder, objective: str, seed: int):

@@ -35,7 +35,7 @@ def prompts(base):
 def gap(model, groups, temperature) -> float:
     """Largest difference between vLLM's and the trainer's logprobs, nats."""
     responses = [response for group in groups for response in group]
-    policy.measure(model, responses, temperature, 8192, "cpu")
+    policy.measure(policy.Policy(model), responses, temperature, 8192, "cpu")
     return max((r.old_logprobs - r.rollout_logprobs).abs().max().item() for r in responses)
 
 
@@ -95,7 +95,7 @@ def test_rollout_correction_with_an_engine_that_disagrees(engine, base, prompts)
     engine.load_weights(policy.named_weights(model))
     groups = engine.generate(prompts, 64, max_tokens=48, temperature=1.0, seed=4)
     responses = [response for group in groups for response in group]
-    policy.measure(base[0], responses, 1.0, 8192, "cpu")
+    policy.measure(policy.Policy(base[0]), responses, 1.0, 8192, "cpu")
     batch = policy.collate(responses)
     mask = batch.response_mask
     ratio = (batch.old_logprobs - batch.rollout_logprobs).exp()[mask]

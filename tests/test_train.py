@@ -55,7 +55,7 @@ def without_timings(rows: list[dict]) -> list[dict]:
 def finished(tmp_path_factory):
     """A finished run of four steps, with W&B offline: (folder, what it printed)."""
     out = tmp_path_factory.mktemp("out")
-    return out / "whole", run(out, "--run", "whole", *SMALL, mode="offline")
+    return out / "whole", run(out, "--run-name", "whole", *SMALL, mode="offline")
 
 
 def test_a_run_leaves_everything_behind(finished):
@@ -117,13 +117,13 @@ def test_samples_can_be_read(finished):
 
 
 def test_the_same_seed_gives_the_same_run(finished, tmp_path):
-    run(tmp_path, "--run", "again", *SMALL)
+    run(tmp_path, "--run-name", "again", *SMALL)
     assert without_timings(metrics_of(tmp_path / "again")) == without_timings(metrics_of(finished[0]))
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
     """SIGTERM saves and says how to continue; the resumed run is the uninterrupted one, bit for bit."""
-    process = start(tmp_path, "--run", "cut", *SMALL)
+    process = start(tmp_path, "--run-name", "cut", *SMALL)
     metrics = tmp_path / "cut" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and '"step": 1,' in metrics.read_text()):
         time.sleep(0.05)
@@ -167,7 +167,7 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
     model.resize_token_embeddings(len(tokenizer) + 60)
     model.save_pretrained(tmp_path / "padded")
     tokenizer.save_pretrained(tmp_path / "padded")
-    run(tmp_path, "--run", "hopeless", "--model", str(tmp_path / "padded"), *SMALL, "--steps", "2")
+    run(tmp_path, "--run-name", "hopeless", "--model", str(tmp_path / "padded"), *SMALL, "--steps", "2")
     rows = metrics_of(tmp_path / "hopeless")
     assert [row["reward/group_solved_none"] for row in rows[1:]] == [1.0, 1.0]
     assert all(row["optim/updates"] == 0 and row["entropy/mean"] > 1 for row in rows[1:])

@@ -1,0 +1,110 @@
+"""Checkpoints: Hugging Face folders with the trainer's state inside, written whole or not at all, checked when read."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import ranks
+
+MANIFEST = "manifest.json"
+
+
+def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """A folder that vLLM and transformers load as it is, with trainer.pt (optimizer and `state`) and checksums inside.
+
+    Collective: shards are gathered, rank 0 writes, all in the same form whatever the number of ranks. Written aside,
+    flushed to the disk and renamed: a folder of this name is whole. Raises OSError, on every rank, where rank 0 could
+    not write; what was there before stays.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    named = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights once
+    weights = {name: tensor for name, tensor in weights.items() if name in named}
+    moments = get_optimizer_state_dict(model, optimizer, options=options)
+    error = None
+    if ranks.is_main():
+        try:
+            _write(folder, model, weights, tokenizer, {"optimizer": moments, "state": state})
+        except (OSError, RuntimeError, SafetensorError) as failure:  # torch and safetensors raise their own
+            error = f"{folder}: {failure}"
+    if error := ranks.gather(error)[0]:
+        raise OSError(error)
+
+
+def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None:
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        torch.save(trainer, aside / "trainer.pt")
+        sums = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
+        for path in [*aside.iterdir(), aside]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def load(folder: Path, model, optimizer: torch.optim.Optimizer) -> dict:
+    """The optimizer of a checkpoint, in place; returns its `state`. The weights are `policy.load_model`'s to load."""
+    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+    set_optimizer_state_dict(
+        model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return saved["state"]
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole; damaged ones are named and passed over. None if there is none."""
+    for folder in reversed(all_of(run)):
+        if (problem := damage(folder)) is None:
+            return folder
+        print(f"{folder} is damaged ({problem}); going back to the one before", file=sys.stderr)
+    return None
+
+
+def all_of(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoint-[0-9]*[0-9]"))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by their checksums."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"no readable {MANIFEST}"
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _checksum(folder / name) != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for folder in all_of(run)[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

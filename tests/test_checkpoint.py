@@ -1,0 +1,101 @@
+"""Checkpoints: whole or not there, and what is damaged is passed over."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import checkpoint
+import policy
+
+
+def train_a_step(model, optimizer, seed: int) -> None:
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+
+@pytest.fixture
+def optimizer(tiny_model):
+    return torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
+
+
+def test_round_trip(tiny_model, tokenizer, optimizer, tmp_path):
+    """Weights and optimizer come back bit for bit, and transformers loads the folder as it is."""
+    train_a_step(tiny_model, optimizer, 0)
+    folder = tmp_path / "checkpoint-000007"
+    state = {"step": 7, "control": (0.25, -0.1), "entropy": None, "wandb_id": "abc"}
+    checkpoint.save(folder, tiny_model, tokenizer, optimizer, state)
+    assert not list(tmp_path.glob("*.partial")) and checkpoint.damage(folder) is None
+
+    saved = {name: p.clone() for name, p in tiny_model.named_parameters()}
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(again.get_input_embeddings().weight, saved["model.embed_tokens.weight"])
+    model, _ = policy.load_model(str(folder))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, saved[name]), name
+
+    new = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    assert checkpoint.load(folder, model, new) == state
+    train_a_step(tiny_model, optimizer, 1)
+    train_a_step(model, new, 1)
+    for (name, p), q in zip(tiny_model.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tiny_model, tokenizer, optimizer, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint-000001"
+    checkpoint.save(folder, tiny_model, tokenizer, optimizer, {"step": 1})
+    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="checkpoint-000001: disk full"):
+        checkpoint.save(folder, tiny_model, tokenizer, optimizer, {"step": 2})
+    assert torch.load(folder / "trainer.pt", weights_only=True)["state"] == {"step": 1}
+    assert checkpoint.damage(folder) is None and checkpoint.all_of(tmp_path) == [folder]
+    assert not list(tmp_path.glob("*.partial")), "it would take the room that is missing"
+
+
+def corrupt(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda folder: corrupt(folder / "model.safetensors"), "model.safetensors is not what was written"),
+        (lambda folder: corrupt(folder / "trainer.pt"), "trainer.pt is not what was written"),
+        (lambda folder: (folder / "trainer.pt").unlink(), "trainer.pt is missing"),
+        (lambda folder: (folder / "config.json").write_text(""), "config.json is not what was written"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "no readable manifest.json"),
+        (lambda folder: (folder / "manifest.json").unlink(), "no readable manifest.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    tiny_model, tokenizer, optimizer, tmp_path, capsys, damage, said
+):
+    folders = [tmp_path / f"checkpoint-{step:06d}" for step in (5, 10)]
+    for folder in folders:
+        checkpoint.save(folder, tiny_model, tokenizer, optimizer, {"step": 0})
+    assert checkpoint.newest(tmp_path) == folders[1]
+    damage(folders[1])
+    assert checkpoint.newest(tmp_path) == folders[0]
+    assert f"{folders[1]} is damaged ({said})" in capsys.readouterr().err
+    damage(folders[0])
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_what_a_killed_save_left_behind_is_no_checkpoint(tiny_model, tokenizer, optimizer, tmp_path):
+    checkpoint.save(tmp_path / "checkpoint-000002", tiny_model, tokenizer, optimizer, {"step": 2})
+    (tmp_path / "checkpoint-000003.partial").mkdir()
+    (tmp_path / "checkpoint-000003.partial" / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-000002"
+    checkpoint.save(tmp_path / "checkpoint-000003", tiny_model, tokenizer, optimizer, {"step": 3})
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-000003"
+
+
+def test_the_newest_are_kept(tiny_model, tokenizer, optimizer, tmp_path):
+    for step in (1, 2, 3, 11):
+        checkpoint.save(tmp_path / f"checkpoint-{step:06d}", tiny_model, tokenizer, optimizer, {"step": step})
+        checkpoint.prune(tmp_path, keep=2)
+    assert [folder.name for folder in checkpoint.all_of(tmp_path)] == ["checkpoint-000003", "checkpoint-000011"]

@@ -1,0 +1,152 @@
+"""Two processes against one: gradients, shards, checkpoints, metrics, and one that fails. Gloo, real vLLM."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_policy import group_of
+from test_train import ROOT, metrics_of
+
+import checkpoint
+import policy
+
+# An update on fixed responses, of which the ranks have the shares given; writes the gradient and a checkpoint.
+ONE_UPDATE = """
+import sys, torch
+sys.path[:0] = [ROOT, ROOT + "/tests", ROOT + "/data/arithmetic"]
+import checkpoint, policy, ranks, settings, train
+from pathlib import Path
+from test_ranks import responses_of_shares
+folder, shard, shares = Path(sys.argv[1]), sys.argv[2] == "shard", eval(sys.argv[3])
+ranks.start()
+model, tokenizer = policy.load_model(str(folder / "tiny"))
+actor = policy.distribute(model, shard)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+config = settings.resolve(train.Config(max_micro_batch_tokens=24, entropy_coef=0.01, positive_nll_coef=0.1))
+done = train.update(actor, optimizer, responses_of_shares(shares)[ranks.rank()], 1e-3, 0.5, 1.0, config, "cpu")
+gradients = {}
+for name, parameter in model.named_parameters():
+    gradient = parameter.grad.full_tensor() if shard else parameter.grad
+    gradients[name] = gradient.clone()
+done = {key: ranks.total(done[key])[0] if key == "loss" else done[key] for key in ("loss", "grad_norm", "skipped")}
+checkpoint.save(folder / f"checkpoint-{sys.argv[4]}", model, tokenizer, optimizer, {"step": 1})
+if ranks.is_main():
+    torch.save({"gradients": gradients, "done": done}, folder / f"result-{sys.argv[4]}.pt")
+"""
+
+
+def responses_of_shares(shares: list[list[int]]) -> list[list]:
+    """The responses of each rank: group i of six, in the order that the shares say."""
+    groups = [group_of(5, [(3 * i + j) % 11 + 1 for j in range(4)], seed=i) for i in range(6)]
+    return [[response for i in share for response in groups[i]] for share in shares]
+
+
+def torchrun(processes: int, *arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = os.environ | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, **pipes | options)
+
+
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory):
+    """The same mini-batch by one process, and by two in several ways. {name: (gradients and what update returned)}"""
+    from base import make_model, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.manual_seed(0)
+    make_model(make_tokenizer(), hidden_size=64, num_layers=2).save_pretrained(folder / "tiny")
+    make_tokenizer().save_pretrained(folder / "tiny")
+    script = folder / "one_update.py"
+    script.write_text(f"ROOT = {str(ROOT)!r}\n" + ONE_UPDATE)
+    cases = {
+        "000001": (1, "copy", [[0, 1, 2, 3, 4, 5]]),
+        "000002": (2, "copy", [[0, 2, 4], [1, 3, 5]]),
+        "000003": (2, "copy", [[0, 1, 2, 3, 4], [5]]),  # other numbers of groups, tokens and micro-batches
+        "000004": (2, "copy", [[0, 1, 2, 3, 4, 5], []]),  # one rank has nothing
+        "000005": (2, "shard", [[0, 1, 2, 3, 4], [5]]),
+        "000006": (2, "shard", [[], [0, 1, 2, 3, 4, 5]]),
+    }
+    for name, (processes, how, shares) in cases.items():
+        process = torchrun(processes, str(script), str(folder), how, repr(shares), name)
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == 0, output
+    return folder, {name: torch.load(folder / f"result-{name}.pt", weights_only=True) for name in cases}
+
+
+@pytest.mark.parametrize("case", ["000002", "000003", "000004", "000005", "000006"])
+def test_the_gradient_of_two_ranks_is_that_of_one(updates, case):
+    one, two = updates[1]["000001"], updates[1][case]
+    assert max(gradient.abs().max() for gradient in one["gradients"].values()) > 1e-2
+    for name, gradient in one["gradients"].items():
+        torch.testing.assert_close(two["gradients"][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    assert two["done"]["loss"] == pytest.approx(one["done"]["loss"], abs=1e-6)
+    assert two["done"]["grad_norm"] == pytest.approx(one["done"]["grad_norm"], rel=1e-5)
+    assert not two["done"]["skipped"]
+
+
+@pytest.mark.parametrize("case", ["000003", "000005"])
+def test_checkpoints_are_the_same_whoever_wrote_them(updates, case):
+    """A sharded one is whole; it loads in one process, and its optimizer goes on as the other does."""
+    folder = updates[0]
+    ours, expected = folder / f"checkpoint-{case}", folder / "checkpoint-000001"
+    assert checkpoint.damage(ours) is None
+    weights, expected_weights = (load_file(f / "model.safetensors") for f in (ours, expected))
+    assert weights.keys() == expected_weights.keys()
+    for name in weights:
+        torch.testing.assert_close(weights[name], expected_weights[name], atol=1e-5, rtol=0)
+    moments = []
+    for path in (ours, expected):
+        model, _ = policy.load_model(str(path))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+        assert checkpoint.load(path, model, optimizer) == {"step": 1}
+        moments.append([optimizer.state[p]["exp_avg"] for p in model.parameters()])
+    for a, b in zip(*moments, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+SMALL = [
+    *("--steps", "3", "--prompts-per-step", "15", "--max-kept-prompts", "8", "--mini-batch-prompts", "2"),
+    *("--eval-every", "3", "--eval-samples", "1", "--checkpoint-every", "1", "--max-micro-batch-tokens", "1024"),
+]
+
+
+def test_two_ranks_train_and_one_goes_on(tmp_path):
+    """Uneven shares of the prompts; shards; then one process resumes what two had begun. Metrics are of all ranks."""
+    out = ["--out", str(tmp_path), "--run-name", "two"]
+    process = torchrun(2, "train.py", *SMALL, *out, "--shard", "True")
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"step": 1,' in metrics.read_text()):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
+    print(process.stdout.read())
+    first = metrics_of(tmp_path / "two")
+    assert checkpoint.newest(tmp_path / "two") is not None and len(first) < 4
+    config = json.loads((tmp_path / "two" / "config.json").read_text())["config"]
+    assert config["shard"] is True
+
+
+def test_a_rank_that_fails_ends_all_with_its_message(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import ranks, settings, train\n"
+        "from report import rollout_values\n"
+        "def fail(rewards, responses):\n"
+        "    if ranks.rank() == 1: raise RuntimeError('the disk of rank 1 is on fire')\n"
+        "    return rollout_values(rewards, responses)\n"
+        "train.rollout_values = fail\n"
+        "train.main()\n"
+    )
+    start = time.monotonic()
+    process = torchrun(2, str(script), *SMALL, "--out", str(tmp_path))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "the disk of rank 1 is on fire" in output, output
+    assert time.monotonic() - start < 90
