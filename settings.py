@@ -194,8 +194,6 @@ def check_ranks(config) -> None:
             f"prompts_per_step = {config.prompts_per_step}: fewer than the {ranks.world()} processes, of which each "
             "needs a prompt"
         )
-    if config.shard and ranks.world() == 1:
-        raise UserError("shard = True needs several processes: start it with torchrun, or make train GPUS=8")
 
 
 def print_plan(config, folder: Path, model, device: str, train_counts, eval_counts, start: int) -> None:
@@ -212,6 +210,7 @@ def print_plan(config, folder: Path, model, device: str, train_counts, eval_coun
         f"step         {config.prompts_per_step} prompts x {config.responses_per_prompt} = {sequences} responses, "
         f"then up to {config.max_kept_prompts // config.mini_batch_prompts} updates of "
         f"{config.mini_batch_prompts * config.responses_per_prompt} responses; {config.steps} steps"
-        + (f"; on {ranks.world()} processes, {'sharded' if config.shard else 'copied'}" if ranks.world() > 1 else ""),
+        + (f"; on {ranks.world()} processes, {'sharded' if config.shard else 'copied'}" if ranks.world() > 1 else "")
+        + ("; shard does nothing, with one process" if config.shard and ranks.world() == 1 else ""),
         flush=True,
     )

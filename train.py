@@ -126,7 +126,7 @@ def train(config: Config) -> None:
     device = ranks.start()
     config, folder, last = ranks.first(lambda: settings.locate(config))
     settings.check_ranks(config)
-    where = "cpu" if config.shard else device  # shards go to their devices by themselves
+    where = "cpu" if config.shard and ranks.world() > 1 else device  # shards go to their devices by themselves
     model, tokenizer = policy.load_model(str(last or config.model), where, config.gradient_checkpointing)
     problems, dropped = load_problems(config.train_data, tokenizer, config.max_prompt_tokens)
     held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, config.max_prompt_tokens)

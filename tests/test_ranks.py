@@ -1,6 +1,6 @@
 """Two processes against one: gradients, shards, checkpoints, metrics, and one that fails. Gloo, real vLLM."""
 
-import json
+import math
 import os
 import subprocess
 import sys
@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_policy import group_of
-from test_train import ROOT, metrics_of
+from test_train import ROOT, metrics_of, run, without_timings
 
 import checkpoint
+import loss
 import policy
 
 # An update on fixed responses, of which the ranks have the shares given; writes the gradient and a checkpoint.
@@ -119,18 +120,35 @@ SMALL = [
 def test_two_ranks_train_and_one_goes_on(tmp_path):
     """Uneven shares of the prompts; shards; then one process resumes what two had begun. Metrics are of all ranks."""
     out = ["--out", str(tmp_path), "--run-name", "two"]
-    process = torchrun(2, "train.py", *SMALL, *out, "--shard", "True")
-    metrics = tmp_path / "two" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"step": 1,' in metrics.read_text()):
+    process = torchrun(2, "train.py", *SMALL, *out, "--shard")
+    while process.poll() is None and not (tmp_path / "two" / "checkpoint-000001").exists():
         time.sleep(0.05)
-    process.kill()
-    process.wait()
-    subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
-    print(process.stdout.read())
-    first = metrics_of(tmp_path / "two")
-    assert checkpoint.newest(tmp_path / "two") is not None and len(first) < 4
-    config = json.loads((tmp_path / "two" / "config.json").read_text())["config"]
-    assert config["shard"] is True
+    process.terminate()  # torchrun passes it on
+    output = process.communicate(timeout=100)[0]
+    before = metrics_of(tmp_path / "two")
+    assert "finishing what is in hand" in output and len(before) < 4, output
+    assert checkpoint.newest(tmp_path / "two").name == f"checkpoint-{before[-1]['step']:06d}"
+
+    run(tmp_path, "--resume", str(tmp_path / "two"))
+    rows = metrics_of(tmp_path / "two")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and without_timings(rows[: len(before)]) == without_timings(
+        before
+    )
+    for row in rows[1:]:
+        assert row["reward/mean"] * 120 == pytest.approx(round(row["reward/mean"] * 120)), "all 15 groups are counted"
+        assert math.log(row["mismatch/ratio_max"]) < 1e-4, "shards arrive in vLLM as whole weights"
+        assert sum(row[f"tokens/{q}"] for q in loss.QUADRANTS) == pytest.approx(1)
+        assert row["update_1/ratio_max"] == pytest.approx(1, abs=1e-4)
+
+
+def test_an_engine_over_two_ranks(tmp_path):
+    """rollout_tp = 2: both ranks see the same groups, train on half of them, and vLLM takes its halves of the weights."""
+    process = torchrun(2, "train.py", *SMALL, "--out", str(tmp_path), "--run-name", "tp", "--rollout-tp", "2")
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    rows = metrics_of(tmp_path / "tp")[1:]
+    assert len(rows) == 3 and all(math.log(row["mismatch/ratio_max"]) < 1e-4 for row in rows)
+    assert all(row["reward/mean"] * 120 == pytest.approx(round(row["reward/mean"] * 120)) for row in rows)
 
 
 def test_a_rank_that_fails_ends_all_with_its_message(tmp_path):
