@@ -38,14 +38,19 @@ def evaluate(
     temperature: float,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: object = False,
 ) -> tuple[dict[str, float], list[list[Response]]]:
     """Sample k responses a problem and score them.
 
     Returns ({"<benchmark>/avg_at_k": mean accuracy over all samples, "<benchmark>/pass_at_k": share of problems with at
     least one right among the k}, the responses with their rewards); a benchmark is what the rows call their source.
+    Once `stop` is true it gives up, and returns no metrics.
     """
     prompts = [problem.prompt_ids for problem in problems]
-    groups = engine.generate(prompts, k, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
+    groups = engine.generate(prompts, k, **options)
+    if stop:
+        return {}, groups
     answers = [problem.answer for problem in problems for _ in range(k)]
     responses = [response for group in groups for response in group]
     for response, reward in zip(responses, score([r.text for r in responses], answers), strict=True):

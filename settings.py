@@ -126,9 +126,9 @@ def run_folder(config) -> Path:
 
 
 def locate(config):
-    """(configuration, folder, checkpoint or None) of the run to be: new, resumed, or one that was interrupted.
+    """(folder, checkpoint or None) of the run to be: new, resumed, or one that was interrupted. Makes nothing yet.
 
-    The run's folder is locked until this process ends. Raises UserError where it belongs to another run or process.
+    Raises UserError where the folder belongs to another run.
     """
     folder = Path(config.resume) if config.resume else run_folder(config)
     if not config.resume and (found := interrupted(config)):
@@ -137,16 +137,20 @@ def locate(config):
         raise UserError(
             f"{folder} belongs to a run that is finished or has other settings; choose another name with --run-name"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not lock(folder):
-        raise UserError(f"{folder}: another process is training there; choose another name with --run-name")
     last = checkpoint.newest(folder)
     if (folder / "config.json").exists():
-        after = f"after {last.name.replace('-0', ' 0')}" if last else "from its start, as there is no checkpoint yet"
+        after = f"after {last.name}" if last else "from its start, as there is no checkpoint yet"
         print(
             f"going on with {folder} {after}; a new run of the same settings needs a name of its own: --run-name NAME"
         )
-    return config, folder, last
+    return folder, last
+
+
+def claim(folder: Path) -> None:
+    """Make the folder, and lock it until this process ends. UserError if another process trains there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not lock(folder):
+        raise UserError(f"{folder}: another process is training there; choose another name with --run-name")
 
 
 def interrupted(config) -> Path | None:

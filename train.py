@@ -124,7 +124,7 @@ class Config:
 def train(config: Config) -> None:
     stop = StopRequest()
     device = ranks.start()
-    config, folder, last = ranks.first(lambda: settings.locate(config))
+    folder, last = ranks.first(lambda: settings.locate(config))
     settings.check_ranks(config)
     where = "cpu" if config.shard and ranks.world() > 1 else device  # shards go to their devices by themselves
     model, tokenizer = policy.load_model(str(last or config.model), where, config.gradient_checkpointing)
@@ -148,6 +148,7 @@ def train(config: Config) -> None:
     }
     if last:
         state = checkpoint.load(last, model, optimizer)
+    ranks.first(lambda: settings.claim(folder))
     if ranks.is_main():
         if not last:
             start_run_folder(folder, config)
@@ -167,7 +168,7 @@ def train(config: Config) -> None:
     report = Report(folder, config, state) if ranks.is_main() else None
     timer = Timer(device)
 
-    def run_evaluation() -> dict[str, float]:
+    def run_evaluation(stop=False) -> dict[str, float]:
         sampled, mine = shares(len(held_out), config)
         _, groups = evaluate(
             engine,
@@ -177,7 +178,10 @@ def train(config: Config) -> None:
             temperature=config.eval_temperature,
             top_p=config.eval_top_p,
             seed=config.seed + ranks.rank() // config.rollout_tp,
+            stop=stop,
         )
+        if ranks.any_of(bool(stop)):
+            return {}
         verdicts = {i: [response.reward for response in group] for i, group in zip(sampled, groups, strict=True)}
         graded = [(held_out[i].source, verdicts[i]) for i in mine]
         return {f"eval/{name}": value for name, value in accuracy(flatten(ranks.gather(graded))).items()}
@@ -195,10 +199,10 @@ def train(config: Config) -> None:
             if ranks.is_main():
                 checkpoint.prune(folder, config.keep_checkpoints)
 
-    if state["step"] == 0 and not ranks.any_of(stop.requested):
+    if state["step"] == 0:
         with timer("eval"):
-            metrics = run_evaluation()
-        if report:
+            metrics = run_evaluation(stop)
+        if report and metrics:
             report.log(0, metrics | timer.take(), [], {})
 
     for step in range(state["step"] + 1, config.steps + 1):
@@ -485,7 +489,6 @@ class StopRequest:
             print(f"\n{self.requested}: finishing what is in hand, then saving; once more to stop now", file=sys.stderr)
 
 
-@record  # so that torchrun shows the error of the rank that failed
 def main() -> None:
     try:
         train(settings.parse(Config, sys.argv[1:]))
@@ -495,4 +498,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)() if ranks.world() > 1 else main()  # so that torchrun shows the error of the rank that failed

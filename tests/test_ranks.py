@@ -142,7 +142,7 @@ def test_two_ranks_train_and_one_goes_on(tmp_path):
 
 
 def test_an_engine_over_two_ranks(tmp_path):
-    """rollout_tp = 2: both ranks see the same groups, train on half of them, and vLLM takes its halves of the weights."""
+    """rollout_tp = 2: both ranks see the same groups and train on half of them; vLLM takes its half of the weights."""
     process = torchrun(2, "train.py", *SMALL, "--out", str(tmp_path), "--run-name", "tp", "--rollout-tp", "2")
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output

@@ -231,8 +231,8 @@ def test_a_folder_of_another_run_is_not_touched(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious").write_text("x")
-    with pytest.raises(UserError, match="belongs to another run"):
-        settings.resolve(train.Config(out=str(tmp_path), run="mine"))
+    with pytest.raises(UserError, match="belongs to a run that is finished or has other settings"):
+        settings.locate(settings.resolve(train.Config(out=str(tmp_path), run_name="mine")))
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious"]
 
 
@@ -247,9 +247,9 @@ def test_every_setting_says_what_it_is(capsys):
 
 
 def test_a_stale_engine_ends_the_run():
-    with pytest.raises(RuntimeError, match="do not hold the same weights"):
+    with pytest.raises(train.RunEnded, match="do not hold the same weights"):
         train.check_mismatch({"mismatch/mean": 0.2}, train.Config())
-    with pytest.raises(RuntimeError, match="do not hold the same weights"):
+    with pytest.raises(train.RunEnded, match="do not hold the same weights"):
         train.check_mismatch({"mismatch/mean": math.nan}, train.Config())
 
 

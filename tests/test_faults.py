@@ -1,0 +1,204 @@
+"""What goes wrong in long runs: kills, full disks, gradients that are not finite. Whole runs, real vLLM."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_policy import responses_of
+from test_train import ROOT, SMALL, finished, metrics_of, run, start, without_timings  # noqa: F401
+
+import policy
+import settings
+import train
+from prompts import UserError
+
+# A program that does what train.py does, but for the line in the middle.
+PROGRAM = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import checkpoint, loss, policy, rollout, torch, train
+count = 0
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+{line}
+train.main()
+"""
+KILLED = {
+    "mid-rollout": """
+generate = rollout.Engine.generate
+def dying(*args, on_group=lambda *a: None, **options):
+    global count
+    count += 1
+    def third(index, group):
+        on_group(index, group)
+        if count == 3 and index == 2: die()  # evaluation, step 1, step 2
+    return generate(*args, on_group=third, **options)
+rollout.Engine.generate = dying
+""",
+    "mid-update": """
+update = train.update
+def dying(*args):
+    global count
+    count += 1
+    done = update(*args)
+    if count == 10: die()  # steps of up to four updates
+    return done
+train.update = dying
+""",
+    "mid-checkpoint": """
+save = torch.save
+def dying(record, path):
+    save(record, path)
+    if "000004" in str(path): die()
+torch.save = dying
+""",
+}
+
+
+def run_program(folder: Path, line: str, *arguments: str) -> tuple[int, str]:
+    script = folder / "program.py"
+    script.write_text(PROGRAM.format(root=str(ROOT), line=line))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = os.environ | {"WANDB_MODE": "disabled"}
+    done = subprocess.run([sys.executable, str(script), *arguments], cwd=ROOT, env=env, timeout=300, **pipes)
+    return done.returncode, done.stdout
+
+
+def assert_same_run(ours: Path, expected: Path, last: str) -> None:
+    assert without_timings(metrics_of(ours)) == without_timings(metrics_of(expected))
+    weights, expected_weights = (load_file(folder / last / "model.safetensors") for folder in (ours, expected))
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+
+
+def test_killed_three_times_and_started_again_it_is_the_same_run(finished, tmp_path):  # noqa: F811
+    """kill -9 in a rollout, an update and a checkpoint; the same command each time goes on, and says so."""
+    for moment, line in KILLED.items():
+        code, output = run_program(tmp_path, line, *SMALL, "--out", str(tmp_path / "out"))
+        assert code == -signal.SIGKILL, (moment, output)
+    (folder,) = (tmp_path / "out").iterdir()
+    assert list(folder.glob("*.partial")), "the last kill was to come in the middle of a checkpoint"
+    output = run(tmp_path / "out", *SMALL)
+    assert f"going on with {folder} after checkpoint-000002" in output
+    assert list((tmp_path / "out").iterdir()) == [folder]
+    assert_same_run(folder, finished[0], "checkpoint-000004")
+
+
+@pytest.mark.skipif("KILLS" not in os.environ, reason="make torture")
+def test_torture(tmp_path):
+    """Twelve steps with many kills at random moments are twelve steps without any."""
+    arguments = [*SMALL, "--steps", "12", "--checkpoint-every", "1"]
+    run(tmp_path / "whole", *arguments)
+    (whole,) = (tmp_path / "whole").iterdir()
+    seconds = sum(row["time/step"] for row in metrics_of(whole))
+    rng, reached = random.Random(0), []
+    for kill in range(int(os.environ["KILLS"])):
+        process = start(tmp_path / "cut", *arguments)
+        beginning = time.monotonic()
+        while process.poll() is None and not list((tmp_path / "cut").glob("*/metrics.jsonl")):
+            time.sleep(0.01)
+        # The first kills come while there is little to lose, the later ones wherever the run has got to.
+        wait = time.monotonic() - beginning + 10 + rng.random() * seconds / 6
+        try:
+            process.wait(wait)
+            break  # it got to its end
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        (cut,) = (tmp_path / "cut").iterdir()
+        reached.append(len(metrics_of_a_killed(cut)))
+        print(f"kill {kill + 1}: {reached[-1]} rows", flush=True)
+    run(tmp_path / "cut", *arguments) if process.returncode != 0 else None
+    assert_same_run(cut, whole, "checkpoint-000012")
+
+
+def metrics_of_a_killed(folder: Path) -> list[str]:
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path):
+    process = start(tmp_path, "--run-name", "early", *SMALL)
+    while process.poll() is None and not (tmp_path / "early" / "config.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0 and "Traceback" not in output, output
+    assert "stopped by SIGINT after step 0" in output and not list(tmp_path.glob("early/checkpoint*"))
+
+
+FULL_DISK = """
+save = torch.save
+def full(record, path):
+    global count
+    count += 1
+    if count == 1: raise OSError(28, "No space left on device")
+    save(record, path)
+torch.save = full
+"""
+
+
+def test_a_full_disk_costs_a_checkpoint(finished, tmp_path):  # noqa: F811
+    code, output = run_program(tmp_path, FULL_DISK, *SMALL, "--out", str(tmp_path), "--run-name", "full")
+    assert code == 0, output
+    assert "checkpoint not written, training goes on" in output and "No space left on device" in output
+    assert [path.name for path in tmp_path.glob("full/checkpoint*")] == ["checkpoint-000004"]
+    assert_same_run(tmp_path / "full", finished[0], "checkpoint-000004")
+
+
+def test_or_the_run_if_one_likes(tmp_path):
+    arguments = [*SMALL, "--out", str(tmp_path), "--on-failed-checkpoint", "stop"]
+    code, output = run_program(tmp_path, FULL_DISK, *arguments)
+    assert code == 1 and "train.py: checkpoint not written" in output and "Traceback" not in output, output
+
+
+NOT_FINITE = """
+policy_loss = loss.policy_loss
+def broken(*args, **options):
+    global count
+    count += 1
+    value, info = policy_loss(*args, **options)
+    return (value * float("nan") if count == 2 or count > 6 else value), info
+loss.policy_loss = broken
+"""
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_end_the_run_when_there_are_many(tmp_path):
+    arguments = ["--out", str(tmp_path), "--run-name", "nan", "--max-skipped-updates", "3"]
+    code, output = run_program(tmp_path, NOT_FINITE, *SMALL, *arguments, "--checkpoint-every", "1")
+    assert code == 1 and "3 updates in a row had no finite gradient" in output and "Traceback" not in output, output
+    rows = metrics_of(tmp_path / "nan")
+    assert rows[1]["optim/skipped"] == 1
+    saved = torch.load(tmp_path / "nan" / "skipped" / "step-000001-update-2-rank-0.pt", weights_only=True)
+    assert len(saved["responses"]) == 16 and all(math.isnan(value) for value in saved["micro_batch_losses"])
+    assert saved["responses"][0]["response_ids"]
+    weights = load_file(tmp_path / "nan" / "checkpoint-000001" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_skipped_update_changes_nothing(tiny_model):
+    responses = responses_of([(3, 5), (2, 4)])
+    responses[0].advantage = math.inf
+    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
+    before = {name: p.clone() for name, p in tiny_model.named_parameters()}
+    config = settings.resolve(train.Config())
+    done = train.update(policy.Policy(tiny_model), optimizer, responses, 1e-2, 0.75, 1.0, config, "cpu")
+    assert done["skipped"] and not optimizer.state
+    assert all(torch.equal(p, before[name]) for name, p in tiny_model.named_parameters())
+
+
+def test_one_run_a_folder(tmp_path):
+    settings.claim(tmp_path / "mine")
+    with pytest.raises(UserError, match="another process is training there"):
+        settings.claim(tmp_path / "mine")
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({"config": {}}))
+    assert settings.interrupted(settings.resolve(train.Config(out=str(tmp_path)))) is None
