@@ -10,14 +10,14 @@ CHECK_PYTHON = test -n "$(PYTHON)" || \
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
 
-.PHONY: help setup data train eval figures bench test lint clean
+.PHONY: help setup data train eval figures bench test torture lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
 
-train: setup data  ## train; settings by ARGS="--lr 3e-5 --seed 1", all listed by ARGS=--help
-	@.venv/bin/python train.py $(ARGS)
+train: setup data  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), several GPUs by GPUS=8
+	@.venv/bin/$(if $(GPUS),torchrun --standalone --nproc_per_node $(GPUS),python) train.py $(ARGS)
 
 eval: setup data  ## evaluate a checkpoint: ARGS="--model out/<run>/checkpoint-000040 --k 8"
 	@.venv/bin/python evaluate.py $(ARGS)
@@ -30,6 +30,9 @@ bench: setup data  ## measure what the entropy accounting costs
 
 test: setup data  ## run the tests
 	@.venv/bin/python -m pytest $(ARGS)
+
+torture: setup data  ## twelve steps killed twenty times are twelve steps: takes a quarter of an hour
+	@KILLS=20 .venv/bin/python -m pytest tests/test_faults.py -k torture -s $(ARGS)
 
 lint: setup  ## check style
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
