@@ -10,7 +10,7 @@ CHECK_PYTHON = test -n "$(PYTHON)" || \
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
 
-.PHONY: help setup data train eval figures bench test torture lint clean
+.PHONY: help setup data train eval figures workspace bench test torture lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -24,6 +24,9 @@ eval: setup data  ## evaluate a checkpoint: ARGS="--model out/<run>/checkpoint-0
 
 figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 	@.venv/bin/python figures.py $(RUNS) $(ARGS)
+
+workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
+	@.venv/bin/python workspace.py --project $(PROJECT)
 
 bench: setup data  ## measure what the entropy accounting costs
 	@.venv/bin/python bench/attribution.py $(ARGS)

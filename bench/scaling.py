@@ -3,9 +3,9 @@
     python bench/scaling.py                      the table of docs/scaling.md
     python bench/scaling.py --gpu-memory 80 --mean-length 4000
 
-Counts bytes and floating-point operations of what the code does, and divides them by rates. Those marked `measured` were
-measured with torch on one H200; the others are datasheets' or guesses, each marked so. No run on a GPU stands behind the
-result: take it for the right order of magnitude, and for which term is the largest.
+Counts bytes and floating-point operations of what the code does, and divides them by rates. Those marked `measured`
+were measured with torch on one H200; the others are datasheets' or guesses, each marked so. No run on a GPU stands
+behind the result: take it for the right order of magnitude, and for which term is the largest.
 """
 
 import json
@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     rows = [plan(name, gpus, config) for name in SHAPES for gpus in config.gpus]
     print(json.dumps({"config": vars(config), "rows": rows}))
     print(
-        "| model | GPUs | settings | GiB a GPU: update, rollout | rollout s | old logprobs s | update s | moving s | step s |"
+        "| model | GPUs | settings | GiB: update, rollout | rollout s | old logprobs s | update s | moving s | step s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:

@@ -19,6 +19,7 @@ import evaluate
 import loss
 import settings
 import train
+import workspace
 from prompts import Problem, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +108,20 @@ def test_vllm_and_trainer_agree_after_every_sync(finished):
     rows = metrics_of(finished[0])[1:]
     assert all(math.log(row["mismatch/ratio_max"]) < 1e-4 for row in rows)
     assert rows[-1]["kl/old"] > 0, "the weights moved in between"
+
+
+def test_the_workspace_charts_what_is_logged(finished):
+    """Every chart of the W&B view shows metrics that a run has; entropy comes first."""
+    logged = {name for row in metrics_of(finished[0]) for name in row} | {"clip/prob_low", "clip/prob_high"}
+    for charts in workspace.SECTIONS.values():
+        for metrics in charts:
+            assert set(metrics) <= logged or any(re.fullmatch(metrics[0], name) for name in logged), metrics
+    view = json.loads(workspace.workspace("me", "ce-gppo")._to_model().model_dump_json(by_alias=True))
+    sections = view["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [section["name"] for section in sections][:2] == ["Entropy", "Reward and evaluation"]
+    charted = [metric for section in sections for panel in section["panels"] for metric in panel["config"]["metrics"]]
+    assert charted[0] == "entropy/mean" and len(charted) > 40
+    assert all(panel["config"]["xAxis"] == "step" for section in sections for panel in section["panels"])
 
 
 def test_samples_can_be_read(finished):
