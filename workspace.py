@@ -2,8 +2,8 @@
 
     python workspace.py --project my-name/ce-gppo        or: make workspace PROJECT=my-name/ce-gppo
 
-W&B's own default workspace sorts sections by name, so that `clip` comes before `entropy`, and its order cannot be set by
-what a run logs. This saves a view beside it; it needs a key, and a project that has a run.
+W&B sorts the sections of its default workspace by name, `clip` before `entropy`, and a run cannot set their order by
+what it logs. This saves a view beside it; it needs a key, and a project that has a run.
 """
 
 import sys
