@@ -1,24 +1,18 @@
-"""The trained model: loading, exact logprobs and entropy without [tokens, vocabulary] tensors, packing, sharding."""
+"""The trained model: loading, the forward pass, one process or many, its weights for vLLM, its speed."""
 
 import contextlib
-import dataclasses
-import itertools
 import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +23,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 import ranks
+from head import head_logprobs
+from packing import Batch, collate, micro_batches, take
 from prompts import UserError
 from rollout import Response
 
@@ -93,290 +89,7 @@ def context_of(path: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Logprob, entropy and S of tokens, in one pass over the vocabulary
-
-
-class HeadLogprobs(torch.autograd.Function):
-    """hidden [N, D], weight [V, D], targets [N] -> logprobs, entropy, S, each [N] in float32.
-
-    With z = hidden weight^T / temperature, p = softmax(z) and a the target:
-        logprob = log p_a                       d logprob / dz = onehot(a) - p
-        entropy H = - sum_k p_k log p_k         d H / dz       = - p (log p + H)
-        S = sum_k p_k^2 (log p_k + H)           (no gradient)
-    The logits exist for `width` entries of the vocabulary at a time, forward folds them into five sums a token, and
-    backward computes them again. So the head's weight is read once and its gradient written once in either direction.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, width: int):
-        # With m the largest logit so far: sum e, sum e (z - m), sum e^2, sum e^2 (z - m), where e = exp(z - m).
-        m = torch.full_like(targets, -1e30, dtype=torch.float32)  # [N]; not -inf, whose products with 0 are NaN
-        sums = tuple(torch.zeros_like(m) for _ in range(4))  # [N] each
-        target_logits = torch.zeros_like(m)  # [N]
-        for columns in _tiles(len(weight), width):
-            z = _logits(hidden, weight[columns], temperature)  # [N, W]
-            inside, place = _targets_in(columns, targets)
-            target_logits += z.gather(1, place[:, None]).squeeze(1) * inside
-            m, sums = _on_device(_fold, hidden)(z, m, sums)
-        e, ez, ee, eez = sums
-        log_z = m + e.log()
-        entropy = e.log() - ez / e
-        S = (eez - ez / e * ee) / e.square()
-        ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
-        ctx.temperature, ctx.width = temperature, width
-        ctx.mark_non_differentiable(S)
-        ctx.set_materialize_grads(False)
-        return target_logits - log_z, entropy, S
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
-        hidden, weight, targets, log_z, entropy = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # [N, D]
-        grad_weight = torch.empty_like(weight)  # [V, D]
-        for columns in _tiles(len(weight), ctx.width):
-            z = _logits(hidden, weight[columns], ctx.temperature)  # [N, W]
-            grad_z = _on_device(_grad_logits, hidden)(z, log_z, entropy, grad_logprobs, grad_entropy)
-            if grad_logprobs is not None:
-                inside, place = _targets_in(columns, targets)
-                grad_z.scatter_add_(1, place[:, None], (grad_logprobs * inside)[:, None])
-            grad_z = (grad_z / ctx.temperature if ctx.temperature != 1 else grad_z).to(hidden.dtype)
-            grad_hidden += grad_z @ weight[columns].to(hidden.dtype)
-            grad_weight[columns] = grad_z.T @ hidden
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
-
-
-def _tiles(length: int, width: int) -> Iterator[slice]:
-    return (slice(start, min(start + width, length)) for start in range(0, length, width))
-
-
-def _targets_in(columns: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Which targets lie in this tile, and their column in it (of the others some column). [N] each."""
-    place = targets - columns.start
-    inside = (place >= 0) & (targets < columns.stop)
-    return inside, place.clamp(0, columns.stop - columns.start - 1)
-
-
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """[N, D], [W, D] -> [N, W] in float32; bfloat16 factors are not rounded again on a GPU."""
-    weight = weight.to(hidden.dtype)
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    else:
-        logits = (hidden @ weight.T).float()
-    return logits if temperature == 1 else logits / temperature
-
-
-def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Add a tile of logits [N, W] to the sums [N] about their running maximum m [N]."""
-    e, ez, ee, eez = sums
-    new_m = torch.maximum(m, z.amax(1))
-    shift = m - new_m
-    scale = shift.exp()
-    z = z - new_m[:, None]
-    p = z.exp()
-    pz = p * z
-    return new_m, (
-        e * scale + p.sum(1),
-        (ez + shift * e) * scale + pz.sum(1),
-        ee * scale**2 + (p * p).sum(1),
-        (eez + shift * ee) * scale**2 + (p * pz).sum(1),
-    )
-
-
-def _grad_logits(z: Tensor, log_z: Tensor, entropy: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
-    """The gradient of a tile of logits [N, W], but for the target's own 1."""
-    log_p = z - log_z[:, None]
-    factor = torch.zeros_like(log_z)[:, None] if grad_logprobs is None else -grad_logprobs[:, None]
-    if grad_entropy is not None:
-        factor = factor - grad_entropy[:, None] * (log_p + entropy[:, None])
-    return log_p.exp() * factor
-
-
-_compiled = {}
-
-
-def _on_device(function, tensor: Tensor):
-    """On a GPU the element-wise work of a tile becomes one kernel; on a CPU a compiler is not worth its wait."""
-    if not tensor.is_cuda:
-        return function
-    return _compiled.setdefault(function, torch.compile(function, dynamic=True))
-
-
-def head_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, width: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprob of `targets`, full-vocabulary entropy in nats, and S: [N, D], [V, D], [N] -> three times [N], float32.
-
-    All three are of softmax(logits / temperature), the distribution that was sampled from. The first two have
-    gradients. width bounds the memory: the entries of the vocabulary whose logits exist at a time. By default they take
-    4 MiB on a CPU, so that they stay in its caches, and 64 MiB on a GPU.
-    """
-    if width is None:
-        width = max(256, (2**24 if hidden.is_cuda else 2**20) // max(1, len(hidden)))
-    return HeadLogprobs.apply(hidden, weight, targets, temperature, width)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Packed micro-batches: no padding, and the prompt of a group once
-
-
-@dataclasses.dataclass
-class Packing:
-    """Where the packed tokens stand in their sequences. Only attention asks; all else in a model is by token."""
-
-    order: Tensor  # [L]  the sequences' tokens one behind the other, shared prompts repeated, as packed indices
-    places: Tensor  # [N]  the inverse: where each packed token stands in `order`, once
-    starts: Tensor  # [B + 1]  int32, where the sequences start in `order`
-    longest: int  # tokens
-    blocks: list[tuple[int, int]]  # CPU: `order` as padded blocks [b, t] of sequences of like length
-
-
-@dataclasses.dataclass
-class Batch:
-    """Responses one behind the other, without padding; a prompt that several neighbours share stands there once."""
-
-    input_ids: Tensor  # [N]
-    position_ids: Tensor  # [N]
-    packing: Packing
-    predecessors: Tensor  # [tokens of all responses]  packed index of the token before each response token
-    targets: Tensor  # [tokens of all responses]  their ids
-    response_mask: Tensor  # [B, R]  True for the response's tokens, end-of-sequence included; R of the longest response
-    old_logprobs: Tensor  # [B, R]
-    old_entropy: Tensor  # [B, R]
-    rollout_logprobs: Tensor  # [B, R]
-    advantages: Tensor  # [B, R]
-
-
-def collate(responses: list[Response], device: str = "cpu") -> Batch:
-    """The mask comes from lengths alone, never from token ids: padding may well be the end-of-sequence token.
-
-    No responses at all make a batch that can be computed and has no response tokens, for a rank with nothing to do.
-    """
-    if not responses:
-        batch = collate([Response([0], [0], torch.zeros(1), False, "")], device)
-        return dataclasses.replace(batch, response_mask=torch.zeros_like(batch.response_mask))
-    ids, positions, predecessors, targets = [], [], [], []
-    sequences: list[list[int]] = []  # packed indices of each sequence's tokens
-    prompt_ids, prompt = None, range(0)
-    for r in responses:
-        if r.prompt_ids != prompt_ids:
-            prompt_ids, prompt = r.prompt_ids, range(len(ids), len(ids) + len(r.prompt_ids))
-            ids += prompt_ids
-            positions += range(len(prompt_ids))
-        own = range(len(ids), len(ids) + len(r.response_ids))
-        ids += r.response_ids
-        positions += range(len(prompt_ids), len(prompt_ids) + len(r.response_ids))
-        predecessors += [prompt[-1], *own[:-1]] if own else []
-        targets += r.response_ids
-        sequences.append([*prompt, *own])
-    lengths = torch.tensor([len(r.response_ids) for r in responses])
-    response_mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, R]
-
-    def padded(values: list[Tensor]) -> Tensor:
-        return torch.zeros(response_mask.shape).masked_scatter(response_mask, torch.cat(values))
-
-    unknown = [torch.zeros(len(r.response_ids)) for r in responses]
-    measured = responses[0].old_logprobs is not None
-    return Batch(
-        input_ids=torch.tensor(ids, device=device),
-        position_ids=torch.tensor(positions, device=device),
-        packing=pack(sequences, len(ids), device),
-        predecessors=torch.tensor(predecessors, device=device),
-        targets=torch.tensor(targets, device=device),
-        response_mask=response_mask.to(device),
-        old_logprobs=padded([r.old_logprobs for r in responses] if measured else unknown).to(device),
-        old_entropy=padded([r.entropy for r in responses] if measured else unknown).to(device),
-        rollout_logprobs=padded([r.rollout_logprobs for r in responses]).to(device),
-        advantages=padded([torch.full((len(r.response_ids),), r.advantage) for r in responses]).to(device),
-    )
-
-
-def pack(sequences: list[list[int]], tokens: int, device: str) -> Packing:
-    """sequences: the packed indices of each sequence's tokens; `tokens` of them are distinct.
-
-    On a GPU attention takes sequences of any lengths; on a CPU it takes blocks, so that some places are padding.
-    """
-    sequences = sorted(sequences, key=len)
-    blocks = [] if device.startswith("cuda") else like_lengths([len(s) for s in sequences])
-    lengths = [t for b, t in blocks for _ in range(b)] or [len(s) for s in sequences]
-    starts = [0, *itertools.accumulate(lengths)]
-    order = torch.zeros(starts[-1], dtype=torch.long)  # where there is padding it stays 0: a real token, never read
-    places = torch.empty(tokens, dtype=torch.long)
-    for sequence, start in zip(sequences, starts, strict=False):
-        place = slice(start, start + len(sequence))
-        order[place] = torch.tensor(sequence)
-        places[order[place]] = torch.arange(place.start, place.stop)  # of a shared prompt's equal results any will do
-    starts = torch.tensor(starts, dtype=torch.int32)
-    return Packing(order.to(device), places.to(device), starts.to(device), max(lengths), blocks)
-
-
-def like_lengths(lengths: list[int], waste: float = 0.15) -> list[tuple[int, int]]:
-    """Ascending lengths -> blocks (sequences, longest) with at most this share of padding each."""
-    blocks, first, tokens = [], 0, 0
-    for i, length in enumerate(lengths):
-        if (i - first + 1) * length * (1 - waste) > tokens + length:
-            blocks.append((i - first, lengths[i - 1]))
-            first, tokens = i, 0
-        tokens += length
-    return [*blocks, (len(lengths) - first, lengths[-1])]
-
-
-def packed_attention(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packing: Packing, scaling=None, **options
-) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence, in the form transformers calls: [1, H, N, d] -> [1, N, H, d]."""
-    if refused := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
-        raise UserError(f"{type(module).__name__}: attention with {refused[0]} is not supported")
-    window = options.get("sliding_window")
-    q, k, v = (_take(x[0].transpose(0, 1), packing.order) for x in (query, key, value))  # [L, H, d]
-    if query.is_cuda:
-        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
-        ends = {
-            "max_q": packing.longest,
-            "max_k": packing.longest,
-            "cu_seq_q": packing.starts,
-            "cu_seq_k": packing.starts,
-        }
-        sides = (-1 if window is None else window - 1, 0)
-        out = varlen_attn(q, k, v, **ends, scale=scaling, window_size=sides, enable_gqa=True)  # [L, H, d]
-    else:
-        out, sizes = [], [b * t for b, t in packing.blocks]
-        for (b, t), *qkv in zip(packing.blocks, *(x.split(sizes) for x in (q, k, v)), strict=True):
-            qkv = (x.unflatten(0, (b, t)).transpose(1, 2) for x in qkv)  # [b, H, t, d]
-            mask = None if window is None or window >= t else torch.ones(t, t, dtype=torch.bool).tril().triu(1 - window)
-            block = F.scaled_dot_product_attention(
-                *qkv, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-            )
-            out.append(block.transpose(1, 2).flatten(0, 1))
-        out = torch.cat(out)  # [L, H, d]
-    return _take(out, packing.places)[None], None
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] along the first of x's three dimensions; as an embedding, whose backward is the fast and exact one."""
-    return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])
-
-
-AttentionInterface.register("packed", packed_attention)
-
-
-def micro_batches(responses: list[Response], max_tokens: int) -> list[list[int]]:
-    """Indices of `responses`, cut so that no micro-batch holds more than max_tokens packed tokens.
-
-    In their order, so that a group stays together and its prompt is computed once. A single response longer than
-    max_tokens is a batch of its own.
-    """
-    batches: list[list[int]] = []
-    tokens, prompt_ids = 0, None
-    for i, r in enumerate(responses):
-        added = len(r.response_ids) + (0 if r.prompt_ids == prompt_ids else len(r.prompt_ids))
-        if not batches or tokens + added > max_tokens:
-            batches.append([])
-            tokens, added = 0, len(r.prompt_ids) + len(r.response_ids)
-        batches[-1].append(i)
-        tokens, prompt_ids = tokens + added, r.prompt_ids
-    return batches
+# Forward
 
 
 def forward(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -391,7 +104,7 @@ def forward(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[T
             use_cache=False,
         ).last_hidden_state[0]  # [N, D]
     weight = model.get_output_embeddings().weight
-    statistics = head_logprobs(F.embedding(batch.predecessors, hidden), weight, batch.targets, temperature)
+    statistics = head_logprobs(take(hidden, batch.predecessors), weight, batch.targets, temperature)
     zeros = torch.zeros(mask.shape, device=mask.device)
     logprobs, entropy, S = (zeros.masked_scatter(mask, values) for values in statistics)
     return logprobs, entropy, S

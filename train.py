@@ -6,27 +6,25 @@ torchrun --nproc_per_node 8 train.py              the same on eight GPUs; README
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import math
-import os
 import secrets
-import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import checkpoint
 import loss
+import packing
 import policy
 import ranks
 import settings
 from evaluate import accuracy, evaluate
+from faults import RunEnded, StopRequest, save_skipped
 from prompts import Problem, UserError, load_problems
 from report import (
     Report,
@@ -335,10 +333,10 @@ def update(
     denominator = tokens if config.aggregation == "token-mean" else sequences
     parts, losses, places = [], [], 0
     optimizer.zero_grad()
-    batches = policy.even_passes(policy.micro_batches(responses, config.max_micro_batch_tokens))
+    batches = policy.even_passes(packing.micro_batches(responses, config.max_micro_batch_tokens))
     for index, rows in enumerate(batches, start=1):
         micro_batch = [responses[i] for i in rows]
-        batch = policy.collate(micro_batch, device)
+        batch = packing.collate(micro_batch, device)
         with policy.gradients_stay_here(actor) if index < len(batches) else contextlib.nullcontext():
             logprobs, entropy, S = actor(batch, config.temperature)  # [B, R] each
             if micro_batch and micro_batch[0].old_logprobs is None:  # the first update of a rollout
@@ -446,18 +444,6 @@ def split_evenly(items: list, parts: int) -> list[list]:
     return [items[a:b] for a, b in itertools.pairwise(cuts)]
 
 
-def save_skipped(folder: Path, step: int, index: int, responses: list[Response], done: dict) -> None:
-    """What a skipped update had seen on this rank, to be looked at with torch.load(..., weights_only=True)."""
-    folder.mkdir(exist_ok=True)
-    fields = [dataclasses.asdict(response) for response in responses]
-    record = {"responses": fields, "micro_batch_losses": done["micro_batch_losses"], "grad_norm": done["grad_norm"]}
-    torch.save(record, folder / f"step-{step:06d}-update-{index}-rank-{ranks.rank()}.pt")
-
-
-class RunEnded(Exception):
-    """The run cannot go on. The message is for people, and says what to do."""
-
-
 def check_mismatch(metrics: dict[str, float], config: Config) -> None:
     """vLLM and trainer hold the same weights, so their logprobs must agree; if not, the weights did not arrive."""
     if not metrics["mismatch/mean"] <= config.max_mismatch:
@@ -465,28 +451,6 @@ def check_mismatch(metrics: dict[str, float], config: Config) -> None:
             f"the logprobs of vLLM and trainer differ by {metrics['mismatch/mean']:.3g} nats on average, more than "
             f"max_mismatch = {config.max_mismatch}: they do not hold the same weights, or not in the same precision"
         )
-
-
-class StopRequest:
-    """Ctrl-C or SIGTERM: a rollout in hand is dropped, updates in hand are finished, and then the run is saved.
-
-    A second one ends the program at once.
-    """
-
-    def __init__(self):
-        self.requested = ""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def __bool__(self) -> bool:
-        return bool(self.requested)
-
-    def _handle(self, number: int, frame) -> None:
-        if self.requested:
-            os._exit(128 + number)  # metrics are on the disk, checkpoints are whole
-        self.requested = signal.Signals(number).name
-        if ranks.is_main():
-            print(f"\n{self.requested}: finishing what is in hand, then saving; once more to stop now", file=sys.stderr)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import head
 import loss
 import policy
 import report
@@ -34,38 +35,32 @@ class Config:
     repeats: int = 15  # pairs of runs
 
 
-class HeadWithoutS(policy.HeadLogprobs):
-    """Logprob and entropy, and zeros for S."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk_size):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        logprobs, entropy, S = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
-        for chunk in policy._chunks(len(hidden), chunk_size):
-            log_p = policy._log_softmax(hidden[chunk], weight, temperature)
-            logprobs[chunk] = log_p.gather(1, targets[chunk, None]).squeeze(1)
-            entropy[chunk] = -torch.linalg.vecdot(log_p.exp(), log_p)
-        ctx.mark_non_differentiable(S)
-        ctx.set_materialize_grads(False)
-        return logprobs, entropy, S
+def fold_without_s(z: torch.Tensor, m: torch.Tensor, sums: tuple) -> tuple[torch.Tensor, tuple]:
+    """head._fold without the two sums that only S needs."""
+    e, ez, ee, eez = sums
+    new_m = torch.maximum(m, z.amax(1))
+    shift = m - new_m
+    scale = shift.exp()
+    z = z - new_m[:, None]
+    p = z.exp()
+    return new_m, (e * scale + p.sum(1), (ez + shift * e) * scale + (p * z).sum(1), ee, eez)
 
 
-def step(model, optimizer, groups: list[list[Response]], config: train.Config, everything: bool) -> float:
+def step(actor, optimizer, groups: list[list[Response]], config: train.Config, everything: bool) -> float:
     """Seconds of a step's work in the trainer."""
-    device = model.device.type
+    device = next(actor.parameters()).device.type
     responses = [response for group in groups for response in group]
     rewards = torch.tensor([[response.reward for response in group] for group in groups])
     timer = report.Timer(device)
-    policy.measure(model, responses, config.temperature, config.max_micro_batch_tokens, device)
-    metrics = report.rollout_metrics(rewards, responses, 0.0) if everything else {}
+    policy.measure(actor, responses, config.temperature, config.max_micro_batch_tokens, device)
+    metrics = report.rollout_metrics([report.rollout_values(rewards, responses)], 0.0) if everything else {}
     updates = []
     for mini_batch in train.split_evenly(groups, len(groups) // config.mini_batch_prompts):
         flat = [response for group in mini_batch for response in group]
-        updates.append(train.update(model, optimizer, flat, 0.0, 0.75, 1.0, config, device))
+        updates.append(train.update(actor, optimizer, flat, 0.0, 0.75, 1.0, config, device))
     if everything:
-        metrics |= report.update_metrics(updates)
-        report.histograms(groups)
+        metrics |= report.update_metrics([updates])
+        report.histograms(responses)
     return timer.take()["time/step"]
 
 
@@ -90,13 +85,14 @@ def main(config: Config) -> None:
             group.append(response)
         groups.append(group)
 
-    full_head, full_sums = policy.HeadLogprobs, loss.update_sums
+    actor = policy.Policy(model)
+    full_fold, full_sums = head._fold, loss.update_sums
     seconds = {"everything": [], "entropy only": []}
     for repeat in range(config.repeats + 1):
         for name in seconds:
-            policy.HeadLogprobs = full_head if name == "everything" else HeadWithoutS
+            head._fold = full_fold if name == "everything" else fold_without_s
             loss.update_sums = full_sums if name == "everything" else lambda info, *_: {"tokens": info["ratio"].sum()}
-            taken = step(model, optimizer, groups, settings, name == "everything")
+            taken = step(actor, optimizer, groups, settings, name == "everything")
             if repeat:  # the first pair warms up
                 seconds[name].append(taken)
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]

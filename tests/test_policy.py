@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import head
 import loss
+import packing
 import policy
 import settings
 import train
@@ -43,7 +45,7 @@ def test_head_matches_naive_float64_forward_and_backward(width, temperature):
     targets = torch.randint(53, (24,), generator=g)
     to_logprobs, to_entropy = torch.randn(24, generator=g), torch.randn(24, generator=g)
     results = []
-    for compute, args in ((policy.head_logprobs, (temperature, width)), (naive, (temperature,))):
+    for compute, args in ((head.head_logprobs, (temperature, width)), (naive, (temperature,))):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropy, S = compute(h, w, targets, *args)
         ((logprobs * to_logprobs).sum() + (entropy * to_entropy).sum()).backward()
@@ -58,9 +60,9 @@ def test_head_with_one_gradient_only(which):
     hidden, weight = torch.randn(5, 8, generator=g), torch.randn(11, 8, generator=g)
     targets = torch.randint(11, (5,), generator=g)
     grads = []
-    for compute in (policy.head_logprobs, naive):
+    for compute in (head.head_logprobs, naive):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        args = (1.0, 2) if compute is policy.head_logprobs else (1.0,)
+        args = (1.0, 2) if compute is head.head_logprobs else (1.0,)
         compute(h, w, targets, *args)[which].sum().backward()
         grads.append((h.grad, w.grad))
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
@@ -70,7 +72,7 @@ def test_head_survives_extreme_logits():
     """Probabilities that underflow, and a certain token: no NaN, entropy 0."""
     hidden = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
-    logprobs, entropy, S = policy.head_logprobs(hidden, weight, torch.tensor([0, 0]))
+    logprobs, entropy, S = head.head_logprobs(hidden, weight, torch.tensor([0, 0]))
     (logprobs.sum() + entropy.sum()).backward()
     for values in (logprobs, entropy, S, hidden.grad, weight.grad):
         assert values.isfinite().all()
@@ -93,7 +95,7 @@ def test_head_never_allocates_tokens_by_vocabulary():
     N, D, V, width = 512, 8, 300, 32
     hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     with Watch():
-        logprobs, entropy, _ = policy.head_logprobs(hidden, weight, torch.zeros(N, dtype=torch.long), 1.0, width)
+        logprobs, entropy, _ = head.head_logprobs(hidden, weight, torch.zeros(N, dtype=torch.long), 1.0, width)
         (logprobs.sum() + entropy.sum()).backward()
     assert largest <= max(N * width, N * D, V * D)
 
@@ -102,7 +104,7 @@ def test_forward_matches_transformers_on_each_sequence_alone(tiny_model):
     """Packed without padding, a shared prompt once, targets shifted by one, only response tokens."""
     responses = responses_of([(3, 5), (1, 1), (7, 2), (2, 9)])
     responses[2].prompt_ids = responses[1].prompt_ids
-    batch = policy.collate(responses)
+    batch = packing.collate(responses)
     assert len(batch.input_ids) == 3 + 1 + 2 + 5 + 1 + 2 + 9
     logprobs, entropy, _ = policy.forward(tiny_model, batch, temperature=0.7)
     assert batch.response_mask.sum() == 5 + 1 + 2 + 9
@@ -122,7 +124,7 @@ def test_mask_comes_from_lengths_not_from_token_ids(tokenizer):
         Response([5, pad], [7, eos], torch.zeros(2), False, ""),
         Response([eos], [pad] * 4, torch.zeros(4), True, ""),
     ]
-    batch = policy.collate(responses)
+    batch = packing.collate(responses)
     assert batch.response_mask.tolist() == [[True, True, False, False], [True, True, True, True]]
 
 
@@ -136,16 +138,16 @@ def group_of(prompt: int, lengths: list[int], seed: int = 0) -> list[Response]:
 
 def test_micro_batches_hold_everything_once_within_the_budget():
     responses = [r for i in range(10) for r in group_of(i % 5 + 3, [(7 * i + j) % 13 + 1 for j in range(4)], seed=i)]
-    batches = policy.micro_batches(responses, max_tokens=50)
+    batches = packing.micro_batches(responses, max_tokens=50)
     assert [i for batch in batches for i in batch] == list(range(40))
-    sizes = [len(policy.collate([responses[i] for i in batch]).input_ids) for batch in batches]
+    sizes = [len(packing.collate([responses[i] for i in batch]).input_ids) for batch in batches]
     assert max(sizes) <= 50 and sum(sizes) / len(sizes) > 35
-    assert policy.micro_batches(responses_of([(3, 90), (2, 90)]), max_tokens=50) == [[0], [1]]
+    assert packing.micro_batches(responses_of([(3, 90), (2, 90)]), max_tokens=50) == [[0], [1]]
 
 
 def test_padding_in_attention_is_bounded_and_all_other_is_none():
     responses = responses_of([(5, n) for n in (1, 2, 4, 8, 16, 17, 18, 19, 20, 40, 80)])
-    batch = policy.collate(responses)
+    batch = packing.collate(responses)
     real = sum(5 + len(r.response_ids) for r in responses)
     assert len(batch.input_ids) == real and len(batch.targets) == real - 5 * len(responses)
     assert real <= len(batch.packing.order) <= real / 0.85
@@ -167,7 +169,7 @@ def test_gradient_checkpointing_changes_memory_alone(tiny_folder):
         model, _ = policy.load_model(str(tiny_folder), gradient_checkpointing=checkpointing)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
-            policy.forward(model, policy.collate(responses), 1.0)
+            policy.forward(model, packing.collate(responses), 1.0)
         saved.append(sum(sizes))
         gradients.append(update_gradient(model, responses)[0])
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-6)
@@ -196,7 +198,7 @@ def test_packed_attention_in_other_architectures(name):
     model = AutoModelForCausalLM.from_config(config).eval()
     model.set_attn_implementation("packed")
     responses = [*responses_of([(3, 9)]), *group_of(5, [7, 2], seed=1)]
-    batch = policy.collate(responses)
+    batch = packing.collate(responses)
     logprobs, _, _ = policy.forward(model, batch, 1.0)
     for i, r in enumerate(responses):
         expected = torch.log_softmax(naive_logits(model, r), -1).gather(1, torch.tensor(r.response_ids)[:, None])[:, 0]
@@ -256,7 +258,7 @@ def test_gradient_does_not_depend_on_the_cut(tiny_model, aggregation):
     for budget in (10_000, 14):
         gradient, one = update_gradient(tiny_model, responses, max_micro_batch_tokens=budget, aggregation=aggregation)
         gradients.append(gradient)
-        cuts.append((len(policy.micro_batches(responses, budget)), one["loss"]))
+        cuts.append((len(packing.micro_batches(responses, budget)), one["loss"]))
     assert cuts[0][0] == 1 and cuts[1][0] >= 9 and cuts[0][1] == pytest.approx(cuts[1][1], rel=1e-6)
     assert gradients[0].abs().max() > 1e-3
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
@@ -268,7 +270,7 @@ def test_measure_fills_in_every_response(tiny_model):
         r.old_logprobs = r.entropy = None
     policy.measure(policy.Policy(tiny_model), responses, 1.0, 12, "cpu")
     for r in responses:
-        logprobs, entropy, _ = policy.forward(tiny_model, policy.collate([r]), 1.0)
+        logprobs, entropy, _ = policy.forward(tiny_model, packing.collate([r]), 1.0)
         torch.testing.assert_close(r.old_logprobs, logprobs[0].detach(), atol=1e-5, rtol=0)
         torch.testing.assert_close(r.entropy, entropy[0].detach(), atol=1e-5, rtol=0)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import loss
+import packing
 import policy
 from prompts import load_problems
 from rollout import Engine, decode, stop_token_ids
@@ -96,7 +97,7 @@ def test_rollout_correction_with_an_engine_that_disagrees(engine, base, prompts)
     groups = engine.generate(prompts, 64, max_tokens=48, temperature=1.0, seed=4)
     responses = [response for group in groups for response in group]
     policy.measure(policy.Policy(base[0]), responses, 1.0, 8192, "cpu")
-    batch = policy.collate(responses)
+    batch = packing.collate(responses)
     mask = batch.response_mask
     ratio = (batch.old_logprobs - batch.rollout_logprobs).exp()[mask]
     assert ratio.max() > 1.5 and abs(ratio.mean() - 1) < 0.02 < abs((1 / ratio).mean() - 1)
