@@ -45,3 +45,12 @@ def write_rows(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run of four steps, with W&B offline: (folder, what it printed)."""
+    from test_train import SMALL, run
+
+    out = tmp_path_factory.mktemp("out")
+    return out / "whole", run(out, "--run-name", "whole", *SMALL, mode="offline")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_policy import responses_of
-from test_train import ROOT, SMALL, finished, metrics_of, run, start, without_timings  # noqa: F401
+from test_train import ROOT, SMALL, metrics_of, run, start, without_timings
 
 import policy
 import settings
@@ -80,7 +80,7 @@ def assert_same_run(ours: Path, expected: Path, last: str) -> None:
     assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
 
 
-def test_killed_three_times_and_started_again_it_is_the_same_run(finished, tmp_path):  # noqa: F811
+def test_killed_three_times_and_started_again_it_is_the_same_run(finished, tmp_path):
     """kill -9 in a rollout, an update and a checkpoint; the same command each time goes on, and says so."""
     for moment, line in KILLED.items():
         code, output = run_program(tmp_path, line, *SMALL, "--out", str(tmp_path / "out"))
@@ -147,7 +147,7 @@ torch.save = full
 """
 
 
-def test_a_full_disk_costs_a_checkpoint(finished, tmp_path):  # noqa: F811
+def test_a_full_disk_costs_a_checkpoint(finished, tmp_path):
     code, output = run_program(tmp_path, FULL_DISK, *SMALL, "--out", str(tmp_path), "--run-name", "full")
     assert code == 0, output
     assert "checkpoint not written, training goes on" in output and "No space left on device" in output

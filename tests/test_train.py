@@ -52,13 +52,6 @@ def without_timings(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of four steps, with W&B offline: (folder, what it printed)."""
-    out = tmp_path_factory.mktemp("out")
-    return out / "whole", run(out, "--run-name", "whole", *SMALL, mode="offline")
-
-
 def test_a_run_leaves_everything_behind(finished):
     folder, output = finished
     assert {p.name for p in folder.iterdir()} >= {"config.json", "metrics.jsonl", "samples.jsonl", "source", "wandb"}
