@@ -25,8 +25,12 @@ eval: setup data  ## evaluate a checkpoint: ARGS="--model out/<run>/checkpoint-0
 figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 	@.venv/bin/python figures.py $(RUNS) $(ARGS)
 
-bench: setup data  ## measure what the entropy accounting costs
-	@.venv/bin/python bench/attribution.py $(ARGS)
+bench: setup data  ## measure updates, rollouts, rewards and the entropy accounting: ten minutes on two cores
+	@.venv/bin/python bench/update.py
+	@.venv/bin/python bench/update.py --equal --rounds 1
+	@.venv/bin/python bench/rollout.py
+	@.venv/bin/python bench/reward.py
+	@.venv/bin/python bench/attribution.py --repeats 7
 
 test: setup data  ## run the tests
 	@.venv/bin/python -m pytest $(ARGS)
@@ -63,5 +67,5 @@ setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 	@touch $@
 
 clean:  ## remove .venv, the default data and base policy, and caches; runs in out/ are kept
-	rm -rf .venv .pytest_cache .ruff_cache data/arithmetic/base $(DEFAULT_DATA)
+	rm -rf .venv bench/.venv-trl .pytest_cache .ruff_cache data/arithmetic/base $(DEFAULT_DATA)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
