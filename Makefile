@@ -28,8 +28,12 @@ figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
 	@.venv/bin/python workspace.py --project $(PROJECT)
 
-bench: setup data  ## measure what the entropy accounting costs
-	@.venv/bin/python bench/attribution.py $(ARGS)
+bench: setup data  ## measure updates, rollouts, rewards and the entropy accounting: ten minutes on two cores
+	@.venv/bin/python bench/update.py
+	@.venv/bin/python bench/update.py --equal --rounds 1
+	@.venv/bin/python bench/rollout.py
+	@.venv/bin/python bench/reward.py
+	@.venv/bin/python bench/attribution.py --repeats 7
 
 test: setup data  ## run the tests
 	@.venv/bin/python -m pytest $(ARGS)
@@ -69,5 +73,5 @@ setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 	@touch $@
 
 clean:  ## remove .venv, the default data and base policy, and caches; runs in out/ are kept
-	rm -rf .venv .pytest_cache .ruff_cache data/arithmetic/base $(DEFAULT_DATA)
+	rm -rf .venv bench/.venv-trl .pytest_cache .ruff_cache data/arithmetic/base $(DEFAULT_DATA)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -102,7 +102,8 @@ def forward(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[T
             position_ids=batch.position_ids[None],
             packing=batch.packing,
             use_cache=False,
-        ).last_hidden_state[0]  # [N, D]
+        ).last_hidden_state[0]  # [N, D], of float32 under autocast, as the residual stream is
+    hidden = hidden.to(torch.bfloat16) if hidden.is_cuda else hidden  # what vLLM's head sees
     weight = model.get_output_embeddings().weight
     statistics = head_logprobs(take(hidden, batch.predecessors), weight, batch.targets, temperature)
     zeros = torch.zeros(mask.shape, device=mask.device)

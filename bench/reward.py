@@ -1,0 +1,166 @@
+r"""The verifier: answers/s against bare math-verify on plain and on LaTeX answers, and what hostile answers cost.
+
+    python bench/reward.py
+
+Bare is `verify(parse(gold), parse(response))` in the main thread, after a call that warms up. All answers differ, so
+that no verdict is remembered; half are right. Ours may use several processes, and starts none for most plain answers.
+Hostile answers are given to ours alone: each in a batch with harmless ones, then all in one batch. The delay is what
+that batch takes longer than the harmless ones by themselves.
+"""
+
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import common
+import reward
+
+
+@dataclass
+class Config:
+    plain: int = 500  # answers
+    latex: int = 100
+    rounds: int = 2  # of both, in turn, with new answers; the best of each counts
+    hostile: int | None = None  # of the hostile answers, the first so many; None: all
+    timeout: float = 3.0  # seconds that one answer may take, as reward.score has it
+    budget: float = 60.0  # seconds that all answers of a batch may take together, likewise
+
+
+# (a right answer, a wrong one, the true one) with integers a < b for {a} and {b}: what models write most.
+PLAIN = (
+    ("{b}", "{a}", "{b}"),
+    ("-{a}", "{a}", "-{a}"),
+    ("{b}.50", "{b}.05", "{b}.5"),
+    (r"\frac{{{a}}}{{{b}}}", r"\frac{{{b}}}{{{a}}}", "{a}/{b}"),
+    ("{b},{a:03d}", "{b}{a:03d}0", "{b}{a:03d}"),
+    (r"{a}\%", r"{b}\%", "{a}"),
+    (r"{b}\text{{ cm}}", r"{a}\text{{ cm}}", "{b}"),
+    ("({a}, {b})", "({b}, {a})", "({a},{b})"),
+)
+# The same, where it takes algebra to tell.
+LATEX = (
+    (r"\frac{{{a}}}{{\sqrt{{{b}}}}}", r"\frac{{{b}}}{{\sqrt{{{a}}}}}", r"\frac{{{a}\sqrt{{{b}}}}}{{{b}}}"),
+    (r"(x+{a})(x-{b})", r"(x-{a})(x-{b})", r"x^2+{a}x-{b}x-{a}\cdot{b}"),
+    (r"\sqrt{{{a}^2 \cdot {b}}}", r"\sqrt{{{a} \cdot {b}^2}}", r"{a}\sqrt{{{b}}}"),
+    (r"{a}\pi+\frac{{\pi}}{{{b}}}", r"{b}\pi+\frac{{\pi}}{{{a}}}", r"\pi\left({a}+\frac{{1}}{{{b}}}\right)"),
+    (r"\log_2({a})+\log_2({b})", r"\log_2({a}+{b})", r"\log_2({a}\cdot{b})"),
+    (r"\frac{{{a}x}}{{{b}x^2}}", r"\frac{{{a}x^2}}{{{b}x}}", r"\frac{{{a}}}{{{b}x}}"),
+)
+HOSTILE = (
+    r"10^{10^{10}}",
+    r"99999999!",
+    r"9^{9^{9^{9}}}",
+    r"\binom{9000000}{99999}",
+    "(" * 2000 + "1" + ")" * 2000,
+    "1" * 100_000,
+    r"\frac{1}{" * 500 + "2" + "}" * 500,
+    r"__import__('time').sleep(60)",
+    r"(x+y+z+w)^{60}",
+    r"\prod_{k=1}^{9999} (k+\sqrt{2})",
+    r"\sum_{n=1}^{10^{9}} \frac{1}{n^2+\sqrt{n}}",
+    r"\int_0^1 \sin(\cos(\tan(x^x))) dx",
+    r"\sqrt{2+" * 9 + "x" + "}" * 9,
+)
+
+
+def answers(templates: tuple, count: int, rng: random.Random) -> tuple[list[str], list[str], list[float]]:
+    """(responses, truths, verdicts) of `count` answers, all different, half of them right."""
+    responses, truths, expected = [], [], []
+    for i in range(count):
+        right, wrong, truth = templates[i // 2 % len(templates)]
+        a, b = sorted(rng.sample(range(2, 900), 2))
+        answer = (right, wrong)[i % 2].format(a=a, b=b)
+        responses.append(rf"Adding up, we find that the answer is \boxed{{{answer}}}.")
+        truths.append(truth.format(a=a, b=b))
+        expected.append(1.0 - i % 2)
+    return responses, truths, expected
+
+
+def bare(responses: list[str], truths: list[str]) -> list[float]:
+    from math_verify import parse, verify
+
+    verdicts = []
+    for response, truth in zip(responses, truths, strict=True):
+        verdicts.append(float(verify(parse(f"${truth}$"), parse(response))))
+    return verdicts
+
+
+def timed(function, *arguments, **options) -> tuple[float, list[float]]:
+    start = time.perf_counter()
+    verdicts = function(*arguments, **options)
+    return time.perf_counter() - start, verdicts
+
+
+def rates(templates: tuple, count: int, rounds: int, rng: random.Random) -> dict[str, float]:
+    """Answers/s of both, and the shares of verdicts that are those of the construction."""
+    seconds, right = {"ours": [], "bare": []}, {"ours": 0, "bare": 0}
+    for _ in range(rounds):
+        responses, truths, expected = answers(templates, count, rng)
+        for name, function in (("ours", reward.score), ("bare", bare)):
+            taken, verdicts = timed(function, responses, truths)
+            seconds[name].append(taken)
+            right[name] += sum(v == e for v, e in zip(verdicts, expected, strict=True))
+    result = {f"{name}_per_s": count / min(seconds[name]) for name in seconds}
+    result |= {f"{name}_right": right[name] / count / rounds for name in right}
+    return result | {"ours_over_bare": result["ours_per_s"] / result["bare_per_s"]}
+
+
+def delays(attacks: tuple[str, ...], config: Config, rng: random.Random) -> tuple[float, float]:
+    """Seconds by which these answers, in one batch with others, delay it, and those of the batch after it.
+
+    What they delay the next batch by is the start of the workers that were killed.
+    """
+    batch = [one + other for one, other in zip(answers(PLAIN, 200, rng), answers(LATEX, 12, rng), strict=True)]
+    responses, truths, expected = batch
+    options = {"timeout": config.timeout, "budget": config.budget}
+    attacked = [rf"\boxed{{{attack}}}" for attack in attacks] + responses, ["4"] * len(attacks) + truths
+    seconds = []
+    harmless = responses, truths
+    for arguments in (harmless, harmless, attacked, harmless):  # the first fills sympy's own cache
+        reward._cache.clear()
+        taken, verdicts = timed(reward.score, *arguments, **options)
+        assert verdicts[-len(expected) :] == expected, "hostile answers changed the verdicts of others"
+        seconds.append(taken)
+    _, before, during, after = seconds
+    return during - before, after - before
+
+
+def main(config: Config) -> None:
+    rng = random.Random(0)
+    for function in (reward.score, bare):  # imports sympy, starts the workers
+        function(*answers(LATEX, 20, rng)[:2])
+    result = {"bench": "reward", "date": time.strftime("%Y-%m-%d"), "timeout": config.timeout, "budget": config.budget}
+    for name, templates, count in (("plain", PLAIN, config.plain), ("latex", LATEX, config.latex)):
+        result |= {f"{name}/{key}": value for key, value in rates(templates, count, config.rounds, rng).items()}
+    hostile = HOSTILE[: config.hostile]
+    alone = {attack[:40]: delays((attack,), config, rng) for attack in hostile}
+    result["hostile/delay_s"], result["hostile/delay_of_next_s"] = map(max, zip(*alone.values(), strict=True))
+    result["hostile/delay_all_s"], _ = delays(hostile, config, rng)
+    result["hostile/each_s"] = {attack: delay for attack, (delay, _) in alone.items()}
+
+    columns = ("ours_per_s", "bare_per_s", "ours_over_bare", "ours_right", "bare_right")
+    rows = [(name, *(result[f"{name}/{column}"] for column in columns)) for name in ("plain", "latex")]
+    bars = [
+        ("plain answers/s, ours over math-verify", result["plain/ours_over_bare"], ">= 10"),
+        ("LaTeX answers/s, ours over math-verify", result["latex/ours_over_bare"], ""),
+        ("delay by one hostile answer, s", result["hostile/delay_s"], f"<= {config.timeout:g}"),
+        ("delay of the batch after it, s", result["hostile/delay_of_next_s"], ""),
+        (f"delay by all {len(hostile)}, s", result["hostile/delay_all_s"], f"<= {config.budget + config.timeout:g}"),
+    ]
+    attacks = [(attack, delay) for attack, (delay, _) in alone.items()]
+    common.show(
+        result,
+        [("answers", *columns), *rows],
+        [("hostile answer", "delay, s"), *attacks],
+        [("", "value", "bar"), *bars],
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,180 @@
+"""Rollouts: Engine.generate against bare vLLM, seconds of a weight sync by model size, and where a step's time goes.
+
+    python bench/rollout.py                                              all three, with the default model and data
+    python bench/rollout.py --metrics out/<run>/metrics.jsonl            the time of the steps of that run instead
+
+Bare is `vllm.LLM.generate` on the same engine, in turn: the same prompts, seed and sampling settings, hence the same
+tokens, and the prefix cache emptied before each. What differs is all that rollout.py adds. Bare runs as its user would
+have it, with vLLM's own detokenization: once with the sampled tokens' logprobs, which training needs, once without.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import common
+import policy
+import train
+from prompts import load_problems
+from rollout import Engine
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("rollout", "reward", "old_logprobs", "update", "sync", "eval")
+
+
+@dataclass
+class Config:
+    model: str = train.Config.model  # folder or hub name
+    data: str = train.Config.eval_data  # prompts, JSONL
+    prompts: int = train.Config.prompts_per_step
+    responses: int = train.Config.responses_per_prompt  # to each prompt
+    max_tokens: int = train.Config.max_response_tokens
+    rounds: int = 5  # of all variants, in turn
+    shapes: tuple[str, ...] = ("256x8", "576x30")  # random Qwen2 models to sync, hidden size x layers
+    vocabulary: int = 49152  # theirs
+    train_steps: int = 6  # of a run with the default settings, to see where its time goes
+    metrics: str = ""  # metrics.jsonl of a run to look at instead
+    only_sync: bool = False  # of --model; how this script calls itself, an engine a process
+
+
+def random_model(folder: str, shape: str, vocabulary: int) -> None:
+    hidden_size, layers = map(int, shape.split("x"))
+    config = Qwen2Config(
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+        vocab_size=vocabulary,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    common.save_random_model(Path(folder), config)
+
+
+def sync_seconds(engine: Engine, model) -> float:
+    """What a step of train.py calls sync."""
+    taken = []
+    for _ in range(4):
+        engine.sleep()
+        start = time.perf_counter()
+        engine.wake(policy.named_weights(model))
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def generation(engine: Engine, prompts: list[list[int]], config: Config) -> dict[str, float]:
+    """Median tokens/s of the variants."""
+    inputs = [{"prompt_token_ids": ids} for ids in prompts]
+
+    def ours(seed: int) -> int:
+        groups = engine.generate(prompts, config.responses, max_tokens=config.max_tokens, temperature=1.0, seed=seed)
+        return sum(len(response.response_ids) for group in groups for response in group)
+
+    def bare(seed: int, **options) -> int:
+        torch.manual_seed(seed)
+        params = engine.vllm.SamplingParams(
+            n=config.responses,
+            temperature=1.0,
+            max_tokens=config.max_tokens,
+            stop_token_ids=engine.stop_token_ids,
+            **options,
+        )
+        outputs = engine.llm.generate(inputs, params, use_tqdm=False)
+        return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+
+    variants = {
+        "engine": ours,
+        "bare_with_logprobs": lambda seed: bare(seed, logprobs=0),
+        "bare": bare,
+        "bare_token_ids_alone": lambda seed: bare(seed, detokenize=False),
+    }
+    rates = {name: [] for name in variants}
+    for seed in range(config.rounds + 1):
+        counts = set()
+        for name, variant in variants.items():
+            engine.llm.reset_prefix_cache()
+            start = time.perf_counter()
+            tokens = variant(seed)
+            taken = time.perf_counter() - start
+            counts.add(tokens)
+            if seed:  # the first round warms up
+                rates[name].append(tokens / taken)
+        assert len(counts) == 1, f"the variants sampled different numbers of tokens: {counts}"
+    return {f"{name}/tokens_per_s": statistics.median(values) for name, values in rates.items()}
+
+
+def short_run(steps: int, folder: str) -> Path:
+    """metrics.jsonl of a run with the default settings, W&B included; evaluated at its ends alone."""
+    command = [sys.executable, "train.py", "--out", folder, "--run", "bench", "--steps", str(steps)]
+    command += ["--eval-every", str(steps), "--eval-samples", "1"]
+    environment = {"WANDB_MODE": "offline"} | os.environ
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return Path(folder) / "bench" / "metrics.jsonl"
+
+
+def shares(path: Path) -> dict[str, float]:
+    """Shares of the steps' time without evaluation, by part; `rest` is advantages, metrics, logging, checkpoints."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if row["step"]]  # 0 is the evaluation before the first step
+    seconds = {part: sum(row.get(f"time/{part}", 0.0) for row in rows) for part in PARTS}
+    total = sum(row["time/step"] for row in rows) - seconds.pop("eval")
+    seconds["rest"] = total - sum(seconds.values())
+    result = {f"share/{part}": value / total for part, value in seconds.items()}
+    return result | {"share/outside": 1 - result["share/rollout"] - result["share/update"]}
+
+
+def main(config: Config) -> None:
+    model, tokenizer = policy.load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(config.model, tokenizer, context=policy.context_of(config.model))
+    sync = {"parameters": sum(p.numel() for p in model.parameters()), "seconds": sync_seconds(engine, model)}
+    if config.only_sync:
+        print(json.dumps(sync))
+        return
+    problems, _ = load_problems(config.data, tokenizer, train.Config.max_prompt_tokens)
+    result = {"bench": "rollout", "date": time.strftime("%Y-%m-%d"), "model": config.model}
+    result |= generation(engine, [problem.prompt_ids for problem in problems[: config.prompts]], config)
+    for name in ("bare_with_logprobs", "bare"):
+        result[f"engine_over_{name}"] = result["engine/tokens_per_s"] / result[f"{name}/tokens_per_s"]
+    syncs = [sync]
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in config.shapes:
+            random_model(f"{folder}/{shape}", shape, config.vocabulary)
+            command = [sys.executable, __file__, "--only-sync", "--model", f"{folder}/{shape}"]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            syncs.append(json.loads(output.splitlines()[-1]))
+        result |= shares(Path(config.metrics) if config.metrics else short_run(config.train_steps, folder))
+    result["sync"] = syncs
+
+    rates = [(name.removesuffix("/tokens_per_s"), value) for name, value in result.items() if "/tokens_per_s" in name]
+    parts = [(name.removeprefix("share/"), value) for name, value in result.items() if name.startswith("share/")]
+    bars = [
+        ("tokens/s, Engine.generate over bare with logprobs", result["engine_over_bare_with_logprobs"], ">= 0.97"),
+        ("tokens/s, Engine.generate over bare", result["engine_over_bare"], ""),
+        ("share of a step outside rollout and update", result["share/outside"], "<= 0.05"),
+    ]
+    common.show(
+        result,
+        [("sampling", "tokens/s"), *rates],
+        [("weight sync, M parameters", "seconds"), *((f"{s['parameters'] / 1e6:,.1f}", s["seconds"]) for s in syncs)],
+        [("step without evaluation", "share"), *parts],
+        [("", "value", "bar"), *bars],
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

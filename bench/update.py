@@ -1,0 +1,188 @@
+"""One policy update: ours against TRL's and against a plain transformers loop, in tokens/s and peak memory, on a CPU.
+
+    python bench/update.py                        eight responses of 30 to 256 tokens to prompts of 40
+    python bench/update.py --equal --rounds 1     as many tokens, all responses of one length: nobody pays for padding
+    python bench/update.py --without-trl          without TRL's environment, which is made on first use, in minutes
+
+The contestants are in contestants.py. Each runs in a process of its own, in turn, on the same weights and batch; their
+losses and gradients must agree, or the comparison is refused. Tokens are those of prompts and responses, not padding.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import common
+import policy
+import train
+
+HERE = Path(__file__).parent
+TRL = "trl==1.16.0"
+TRL_ENVIRONMENT = HERE / ".venv-trl"
+SAME_AS_OURS = ("transformers", "accelerate")  # in TRL's environment, so that only TRL is compared
+
+
+@dataclass
+class Config:
+    equal: bool = False  # responses of one length, with as many tokens together
+    shared_prompt: bool = False  # the responses are one group's, with one prompt; otherwise each has its own
+    rounds: int = 2  # of all contestants, in turn
+    without_trl: bool = False  # ours against the plain loop alone
+    trl_gradient_checkpointing: bool = False  # TRL's own default is true: slower, and less memory
+    threads: int = 2
+    max_micro_batch_tokens: int = train.Config.max_micro_batch_tokens  # ours
+    prompt_tokens: int = 40
+    response_tokens: tuple[int, ...] = (30, 40, 50, 60, 80, 100, 160, 256)
+    # The shape of SmolLM2-135M; the weights are random, which does not change the work.
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    layers: int = 30
+    heads: int = 9
+    kv_heads: int = 3
+    vocabulary: int = 49152
+
+
+def trl_python() -> Path:
+    """The interpreter of TRL's environment. Made as the Makefile makes ours, torch first, or pip would fetch CUDA's."""
+    done = TRL_ENVIRONMENT / "installed"
+    python = TRL_ENVIRONMENT / "bin" / "python"
+    torch_pin = f"torch=={version('torch').partition('+')[0]}"
+    pins = [torch_pin, TRL, *(f"{name}=={version(name)}" for name in SAME_AS_OURS)]
+    if not done.exists() or done.read_text() != " ".join(pins):
+        print(f"installing {TRL} into {TRL_ENVIRONMENT}, once: a few minutes and 1.5 GB", file=sys.stderr)
+        venv.create(TRL_ENVIRONMENT, with_pip=True, clear=True)
+        install = [python, "-m", "pip", "install", "--quiet"]
+        index = ["--index-url", "https://download.pytorch.org/whl/cpu"]
+        own_index = [*install, "--no-deps", "--retries", "0", "--timeout", "15", torch_pin, *index]
+        if subprocess.run(own_index, stderr=subprocess.DEVNULL).returncode:
+            print("PyTorch's index cannot be reached; going on without it", file=sys.stderr)
+        subprocess.run([*install, *pins], check=True)
+        done.write_text(" ".join(pins))
+    return python
+
+
+def write_batch(folder: Path, config: Config) -> dict:
+    """Random tokens; advantages in turn positive and negative."""
+    lengths = list(config.response_tokens)
+    if config.equal:
+        lengths = [sum(lengths) // len(lengths)] * len(lengths)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(2, config.vocabulary, (length,), generator=generator).tolist()
+
+    prompts = [draw(config.prompt_tokens) for _ in lengths]
+    batch = {
+        "prompt_ids": prompts[:1] * len(lengths) if config.shared_prompt else prompts,
+        "response_ids": [draw(length) for length in lengths],
+        "advantages": [(1.0, -0.5)[i % 2] for i in range(len(lengths))],
+        "threads": config.threads,
+        "max_micro_batch_tokens": config.max_micro_batch_tokens,
+        "trl_gradient_checkpointing": config.trl_gradient_checkpointing,
+    }
+    (folder / "batch.json").write_text(json.dumps(batch))
+    return batch
+
+
+def run(contestant: str, folder: Path, threads: int) -> dict[str, float]:
+    python = trl_python() if contestant == "trl" else sys.executable
+    command = [python, HERE / "contestants.py", contestant, folder]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"the contestant '{contestant}' failed:\n{process.stderr}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def gradient_difference(folder: Path, a: str, b: str) -> float:
+    """The largest relative difference of the compared weights' gradients."""
+    gradients, others = (torch.load(folder / f"{name}.pt") for name in (a, b))
+    return max(((g - others[n]).norm() / others[n].norm()).item() for n, g in gradients.items())
+
+
+def work(batch: dict, model_config: LlamaConfig, shared_prompt: bool) -> float:
+    """Floating-point operations of forward and backward of the tokens that matter."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    prompts, responses = (list(map(len, batch[name])) for name in ("prompt_ids", "response_ids"))
+    needed = sum(prompts[:1] if shared_prompt else prompts) + sum(responses)
+    squares = sum((P + R) ** 2 for P, R in zip(prompts, responses, strict=True))
+    return policy.flops(model, needed, sum(responses), squares)
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    contestants = ["ours", "plain"] if config.without_trl else ["ours", "trl", "plain"]
+    model_config = LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        vocab_size=config.vocabulary,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    rates = [policy.matrix_rate("cpu")]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        common.save_random_model(folder, model_config)
+        batch = write_batch(folder, config)
+        runs = {name: [] for name in contestants}
+        for _ in range(config.rounds):
+            for name in contestants:
+                runs[name].append(run(name, folder, config.threads))
+        differences = {name: gradient_difference(folder, "ours", name) for name in contestants[1:]}
+    rates.append(policy.matrix_rate("cpu"))
+
+    median = {n: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for n, rows in runs.items()}
+    for name, difference in differences.items():
+        if not (difference < 1e-3 and abs(median[name]["loss"] - median["ours"]["loss"]) < 1e-4):
+            sys.exit(f"ours and '{name}' do not compute the same: gradients differ by {difference:.2g}, {median}")
+    tokens = sum(map(len, batch["prompt_ids"] + batch["response_ids"]))
+    response_tokens = sum(map(len, batch["response_ids"]))
+    floor = work(batch, model_config, config.shared_prompt) / max(rates)
+    hidden = torch.randn(response_tokens, config.hidden_size)  # [N, D]
+    weight = torch.randn(config.vocabulary, config.hidden_size) / config.hidden_size**0.5  # [V, D]
+    head, products = common.head_seconds(hidden, weight, torch.randint(config.vocabulary, (response_tokens,)))
+
+    result = {"bench": "update", "date": time.strftime("%Y-%m-%d"), "equal": config.equal, "tokens": tokens}
+    result |= {"threads": config.threads, "rounds": config.rounds, "shared_prompt": config.shared_prompt}
+    for name in contestants:
+        result[f"{name}/tokens_per_s"] = tokens / median[name]["seconds"]
+        result |= {f"{name}/{key}": value for key, value in median[name].items()}
+    bars = []
+    for name in contestants[1:]:
+        result[f"{name}/gradient_difference"] = differences[name]
+        result[f"speed_over_{name}"] = median[name]["seconds"] / median["ours"]["seconds"]
+        result[f"memory_of_{name}"] = median["ours"]["peak_gib"] / median[name]["peak_gib"]
+        bar = (">= 1.5" if config.equal else ">= 2.5", "" if config.equal else "<= 0.4") if name == "trl" else ("", "")
+        bars.append((f"tokens/s, ours over {name}", result[f"speed_over_{name}"], bar[0]))
+        bars.append((f"peak memory, ours over {name}", result[f"memory_of_{name}"], bar[1]))
+    result |= {"matrix_gflops": max(rates) / 1e9, "floor_s": floor, "over_floor": median["ours"]["seconds"] / floor}
+    result |= {"head_s": head, "head_products_s": products, "head_overhead": head / products - 1}
+    bars.append(("seconds at the matrix rate, the floor", floor, ""))
+    bars.append(("seconds, ours over the floor", result["over_floor"], ""))
+    bars.append(("head function, time beyond its matrix products", result["head_overhead"], "<= 0.15"))
+    columns = ("seconds", "tokens_per_s", "peak_gib", "before_gib", "grad_norm")
+    rows = [(name, *(result[f"{name}/{column}"] for column in columns)) for name in contestants]
+    common.show(result, [("contestant", *columns), *rows], [("", "value", "bar"), *bars])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
