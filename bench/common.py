@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import policy
+import head
 
 
 def save_random_model(folder: Path, config: PretrainedConfig, device: str = "cpu") -> int:
@@ -47,7 +47,7 @@ def seconds(function: Callable[[], object], repeats: int = 5, cuda: bool = False
 
 
 def head_seconds(hidden: Tensor, weight: Tensor, targets: Tensor, repeats: int = 5) -> tuple[float, float]:
-    """Median seconds of policy.head_logprobs with backward, and of the four matrix products that it cannot avoid.
+    """Median seconds of head.head_logprobs with backward, and of the four matrix products that it cannot avoid.
 
     hidden [N, D], weight [V, D], targets [N], of the types that the update has. The products are those of forward, of
     its recomputation and two of backward: bfloat16 on a GPU, float32 on a CPU, into memory that is there already.
@@ -56,7 +56,7 @@ def head_seconds(hidden: Tensor, weight: Tensor, targets: Tensor, repeats: int =
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
     def ours():
-        logprobs, _, _ = policy.head_logprobs(hidden, weight, targets)  # [N]
+        logprobs, _, _ = head.head_logprobs(hidden, weight, targets)  # [N]
         return torch.autograd.grad(logprobs.sum(), (hidden, weight))
 
     plain_hidden, plain_weight = hidden.detach().to(dtype), weight.detach().to(dtype)

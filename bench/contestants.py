@@ -18,9 +18,10 @@ from torch import Tensor
 
 
 def ours(folder: Path, batch: dict):
-    """The loop of train.update: packed or sorted micro-batches, CE-GPPO, the entropy accounting."""
+    """The loop of train.update: packed micro-batches, CE-GPPO, the entropy accounting."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import loss
+    import packing
     import policy
     from rollout import Response
 
@@ -35,8 +36,8 @@ def ours(folder: Path, batch: dict):
     def update(rows: list[int]) -> float:
         chosen = [responses[i] for i in rows]
         tokens, total_loss = sum(len(r.response_ids) for r in chosen), 0.0
-        for indices in policy.micro_batches(chosen, batch["max_micro_batch_tokens"]):
-            micro_batch = policy.collate([chosen[i] for i in indices])
+        for indices in packing.micro_batches(chosen, batch["max_micro_batch_tokens"]):
+            micro_batch = packing.collate([chosen[i] for i in indices])
             advantages, mask = micro_batch.advantages, micro_batch.response_mask  # as padded as the logprobs
             logprobs, entropy, S = policy.forward(model, micro_batch, 1.0)
             old_logprobs, old_entropy = logprobs.detach(), entropy.detach()

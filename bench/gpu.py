@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
 import loss
+import packing
 import policy
 from rollout import Response
 
@@ -86,8 +87,8 @@ def make_responses(lengths: list[int], options: argparse.Namespace) -> list[Resp
 
 def update(model, responses: list[Response], device: str) -> None:
     """One micro-batch of train.update, on its first update: ratio 1."""
-    batch = policy.collate(responses, device)
-    logprobs, entropy, S = policy.forward(model, batch, 1.0)  # [B, T - 1] each
+    batch = packing.collate(responses, device)
+    logprobs, entropy, S = policy.forward(model, batch, 1.0)  # [B, R] each
     old_logprobs, old_entropy = logprobs.detach(), entropy.detach()
     batch_loss, info = loss.policy_loss(logprobs, old_logprobs, batch.advantages, batch.response_mask)
     batch_loss.backward()
@@ -104,7 +105,7 @@ def head_inputs(model, responses: list[Response], device: str) -> tuple[torch.Te
 
     policy.head_logprobs = remember
     with torch.no_grad():
-        policy.forward(model, policy.collate(responses, device), 1.0)
+        policy.forward(model, packing.collate(responses, device), 1.0)
     policy.head_logprobs = head_logprobs
     return seen[0]
 

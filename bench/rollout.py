@@ -120,7 +120,7 @@ def generation(engine: Engine, prompts: list[list[int]], config: Config) -> dict
 
 def short_run(steps: int, folder: str) -> Path:
     """metrics.jsonl of a run with the default settings, W&B included; evaluated at its ends alone."""
-    command = [sys.executable, "train.py", "--out", folder, "--run", "bench", "--steps", str(steps)]
+    command = [sys.executable, "train.py", "--out", folder, "--run-name", "bench", "--steps", str(steps)]
     command += ["--eval-every", str(steps), "--eval-samples", "1"]
     environment = {"WANDB_MODE": "offline"} | os.environ
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
