@@ -38,6 +38,7 @@ def evaluate(
     temperature: float,
     top_p: float = 1.0,
     seed: int = 0,
+    thinking: bool = False,
 ) -> tuple[dict[str, float], list[list[Response]]]:
     """Sample k responses a problem and score them.
 
@@ -48,7 +49,7 @@ def evaluate(
     groups = engine.generate(prompts, k, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     answers = [problem.answer for problem in problems for _ in range(k)]
     responses = [response for group in groups for response in group]
-    for response, reward in zip(responses, score([r.text for r in responses], answers), strict=True):
+    for response, reward in zip(responses, score([r.text for r in responses], answers, thinking=thinking), strict=True):
         response.reward = reward
     metrics = {}
     for source in dict.fromkeys(problem.source for problem in problems):

@@ -19,7 +19,7 @@ import loss
 import policy
 import settings
 from evaluate import evaluate
-from prompts import Problem, UserError, load_problems
+from prompts import Problem, UserError, check_file, check_thinking, load_problems
 from report import Report, Timer, histograms, rollout_metrics, sample_rows, start_run_folder, update_metrics
 from reward import overlong_penalty, score
 from rollout import Engine, Response
@@ -31,8 +31,10 @@ class Config:
 
     # What to train, on what, and where the results go.
     model: str = "data/arithmetic/base"  # folder or hub name of the base policy [DeepSeek-R1-Distill-Qwen-7B]
-    train_data: str = "data/arithmetic/train.jsonl"  # problems to train on, JSONL [KlearReasoner-MathSub-30K]
-    eval_data: str = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL
+    train_data: str = (
+        "data/arithmetic/train.jsonl"  # problems to train on, JSONL; several with commas [KlearReasoner-MathSub-30K]
+    )
+    eval_data: str = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL; several with commas [AIME24, AIME25]
     out: str = "out"  # folder of the runs
     run: str = ""  # name of this run; empty: objective, seed and time of day
     resume: str = ""  # folder of a run to continue from its newest checkpoint; its own settings hold
@@ -50,6 +52,10 @@ class Config:
     max_response_tokens: int = 64  # longer responses are cut, and count as wrong unless already boxed [16384]
     dynamic_sampling: bool = True  # drop the groups whose rewards are all equal; they teach nothing
     max_kept_prompts: int = 64  # groups trained on at most, of those with unequal rewards [128]
+    system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
+    prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
+    thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
+    mask_truncated: bool = False  # no update on truncated responses; they still count in their group's advantages
     overlong_buffer: int | None = None  # tokens before the limit over which DAPO's length penalty grows to -1; 0: none
 
     # Objective. See loss.py.
@@ -99,9 +105,14 @@ def train(config: Config) -> None:
     folder, checkpoint = settings.run_folder(config), None
     if config.resume:
         folder, checkpoint = Path(config.resume), settings.newest_checkpoint(Path(config.resume))
+    for path in f"{config.train_data},{config.eval_data}".split(","):
+        check_file(path)  # before a large model is downloaded
     model, tokenizer = policy.load_model(str(checkpoint or config.model), device)
-    problems, dropped = load_problems(config.train_data, tokenizer, config.max_prompt_tokens)
-    held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, config.max_prompt_tokens)
+    prompt_settings = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix
+    problems, dropped = load_problems(config.train_data, tokenizer, *prompt_settings)
+    held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *prompt_settings)
+    if config.thinking:
+        check_thinking(tokenizer)
     context = config.max_prompt_tokens + config.max_response_tokens
     if context > (limit := policy.context_of(config.model)):
         raise UserError(f"max_prompt_tokens + max_response_tokens = {context} is beyond the model's context of {limit}")
@@ -139,6 +150,7 @@ def train(config: Config) -> None:
             temperature=config.eval_temperature,
             top_p=config.eval_top_p,
             seed=config.seed,
+            thinking=config.thinking,
         )
         return {f"eval/{name}": value for name, value in metrics.items()}
 
@@ -172,6 +184,8 @@ def train(config: Config) -> None:
                 response.advantage = advantage
         keep = (rewards.amax(1) > rewards.amin(1)) | (not config.dynamic_sampling)  # [P]
         kept = list(itertools.compress(groups, keep.tolist()))[: config.max_kept_prompts]
+        if config.mask_truncated:
+            kept = without_truncated(kept)
 
         # -- Old logprobs and entropy of every response, under the weights that sampled it
         with timer("old_logprobs"):
@@ -291,12 +305,18 @@ def reward_groups(groups: list[list[Response]], problems: list[Problem], config:
     """Score every response; returns the rewards, [P, G]."""
     texts = [response.text for group in groups for response in group]
     answers = [problem.answer for problem, group in zip(problems, groups, strict=True) for _ in group]
-    scores = iter(score(texts, answers))
+    scores = iter(score(texts, answers, thinking=config.thinking))
     for group in groups:
         for response in group:
             penalty = overlong_penalty(len(response.response_ids), config.max_response_tokens, config.overlong_buffer)
             response.reward = next(scores) + penalty
     return torch.tensor([[response.reward for response in group] for group in groups])
+
+
+def without_truncated(groups: list[list[Response]]) -> list[list[Response]]:
+    """Neither in the loss nor in its denominator (TRL#6439 forgot the second). A group may vanish."""
+    finished = [[response for response in group if not response.truncated] for group in groups]
+    return [group for group in finished if group]
 
 
 def split_evenly(items: list, parts: int) -> list[list]:

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import evaluate
+import loss
 import settings
 import train
 from prompts import Problem, UserError
+from rollout import Response
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -272,6 +274,60 @@ def test_betas_move_linearly():
     moved = [train.betas_of_step(config, step) for step in range(1, 6)]
     assert moved == [(0.5, 1.0), (0.625, 0.75), (0.75, 0.5), (0.875, 0.25), (1.0, 0.0)]
     assert train.betas_of_step(train.Config(), 3) == (0.75, 1.0)
+
+
+def response(length: int, truncated: bool, reward: float, prompt: int) -> Response:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(97, 107, (length,), generator=generator).tolist()
+    return Response([prompt], ids, torch.full((length,), -2.0), truncated, "", reward)
+
+
+def test_truncated_responses_can_be_kept_out_of_the_update(tiny_model):
+    """Their group's advantages know them; the gradient is that of the rest alone, over the tokens of the rest alone."""
+    groups = [
+        [response(5, False, 1.0, 3), response(9, True, 0.0, 3), response(7, False, 0.0, 3)],
+        [response(9, True, 0.0, 4), response(8, True, 1.0, 4)],
+    ]
+    for group in groups:
+        rewards = torch.tensor([[r.reward for r in group]])
+        for r, advantage in zip(group, loss.group_advantages(rewards, True)[0].tolist(), strict=True):
+            r.advantage = advantage
+            r.old_logprobs, r.entropy = r.rollout_logprobs, torch.ones(len(r.response_ids))
+    kept = train.without_truncated(groups)
+    assert [[len(r.response_ids) for r in group] for group in kept] == [[5, 7]]
+    assert kept[0][0].advantage != pytest.approx(-kept[0][1].advantage), "the truncated one counts in the mean"
+
+    config = settings.resolve(train.Config(max_grad_norm=1e9))
+    train.update(tiny_model, torch.optim.SGD(tiny_model.parameters(), lr=0.0), kept[0], 0.0, 0.5, 1.0, config, "cpu")
+    expected = 0.0  # by hand: -delta A, averaged over 5 + 7 tokens
+    for r in kept[0]:
+        ids = torch.tensor([r.prompt_ids + r.response_ids])
+        logprobs = tiny_model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        ratio = (logprobs - r.old_logprobs).exp()
+        low, high = (ratio < 0.8) & (r.advantage < 0), (ratio > 1.2) & (r.advantage > 0)
+        weight = torch.where(low, 0.5 * 0.8 / ratio.detach(), torch.where(high, 1.2 / ratio.detach(), 1.0))
+        expected = expected - (weight * ratio * r.advantage).sum() / 12
+    gradients = torch.autograd.grad(expected, list(tiny_model.parameters()))
+    for parameter, gradient in zip(tiny_model.parameters(), gradients, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+
+
+def test_a_step_whose_responses_are_all_truncated(tmp_path):
+    """Nothing is left to update on; the run goes on."""
+    run(
+        tmp_path,
+        "--run",
+        "cut",
+        *SMALL,
+        "--steps",
+        "1",
+        "--max-response-tokens",
+        "2",
+        "--mask-truncated",
+        "--no-dynamic-sampling",
+    )
+    row = metrics_of(tmp_path / "cut")[1]
+    assert row["response/truncated"] == 1 and row["optim/updates"] == 0
 
 
 def test_split_evenly():
