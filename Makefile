@@ -16,11 +16,11 @@ DEFAULT_BASE := data/arithmetic/base/model.safetensors
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
 
-train: setup data  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), several GPUs by GPUS=8
-	@.venv/bin/$(if $(GPUS),torchrun --standalone --nproc_per_node $(GPUS),python) train.py $(ARGS)
+train: setup $(if $(RECIPE),,data)  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), or RECIPE=<name>; GPUS=8
+	@.venv/bin/$(if $(GPUS),torchrun --standalone --nproc_per_node $(GPUS),python) train.py $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)
 
-eval: setup data  ## evaluate a checkpoint: ARGS="--model out/<run>/checkpoint-000040 --k 8"
-	@.venv/bin/python evaluate.py $(ARGS)
+eval: setup $(if $(and $(MODEL),$(BENCH)),,data)  ## evaluate: MODEL=out/<run>/checkpoint-000040 BENCH=aime24,aime25 K=32
+	@.venv/bin/python evaluate.py $(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(if $(K),--k $(K)) $(ARGS)
 
 figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 	@.venv/bin/python figures.py $(RUNS) $(ARGS)

@@ -1,32 +1,49 @@
-"""avg@k and pass@k of a model on a JSONL file of problems.
+"""avg@k, pass@k and majority@k of a model, with every response and its verdict on the disk.
 
-python evaluate.py --model out/<run>/checkpoint-000040 --data data/arithmetic/eval.jsonl --k 8
+python evaluate.py --model out/<run>/checkpoint-000040                          the arithmetic problems
+python evaluate.py --model <folder or hub name> --bench aime24,aime25 --k 32    data/benchmarks/<name>.jsonl each
+python evaluate.py --compare out/eval/a.jsonl out/eval/b.jsonl                  question by question
+
+A run that was stopped goes on where it was when the same command is given again, and ends with the same responses.
 """
 
+import hashlib
+import json
+import os
+import random
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import tyro
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from policy import context_of
-from prompts import Problem, UserError, load_problems
-from reward import score
+from prompts import Problem, UserError, check_file, check_thinking, load_problems
+from reward import extract_answer, score
 from rollout import Engine, Response
 
 
 @dataclass
 class Config:
     model: str = "data/arithmetic/base"  # folder or hub name
-    data: str = "data/arithmetic/eval.jsonl"  # problems, JSONL
-    k: int = 8  # samples a problem (32 for AIME in the paper)
-    temperature: float = 0.6  # the paper's evaluation setting; `make train` evaluates its small model at 1.0
-    top_p: float = 0.95  # the paper's evaluation setting; 1.0 turns it off
+    bench: str = "data/arithmetic/eval.jsonl"  # with commas: names of data/benchmarks/<name>.jsonl, or JSONL files
+    k: int = 8  # samples a problem [AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
+    temperature: float = 0.6  # the paper's; `make train` evaluates its small model at 1.0
+    top_p: float = 0.95  # the paper's; 1.0 turns it off
     max_prompt_tokens: int = 4096  # problems with longer prompts are dropped, and counted
-    max_response_tokens: int | None = None  # longer responses are cut; None: 16384, or what the context leaves
+    max_response_tokens: int | None = None  # longer are cut [AIME: 32768]; None: 16384, or what the context leaves
+    system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
+    prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
+    thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
+    out: str = ""  # JSONL file of the responses; empty: out/eval/<model>.<benchmarks>.k<k>.jsonl
+    write_every: int = 512  # responses sampled between two writes: what a run that is killed may lose
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory for vLLM
     cpu_kv_cache_gib: float = 1.0  # GiB for vLLM's cache, without a GPU
     seed: int = 0
+    compare: tuple[str, str] | None = None  # two result files: what the second does better and worse than the first
 
 
 def evaluate(
@@ -39,6 +56,7 @@ def evaluate(
     top_p: float = 1.0,
     seed: int = 0,
     stop: object = False,
+    thinking: bool = False,
 ) -> tuple[dict[str, float], list[list[Response]]]:
     """Sample k responses a problem and score them.
 
@@ -53,7 +71,7 @@ def evaluate(
         return {}, groups
     answers = [problem.answer for problem in problems for _ in range(k)]
     responses = [response for group in groups for response in group]
-    for response, reward in zip(responses, score([r.text for r in responses], answers), strict=True):
+    for response, reward in zip(responses, score([r.text for r in responses], answers, thinking=thinking), strict=True):
         response.reward = reward
     rewards = [[response.reward for response in group] for group in groups]
     return accuracy(list(zip([problem.source for problem in problems], rewards, strict=True))), groups
@@ -69,49 +87,271 @@ def accuracy(graded: list[tuple[str, list[float]]]) -> dict[str, float]:
     return metrics
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
 def main(config: Config) -> None:
+    if config.compare:
+        return compare(*config.compare)
     for name, valid in {
         "k": config.k >= 1,
         "temperature": config.temperature >= 0,
         "top_p": 0 < config.top_p <= 1,
         "max_response_tokens": config.max_response_tokens is None or config.max_response_tokens >= 1,
+        "write_every": config.write_every >= 1,
     }.items():
         if not valid:
             raise UserError(
                 f"{name} = {getattr(config, name)}: k and lengths start at 1, temperature at 0, top_p is in (0, 1]"
             )
+    paths = [name if name.endswith(".jsonl") else f"data/benchmarks/{name}.jsonl" for name in config.bench.split(",")]
+    for path in paths:
+        check_file(path)  # before a large model is downloaded
     limit = context_of(config.model)
     tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
-    problems, dropped = load_problems(config.data, tokenizer, min(config.max_prompt_tokens, limit - 1))
+    if config.thinking:
+        check_thinking(tokenizer)
+    longest = min(config.max_prompt_tokens, limit - 1)
+    problems, dropped = load_problems(",".join(paths), tokenizer, longest, config.system_prompt, config.prompt_suffix)
     longest = max(len(problem.prompt_ids) for problem in problems)
     max_tokens = config.max_response_tokens or min(16384, limit - longest)
     if longest + max_tokens > limit:
         raise UserError(
             f"max_response_tokens = {max_tokens} after a prompt of {longest} is beyond the context of {limit}"
         )
-    engine = Engine(
-        config.model,
-        tokenizer,
-        context=longest + max_tokens,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        cpu_kv_cache_gib=config.cpu_kv_cache_gib,
-        seed=config.seed,
-    )
-    metrics, groups = evaluate(
-        engine,
-        problems,
-        config.k,
-        max_tokens=max_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
-    responses = [response for group in groups for response in group]
+
+    settings = asdict(config) | {"max_response_tokens": max_tokens, "weights": fingerprint(config.model)}
+    settings["data"] = hashlib.sha256(json.dumps([[p.prompt, p.answer] for p in problems]).encode()).hexdigest()
+    for name in ("out", "compare", "gpu_memory_utilization", "cpu_kv_cache_gib"):  # they change no response
+        del settings[name]
+    path = Path(config.out or default_out(config, problems))
+    size = max(1, config.write_every // config.k)  # problems a chunk; each has a seed of its own, so it can be redone
+    chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
+    rows = resumed(path, settings, [len(chunk) * config.k for chunk in chunks])
+    done = len({row["problem"] for row in rows})
     print(f"{len(problems)} problems x {config.k} samples, {dropped} dropped for a prompt that is too long")
-    for name, value in metrics.items():
-        print(f"{name.replace('_k', '_' + str(config.k)).replace('_', ' ')}  {value:.4f}")
-    print(f"mean length  {sum(len(r.response_ids) for r in responses) / len(responses):.1f} tokens")
-    print(f"truncated  {sum(r.truncated for r in responses) / len(responses):.4f}")
+    print(f"responses  {path}" + (f", {done} problems were there already" if done else ""), flush=True)
+
+    if done < len(problems):
+        engine = Engine(
+            config.model,
+            tokenizer,
+            context=longest + max_tokens,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            cpu_kv_cache_gib=config.cpu_kv_cache_gib,
+            seed=config.seed,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            if not rows:
+                file.write(json.dumps({"settings": settings, "problems": len(problems)}) + "\n")
+            for number in tqdm(range(done // size, len(chunks)), unit="chunk", disable=None):
+                _, groups = evaluate(
+                    engine,
+                    chunks[number],
+                    config.k,
+                    max_tokens=max_tokens,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    seed=random.Random(f"{config.seed} {number}").getrandbits(32),
+                    thinking=config.thinking,
+                )
+                new = rows_of(chunks[number], groups, number * size, config.thinking)
+                file.writelines(json.dumps(row) + "\n" for row in new)
+                file.flush()
+                os.fsync(file.fileno())
+                rows += new
+    print_table(rows, config.k)
+
+
+def rows_of(problems: list[Problem], groups: list[list[Response]], first: int, thinking: bool) -> list[dict]:
+    """What is written of each response; `first` is the number of the first problem."""
+    return [
+        {
+            "problem": first + i,
+            "sample": j,
+            "source": problem.source,
+            "question": problem.question,
+            "answer": problem.answer,
+            "extracted": extract_answer(response.text, thinking=thinking),
+            "correct": response.reward == 1.0,
+            "tokens": len(response.response_ids),
+            "truncated": response.truncated,
+            "response": response.text,
+        }
+        for i, (problem, group) in enumerate(zip(problems, groups, strict=True))
+        for j, response in enumerate(group)
+    ]
+
+
+def fingerprint(model: str) -> str:
+    """Tells other weights in the same folder: sizes, and the first and last MiB of each file. Empty for a hub name."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest() if Path(model).is_dir() else ""
+
+
+def default_out(config: Config, problems: list[Problem]) -> str:
+    model = config.model.strip("/").removeprefix("out/").replace("/", "-")
+    return f"out/eval/{model}.{'-'.join(dict.fromkeys(p.source for p in problems))}.k{config.k}.jsonl"
+
+
+def read_results(path: Path) -> tuple[dict, list[dict]]:
+    """(header, rows) of a result file; a half-written line at its end is left out."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; evaluate.py writes such files, and says where")
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    if not rows or not isinstance(rows[0], dict) or rows[0].keys() != {"settings", "problems"}:
+        raise UserError(f"{path}: not a result file of evaluate.py; its first line has no settings")
+    return rows[0], rows[1:]
+
+
+def resumed(path: Path, settings: dict, chunk_rows: list[int]) -> list[dict]:
+    """The rows of the whole chunks in the file, which keeps only them. UserError if it was made with other settings."""
+    if not path.exists() or path.stat().st_size == 0:
+        return []
+    header, rows = read_results(path)
+    was = header["settings"]
+    if other := sorted(name for name in was.keys() | settings.keys() if was.get(name) != settings.get(name)):
+        name = other[0]
+        raise UserError(
+            f"{path} was made with other settings ({', '.join(other)}: {name} was {was.get(name)!r}, is "
+            f"{settings.get(name)!r}); choose another file with --out, or remove it"
+        )
+    whole = 0
+    for count in chunk_rows:
+        if whole + count > len(rows):
+            break
+        whole += count
+    lines = path.read_bytes().splitlines(keepends=True)
+    os.truncate(path, sum(map(len, lines[: whole + 1])) if whole else 0)  # without rows the header is written again
+    return rows[:whole]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the responses amount to
+
+
+def by_problem(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """source -> question -> its samples, in the order of the file."""
+    groups: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        groups.setdefault(row["source"], {}).setdefault(row["question"], []).append(row)
+    return groups
+
+
+def rate(samples: list[dict]) -> float:
+    return sum(sample["correct"] for sample in samples) / len(samples)
+
+
+def majority(samples: list[dict]) -> bool:
+    """Is the most frequent answer right? Equal answers vote together, whatever their spelling: the right ones, and
+    wrong ones that the verifier finds equal. Of classes with as many votes the one seen first wins; no box, no vote."""
+    votes: dict[str | bool, int] = {}  # True stands for the right answer; a wrong one for those equal to it
+    for sample in samples:
+        answer = True if sample["correct"] else sample["extracted"]
+        if answer is None:
+            continue
+        wrong = [other for other in votes if other is not True]
+        if answer is not True and answer not in wrong:
+            verdicts = score([f"\\boxed{{{answer}}}"] * len(wrong), wrong, timeout=1.0, budget=10.0)
+            answer = next((other for other, equal in zip(wrong, verdicts, strict=True) if equal), answer)
+        votes[answer] = votes.get(answer, 0) + 1
+    return bool(votes) and max(votes, key=votes.get) is True
+
+
+def bootstrap(values: list[float], resamples: int = 10_000) -> tuple[float, float]:
+    """The 95 % interval of the mean of `values`, one a problem, over problems drawn again with replacement."""
+    values, generator = np.array(values), np.random.default_rng(0)
+    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
+    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
+
+
+def print_table(rows: list[dict], k: int) -> None:
+    lines = [
+        ("benchmark", "problems", f"avg@{k}", "95 % interval", f"pass@{k}", f"majority@{k}", "tokens", "truncated")
+    ]
+    averages = []
+    for source, problems in by_problem(rows).items():
+        rates = [rate(samples) for samples in problems.values()]
+        low, high = bootstrap(rates)
+        samples = [sample for group in problems.values() for sample in group]
+        averages.append(sum(rates) / len(rates))
+        lines.append(
+            (
+                source,
+                str(len(problems)),
+                f"{averages[-1]:.4f}",
+                f"{low:.4f} - {high:.4f}",
+                f"{sum(r > 0 for r in rates) / len(rates):.4f}",
+                f"{sum(majority(group) for group in problems.values()) / len(rates):.4f}",
+                f"{sum(sample['tokens'] for sample in samples) / len(samples):.1f}",
+                f"{sum(sample['truncated'] for sample in samples) / len(samples):.4f}",
+            )
+        )
+    if len(averages) > 1:
+        lines.append(("average", "", f"{sum(averages) / len(averages):.4f}", "", "", "", "", ""))
+    print_columns(lines)
+
+
+def print_columns(lines: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def compare(first: str, second: str) -> None:
+    """How two result files differ, by benchmark and by question; the problems of both must be the same."""
+    results = []
+    for path in (first, second):
+        header, rows = read_results(Path(path))
+        if len({row["problem"] for row in rows}) < header["problems"]:
+            raise UserError(f"{path}: not finished; give the command that made it again, and it goes on")
+        results.append(by_problem(rows))
+    a, b = results
+    keys = [{(source, question) for source in result for question in result[source]} for result in results]
+    if keys[0] != keys[1]:
+        source, question = min(keys[0] ^ keys[1])
+        raise UserError(
+            f"{first} and {second} have different problems, {len(keys[0] ^ keys[1])} in one alone, such as "
+            f"{question[:60]!r} of {source}"
+        )
+    lines = [("benchmark", "problems", "first", "second", "difference", "95 % interval", "gained", "lost")]
+    changed = []
+    for source in a:
+        pairs = [(rate(samples), rate(b[source][question])) for question, samples in a[source].items()]
+        differences = [after - before for before, after in pairs]
+        low, high = bootstrap(differences)
+        means = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
+        lines.append(
+            (
+                source,
+                str(len(pairs)),
+                *(f"{mean:.4f}" for mean in means),
+                f"{means[1] - means[0]:+.4f}",
+                f"{low:+.4f} - {high:+.4f}",
+                str(sum(difference > 0 for difference in differences)),
+                str(sum(difference < 0 for difference in differences)),
+            )
+        )
+        for question, (before, after) in zip(a[source], pairs, strict=True):
+            if before != after:
+                text = " ".join(question.split())[:80]
+                changed.append((after - before, f"{source}  {before:.3f} -> {after:.3f}  {text}"))
+    print_columns(lines)
+    for _, line in sorted(changed, key=lambda change: -change[0]):
+        print(line)
 
 
 if __name__ == "__main__":

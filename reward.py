@@ -45,7 +45,7 @@ def score(
     timeout   seconds math-verify may take for one answer; then its worker is killed and the answer scores 0
     workers   processes for math-verify, at most (default: up to 4); started when first needed, kept between calls
     budget    seconds of math-verify for the whole batch; answers not reached by then score 0, and a line says how many
-    thinking  count only what follows the last </think>
+    thinking  count only what follows the last </think>; a response that is still thinking when it ends scores 0
     Raises ValueError if the lengths differ, RuntimeError if no worker can be started.
     """
     if len(responses) != len(answers):
@@ -119,11 +119,12 @@ class BackgroundScorer:
 def extract_answer(response: str, *, thinking: bool = False) -> str | None:
     """What the last \\boxed{} or \\fbox{} holds; None if there is none, or it is empty, or it is never closed.
 
-    With `thinking` only the text after the last </think> is searched, and none of it if <think> was left open.
+    With `thinking` only the text after the last </think> is searched, and none of it if <think> was opened again. No
+    </think> at all is thinking cut short: the prompt may have opened it, as DeepSeek-R1's chat template does.
     """
     if thinking:
-        response = response.rpartition("</think>")[2]
-        if "<think>" in response:
+        _, end, response = response.rpartition("</think>")
+        if not end or "<think>" in response:
             return None
     boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", response))
     if not boxes:

@@ -25,7 +25,7 @@ import ranks
 import settings
 from evaluate import accuracy, evaluate
 from faults import RunEnded, StopRequest, save_skipped
-from prompts import Problem, UserError, load_problems
+from prompts import Problem, UserError, check_file, check_thinking, load_problems
 from report import (
     Report,
     Timer,
@@ -46,12 +46,10 @@ class Config:
 
     # What to train, on what, and where the results go.
     model: str = "data/arithmetic/base"  # folder or hub name of the base policy [DeepSeek-R1-Distill-Qwen-7B]
-    train_data: str = "data/arithmetic/train.jsonl"  # problems to train on, JSONL [KlearReasoner-MathSub-30K]
-    eval_data: str = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL
+    train_data: str = "data/arithmetic/train.jsonl"  # problems, JSONL; several with commas [KlearReasoner-MathSub-30K]
+    eval_data: str = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL; several with commas [AIME24, AIME25]
     out: str = "out"  # folder of the runs
-    run_name: str = (
-        ""  # name of this run; empty: objective, seed and time of day, or go on with one that was interrupted
-    )
+    run_name: str = ""  # of this run; empty: objective, seed and time, or go on with an interrupted one
     resume: str = ""  # folder of a run to continue from its newest checkpoint; its own settings hold
     seed: int = 0  # of the sampling and of the order of the problems
     wandb_project: str = "ce-gppo"  # project that W&B files the run under
@@ -67,6 +65,10 @@ class Config:
     max_response_tokens: int = 64  # longer responses are cut, and count as wrong unless already boxed [16384]
     dynamic_sampling: bool = True  # drop the groups whose rewards are all equal; they teach nothing
     max_kept_prompts: int = 64  # groups trained on at most, of those with unequal rewards [128]
+    system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
+    prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
+    thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
+    mask_truncated: bool = False  # no update on truncated responses; they still count in their group's advantages
     overlong_buffer: int | None = None  # tokens before the limit over which DAPO's length penalty grows to -1; 0: none
 
     # Objective. See loss.py.
@@ -124,10 +126,15 @@ def train(config: Config) -> None:
     device = ranks.start()
     folder, last = ranks.first(lambda: settings.locate(config))
     settings.check_ranks(config)
+    for path in f"{config.train_data},{config.eval_data}".split(","):
+        check_file(path)  # before a large model is downloaded
     where = "cpu" if config.shard and ranks.world() > 1 else device  # shards go to their devices by themselves
     model, tokenizer = policy.load_model(str(last or config.model), where, config.gradient_checkpointing)
-    problems, dropped = load_problems(config.train_data, tokenizer, config.max_prompt_tokens)
-    held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, config.max_prompt_tokens)
+    prompt_settings = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix
+    problems, dropped = load_problems(config.train_data, tokenizer, *prompt_settings)
+    held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *prompt_settings)
+    if config.thinking:
+        check_thinking(tokenizer)
     context = config.max_prompt_tokens + config.max_response_tokens
     if context > (limit := policy.context_of(config.model)):
         raise UserError(f"max_prompt_tokens + max_response_tokens = {context} is beyond the model's context of {limit}")
@@ -177,6 +184,7 @@ def train(config: Config) -> None:
             top_p=config.eval_top_p,
             seed=config.seed + ranks.rank() // config.rollout_tp,
             stop=stop,
+            thinking=config.thinking,
         )
         if ranks.any_of(bool(stop)):
             return {}
@@ -208,7 +216,7 @@ def train(config: Config) -> None:
         with timer("rollout"):
             chosen = problems_of_step(problems, step, config)
             sampled, mine = shares(len(chosen), config)  # indices: what this rank's engine samples, what it trains on
-            scorer = BackgroundScorer([chosen[i].answer for i in sampled])
+            scorer = BackgroundScorer([chosen[i].answer for i in sampled], thinking=config.thinking)
             groups = engine.generate(
                 [chosen[i].prompt_ids for i in sampled],
                 config.responses_per_prompt,
@@ -235,10 +243,11 @@ def train(config: Config) -> None:
             for response, advantage in zip(group, group_advantages, strict=True):
                 response.advantage = advantage
         teaches = (rewards.amax(1) > rewards.amin(1)) | (not config.dynamic_sampling)  # [P]
-        kept = sorted(flatten(ranks.gather(list(itertools.compress(mine, teaches.tolist())))))
-        kept = kept[: config.max_kept_prompts]  # of all ranks
+        trained = {i: without_truncated(group) if config.mask_truncated else group for i, group in groups.items()}
+        kept = [i for i, group in trained.items() if group and teaches[mine.index(i)]]
+        kept = sorted(flatten(ranks.gather(kept)))[: config.max_kept_prompts]  # of all ranks
         mini_batches = [
-            flatten(groups[i] for i in part if i in groups)
+            flatten(trained[i] for i in part if i in trained)
             for part in split_evenly(kept, math.ceil(len(kept) / config.mini_batch_prompts))
         ]
 
@@ -436,6 +445,11 @@ def reward_groups(groups: dict[int, list[Response]], verdicts: dict[int, list[fl
 
 def flatten(groups: Iterable[list]) -> list:
     return [item for group in groups for item in group]
+
+
+def without_truncated(group: list[Response]) -> list[Response]:
+    """Neither in the loss nor in its denominator (TRL#6439 forgot the second). Nothing may be left."""
+    return [response for response in group if not response.truncated]
 
 
 def split_evenly(items: list, parts: int) -> list[list]:

@@ -5,7 +5,7 @@ import copy
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from prompts import UserError, load_problems, load_rows
+from prompts import UserError, check_thinking, load_problems, load_rows
 
 GOOD = {"prompt": [{"role": "user", "content": "1+2=?"}], "answer": "3", "source": "test"}
 
@@ -38,6 +38,10 @@ def test_a_bad_row_is_named_by_file_and_line(write_rows, bad, message):
 def test_missing_and_empty_files(write_rows, tmp_path):
     with pytest.raises(UserError, match=r"nothing\.jsonl: no such file"):
         load_rows(str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(UserError, match=r"klear\.jsonl: no such file; make it with .*data/math/prepare\.py"):
+        (tmp_path / "data" / "math").mkdir(parents=True)
+        (tmp_path / "data" / "math" / "prepare.py").touch()
+        load_rows(str(tmp_path / "data" / "math" / "klear.jsonl"))
     with pytest.raises(UserError, match=r"no rows"):
         load_rows(write_rows())
 
@@ -69,3 +73,32 @@ def test_a_tokenizer_without_chat_template_is_refused(write_rows, tokenizer):
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         load_problems(write_rows(GOOD), bare, 64)
+
+
+def test_several_files_are_one(write_rows, tokenizer):
+    paths = [write_rows(GOOD, name="a.jsonl"), write_rows(GOOD | {"answer": "4"}, GOOD, name="b.jsonl")]
+    problems, dropped = load_problems(",".join(paths), tokenizer, 64)
+    assert [problem.answer for problem in problems] == ["3", "4", "3"] and dropped == 0
+
+
+def test_system_prompt_and_suffix(write_rows, tokenizer):
+    own = GOOD | {"prompt": [{"role": "system", "content": "Hm."}, *GOOD["prompt"]]}
+    path = write_rows(GOOD, own)
+
+    def rendered(**settings):
+        return [problem.prompt for problem in load_problems(path, tokenizer, 64, **settings)[0]]
+
+    bare = "<|user|>1+2=?<|end|><|assistant|>"
+    assert rendered() == [bare, "<|system|>Hm.<|end|>" + bare]
+    assert rendered(system_prompt="Box it.") == ["<|system|>Box it.<|end|>" + bare] * 2
+    suffixed = "<|user|>1+2=?\nBox it.<|end|><|assistant|>"
+    assert rendered(prompt_suffix="Box it.") == [suffixed, "<|system|>Hm.<|end|>" + suffixed]
+    assert {problem.question for problem in load_problems(path, tokenizer, 64, "Hm.", "Box it.")[0]} == {"1+2=?"}
+
+
+def test_thinking_needs_a_tokenizer_that_shows_its_end(tokenizer):
+    check_thinking(tokenizer)
+    hiding = copy.deepcopy(tokenizer)
+    hiding.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    with pytest.raises(UserError, match="drops </think> as a special token"):
+        check_thinking(hiding)

@@ -315,6 +315,12 @@ no box              | response: The answer is 4. | 4 | 0
 no box              | response: 4 | 4 | 0
 no box              | response: | 4 | 0
 no box              | response: What is 2+2? Put the answer in \boxed. It is 4. | 4 | 0
+quoted prompt       | response: Which is larger, 4 or 3? I cannot tell. | 4 | 0
+quoted prompt       | response: "Put your final answer within \boxed{}." The answer is 4. | 4 | 0
+quoted prompt       | response: "Put it like this: \boxed{answer}." It is 4. | 4 | 0
+quoted prompt       | response: The example has \boxed{42}. Mine is \boxed{4}. | 42 | 0
+quoted prompt       | response: The example has \boxed{42}. Mine is \boxed{4}. | 4 | 1
+quoted prompt       | response: Is it 4? \boxed{\text{Is it 4?}} | 4 | 0
 hostile             | 10^{10^{10}} | 4 | 0
 hostile             | 9^{9^{9^{9}}} | 4 | 0
 hostile             | 9999999999! | 4 | 0
@@ -559,7 +565,8 @@ def test_extract_answer(response, answer):
         (r"\boxed{3}</think> \boxed{4}", "4", "4"),  # where the prompt ends with <think>
         (r"<think>a</think>\boxed{3}<think>b</think> \boxed{4}", "4", "4"),
         (r"<think>a</think>\boxed{3}<think>b", "3", None),
-        (r"\boxed{3}", "3", "3"),
+        (r"\boxed{3}", "3", None),  # cut short, where the prompt ends with <think>
+        (r"</think>\boxed{3}", "3", "3"),  # the model had nothing to think about
     ],
 )
 def test_thinking(response, answer, answer_thinking):

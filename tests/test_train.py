@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import evaluate
 import loss
+import policy
 import settings
 import train
 import workspace
 from prompts import Problem, UserError
+from rollout import Response
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -145,23 +146,13 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
-def test_evaluate_is_a_command(finished):
+def test_evaluate_is_a_command(finished, tmp_path):
     checkpoint = finished[0] / "checkpoint-000004"
-    command = [
-        sys.executable,
-        "evaluate.py",
-        "--model",
-        str(checkpoint),
-        "--k",
-        "2",
-        "--temperature",
-        "1",
-        "--top-p",
-        "1",
-    ]
+    command = [sys.executable, "evaluate.py", "--model", checkpoint, "--k", "2", "--temperature", "1", "--top-p", "1"]
+    command += ["--out", tmp_path / "responses.jsonl"]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "256 problems x 2 samples" in output
-    accuracy = float(output.split("avg at 2")[1].split()[0])
+    accuracy = float(output.split("arithmetic ")[-1].split()[1])
     # The run itself evaluated the same weights with the same seed, at another length limit.
     assert accuracy == pytest.approx(metrics_of(finished[0])[-1]["eval/arithmetic/avg_at_k"], abs=0.05)
 
@@ -229,12 +220,6 @@ def test_mistakes(arguments, message, monkeypatch, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name, value", [("k", 0), ("temperature", -1.0), ("top_p", 0.0), ("max_response_tokens", 0)])
-def test_evaluate_refuses_what_cannot_be_meant(name, value):
-    with pytest.raises(UserError, match=f"{name} = {value}"):
-        evaluate.main(evaluate.Config(**{name: value}))
-
-
 def test_a_folder_of_another_run_is_not_touched(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "mine").mkdir()
@@ -297,6 +282,52 @@ def test_the_controller_moves_the_betas_of_a_run(finished):
         assert (row["optim/beta1"], row["optim/beta2"]) == pytest.approx(loss.steered_betas(control[0], 0.75, 1.0))
         control = loss.steer(control, row["entropy/mean"], 0.2)
     assert len({row["optim/beta1"] for row in rows}) == 4
+
+
+def response(length: int, truncated: bool, reward: float, prompt: int) -> Response:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(97, 107, (length,), generator=generator).tolist()
+    return Response([prompt], ids, torch.full((length,), -2.0), truncated, "", reward)
+
+
+def test_truncated_responses_can_be_kept_out_of_the_update(tiny_model):
+    """Their group's advantages know them; the gradient is that of the rest alone, over the tokens of the rest alone."""
+    groups = [
+        [response(5, False, 1.0, 3), response(9, True, 0.0, 3), response(7, False, 0.0, 3)],
+        [response(9, True, 0.0, 4), response(8, True, 1.0, 4)],
+    ]
+    for group in groups:
+        rewards = torch.tensor([[r.reward for r in group]])
+        for r, advantage in zip(group, loss.group_advantages(rewards, True)[0].tolist(), strict=True):
+            r.advantage = advantage
+            r.old_logprobs, r.entropy = r.rollout_logprobs, torch.ones(len(r.response_ids))
+    kept = [train.without_truncated(group) for group in groups]
+    assert [[len(r.response_ids) for r in group] for group in kept] == [[5, 7], []]
+    assert kept[0][0].advantage != pytest.approx(-kept[0][1].advantage), "the truncated one counts in the mean"
+
+    config = settings.resolve(train.Config(max_grad_norm=1e9))
+    optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.0)
+    train.update(policy.Policy(tiny_model), optimizer, kept[0], 0.0, 0.5, 1.0, config, "cpu")
+    tiny_model.set_attn_implementation("sdpa")
+    expected = 0.0  # by hand: -delta A, averaged over 5 + 7 tokens
+    for r in kept[0]:
+        ids = torch.tensor([r.prompt_ids + r.response_ids])
+        logprobs = tiny_model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        ratio = (logprobs - r.old_logprobs).exp()
+        low, high = (ratio < 0.8) & (r.advantage < 0), (ratio > 1.2) & (r.advantage > 0)
+        weight = torch.where(low, 0.5 * 0.8 / ratio.detach(), torch.where(high, 1.2 / ratio.detach(), 1.0))
+        expected = expected - (weight * ratio * r.advantage).sum() / 12
+    gradients = torch.autograd.grad(expected, list(tiny_model.parameters()))
+    for parameter, gradient in zip(tiny_model.parameters(), gradients, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+
+
+def test_a_step_whose_responses_are_all_truncated(tmp_path):
+    """Nothing is left to update on; the run goes on."""
+    changed = ["--steps", "1", "--max-response-tokens", "2", "--mask-truncated", "--no-dynamic-sampling"]
+    run(tmp_path, "--run-name", "cut", *SMALL, *changed)
+    row = metrics_of(tmp_path / "cut")[1]
+    assert row["response/truncated"] == 1 and row["optim/updates"] == 0
 
 
 def test_split_evenly():

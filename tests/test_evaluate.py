@@ -1,0 +1,268 @@
+"""What is made of responses, what is written, and that a stopped evaluation goes on as if nothing had happened."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+from prompts import UserError
+from rollout import Response
+
+BASE = str(Path(__file__).parents[1] / "data" / "arithmetic" / "base")
+
+
+def problem(question: str, answer: str, source: str) -> dict:
+    return {"prompt": [{"role": "user", "content": question}], "answer": answer, "source": source}
+
+
+def row(answer: str | None, truth: str = "4", number: int = 0, sample: int = 0, source: str = "test") -> dict:
+    """A row of a result file; `answer` is what its response boxes."""
+    correct = answer is not None and evaluate.score([rf"\boxed{{{answer}}}"], [truth]) == [1.0]
+    where = {"problem": number, "sample": sample, "source": source, "question": f"{source} {number}?"}
+    verdict = {
+        "answer": truth,
+        "extracted": answer,
+        "correct": correct,
+        "tokens": 10 + sample,
+        "truncated": sample == 1,
+    }
+    return where | verdict | {"response": ""}
+
+
+SAYS = {None: "hm</think> no box", "open": r"so far \boxed{4}"}
+
+
+class FakeEngine:
+    """Boxes 1, 2, 3 or 4, or nothing, or 4 while still thinking: a function of the seed and the place in the call."""
+
+    calls_left = 1000
+    seen: list[str] = []
+
+    def __init__(self, model, tokenizer, **options):
+        self.tokenizer = tokenizer
+
+    def generate(self, prompts, k, *, max_tokens, temperature, top_p, seed):
+        FakeEngine.calls_left -= 1
+        if FakeEngine.calls_left < 0:
+            raise KeyboardInterrupt
+        FakeEngine.seen += [self.tokenizer.decode(ids) for ids in prompts]
+        rng, groups = random.Random(seed), []
+        for ids in prompts:
+            boxes = [rng.choice(["1", "2", "3", "4", None, "open"]) for _ in range(k)]
+            texts = [SAYS.get(box, rf"hm</think>\boxed{{{box}}}") for box in boxes]
+            groups.append([Response(ids, [1, 2], torch.zeros(2), False, text) for text in texts])
+        return groups
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path, tiny_folder):
+    """evaluate.main with a fake engine, in a folder of its own with two benchmarks: fake(**settings)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "Engine", FakeEngine)
+    monkeypatch.setattr(FakeEngine, "calls_left", 1000)
+    monkeypatch.setattr(FakeEngine, "seen", [])
+    for name, count in (("aime24", 5), ("amc23", 6)):
+        path = Path("data/benchmarks") / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(problem(f"{name} {i}?", "4", name)) + "\n" for i in range(count)))
+
+    def run(**settings):
+        settings = {"model": str(tiny_folder), "bench": "aime24,amc23", "k": 4, "write_every": 8} | settings
+        evaluate.main(evaluate.Config(**settings))
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answers, truth, right",
+    [
+        (["4", "4", "3"], "4", True),
+        (["3", "3", "4"], "4", False),
+        (["3", "4"], "4", False),  # a tie: first seen
+        (["4", "3"], "4", True),
+        ([None, None, None, "4"], "4", True),  # no box, no vote
+        ([None, None], "4", False),
+        (["3", "6/2", "4", "4", "3.0"], "4", False),  # three spellings of 3 are three votes
+        (["3", "5", "6", "4", "4"], "4", True),
+        (["4", "8/2", "3", "3", "12/3"], "4", True),
+        ([r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}", "1"], "1", False),  # only math-verify sees it
+        (["(1,2)", "(2,1)", "(1,2)", r"\{1,2\}"], r"\{1,2\}", False),
+    ],
+)
+def test_majority(answers, truth, right):
+    assert evaluate.majority([row(answer, truth) for answer in answers]) is right
+
+
+def test_bootstrap():
+    """Close to the normal interval where that one is good; the same every time."""
+    values = [1.0] * 120 + [0.0] * 280
+    low, high = evaluate.bootstrap(values)
+    half = 1.96 * (0.3 * 0.7 / 400) ** 0.5
+    assert low == pytest.approx(0.3 - half, abs=0.004) and high == pytest.approx(0.3 + half, abs=0.004)
+    assert evaluate.bootstrap(values) == (low, high)
+    assert evaluate.bootstrap([0.25] * 7) == (0.25, 0.25)
+
+
+def test_the_table(capsys):
+    samples = {0: ["4", "4", "3"], 1: ["3", "3", "4"], 2: [None, "5", "6"], 3: ["4", "4", "4"]}
+    rows = [row(answer, number=n, sample=s) for n, answers in samples.items() for s, answer in enumerate(answers)]
+    rows += [row("4", number=4, source="other")]
+    evaluate.print_table(rows, 3)
+    header, test, other, average = capsys.readouterr().out.splitlines()
+    assert header.split() == [
+        *("benchmark", "problems", "avg@3", "95", "%", "interval", "pass@3", "majority@3", "tokens", "truncated")
+    ]
+    low, high = evaluate.bootstrap([2 / 3, 1 / 3, 0, 1])
+    assert test.split() == f"test 4 0.5000 {low:.4f} - {high:.4f} 0.7500 0.5000 11.0 0.3333".split()
+    assert other.split()[:3] == ["other", "1", "1.0000"] and average.split() == ["average", "0.7500"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_response_is_written_with_its_verdict(fake, capsys):
+    fake(prompt_suffix="Box it.", system_prompt="Hm.")
+    (path,) = Path("out/eval").iterdir()
+    assert path.name.endswith(".aime24-amc23.k4.jsonl")
+    header, *rows = map(json.loads, path.read_text().splitlines())
+    assert header["settings"]["k"] == 4 and header["problems"] == 11
+    assert [(r["problem"], r["sample"]) for r in rows] == [(i, j) for i in range(11) for j in range(4)]
+    assert {r["source"] for r in rows} == {"aime24", "amc23"} and rows[0]["question"] == "aime24 0?"
+    for r in rows:
+        assert r["correct"] is (r["extracted"] == "4") and (r["extracted"] or "no box") in r["response"]
+    assert FakeEngine.seen[5] == "<|system|>Hm.<|end|><|user|>amc23 0?\nBox it.<|end|><|assistant|>"
+    printed = capsys.readouterr().out
+    rates = []
+    for source, samples in (("aime24", 20), ("amc23", 24)):
+        rates.append(sum(r["correct"] for r in rows if r["source"] == source) / samples)
+        assert re.search(rf"{source} .* {rates[-1]:.4f} ", printed)
+    assert re.search(rf"average +{sum(rates) / 2:.4f}\n", printed)
+
+
+@pytest.mark.parametrize("calls, half_line", [(0, ""), (1, ""), (3, ""), (3, '{"problem": 6, "sam'), (5, '{"pro')])
+def test_a_stopped_evaluation_goes_on(fake, monkeypatch, calls, half_line, capsys):
+    fake(out="whole.jsonl")
+    table = capsys.readouterr().out.splitlines()[2:]
+    monkeypatch.setattr(FakeEngine, "calls_left", calls)
+    with pytest.raises(KeyboardInterrupt):
+        fake(out="cut.jsonl")
+    with open("cut.jsonl", "a") as file:
+        file.write(half_line)
+    monkeypatch.setattr(FakeEngine, "calls_left", 6 - calls)  # of 11 problems, 2 a chunk: no more than what is missing
+    fake(out="cut.jsonl")
+    assert Path("cut.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(FakeEngine, "calls_left", 0)  # finished: only the table is left to do
+    fake(out="cut.jsonl")
+    assert capsys.readouterr().out.splitlines()[2:] == table
+
+
+def test_a_seed_is_another_sample(fake):
+    fake(out="a.jsonl")
+    fake(out="b.jsonl", seed=1)
+    a, b = (Path(name).read_text().splitlines()[1:] for name in ("a.jsonl", "b.jsonl"))
+    assert a != b and a[:8] != a[8:16], "chunks have seeds of their own"
+
+
+def test_a_file_of_other_settings_is_not_touched(fake, tiny_model, tiny_folder, monkeypatch):
+    fake(out="a.jsonl")
+    before = Path("a.jsonl").read_bytes()
+    for settings in ({"k": 2}, {"temperature": 1.0}, {"thinking": True}, {"bench": "aime24"}, {"prompt_suffix": "!"}):
+        name = "data" if "bench" in settings else next(iter(settings))
+        with pytest.raises(UserError, match=rf"a\.jsonl was made with other settings \(.*{name}.*--out"):
+            fake(out="a.jsonl", **settings)
+    with torch.no_grad():
+        tiny_model.model.norm.weight += 1
+    tiny_model.save_pretrained(tiny_folder)
+    with pytest.raises(UserError, match="weights"):
+        fake(out="a.jsonl")
+    assert Path("a.jsonl").read_bytes() == before
+    Path("notes.jsonl").write_text('{"mine": 1}\n')
+    with pytest.raises(UserError, match=r"notes\.jsonl: not a result file"):
+        fake(out="notes.jsonl")
+    assert Path("notes.jsonl").read_text() == '{"mine": 1}\n'
+
+
+def test_thinking(fake):
+    """Nothing counts that is not behind </think>."""
+    fake(out="a.jsonl", thinking=True)
+    fake(out="b.jsonl")
+    a, b = ([json.loads(line) for line in Path(name).read_text().splitlines()[1:]] for name in ("a.jsonl", "b.jsonl"))
+    for r, without in zip(a, b, strict=True):
+        assert without["correct"] is ("4" in r["response"]) and r["correct"] is ("</think>\\boxed{4}" in r["response"])
+    assert 0 < sum(r["correct"] for r in a) < sum(r["correct"] for r in b)
+
+
+def test_benchmarks_that_are_not_there(fake):
+    Path("data/benchmarks/prepare.py").touch()
+    with pytest.raises(UserError, match=r"hmmt25\.jsonl: no such file; make it with .*data/benchmarks/prepare\.py"):
+        fake(bench="aime24,hmmt25")
+    with pytest.raises(UserError, match=r"mine\.jsonl: no such file"):
+        fake(bench="mine.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("k", 0), ("temperature", -1.0), ("top_p", 0.0), ("max_response_tokens", 0), ("write_every", 0)]
+)
+def test_what_cannot_be_meant(name, value):
+    with pytest.raises(UserError, match=f"{name} = {value}"):
+        evaluate.main(evaluate.Config(**{name: value}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def results(path: Path, answers: dict[int, list[str]], problems: int) -> str:
+    rows = [row(answer, number=n, sample=s) for n, given in answers.items() for s, answer in enumerate(given)]
+    lines = [{"settings": {}, "problems": problems}, *rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_compare(tmp_path, capsys):
+    first = results(tmp_path / "a.jsonl", {0: ["4", "3"], 1: ["3", "3"], 2: ["4", "4"], 3: ["4", "4"]}, 4)
+    second = results(tmp_path / "b.jsonl", {0: ["4", "3"], 1: ["4", "4"], 2: ["3", "4"], 3: ["4", "4"]}, 4)
+    evaluate.main(evaluate.Config(compare=(first, second)))
+    header, test, *changed = capsys.readouterr().out.splitlines()
+    assert header.split()[-2:] == ["gained", "lost"]
+    low, high = evaluate.bootstrap([0, 1, -0.5, 0])
+    assert test.split() == f"test 4 0.6250 0.7500 +0.1250 {low:+.4f} - {high:+.4f} 1 1".split()
+    assert [line.split() for line in changed] == [
+        ["test", "0.000", "->", "1.000", "test", "1?"],
+        ["test", "1.000", "->", "0.500", "test", "2?"],
+    ]
+
+
+def test_what_cannot_be_compared(tmp_path):
+    a = results(tmp_path / "a.jsonl", {0: ["4"], 1: ["3"]}, 2)
+    b = results(tmp_path / "b.jsonl", {0: ["4"], 2: ["3"]}, 2)
+    with pytest.raises(UserError, match="have different problems, 2 in one alone, such as 'test 1"):
+        evaluate.compare(a, b)
+    unfinished = results(tmp_path / "c.jsonl", {0: ["4"]}, 2)
+    with pytest.raises(UserError, match=r"c\.jsonl: not finished"):
+        evaluate.compare(a, unfinished)
+    with pytest.raises(UserError, match=r"d\.jsonl: no such file"):
+        evaluate.compare(a, str(tmp_path / "d.jsonl"))
+
+
+def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, write_rows, capsys):
+    questions = {"1+2=?": "3", "9-4+2=?": "7", "5+5-1+3+2=?": "14", "8-1-1-1-1=?": "4", "7+7=?": "14"}
+    bench = write_rows(*(problem(question, answer, "sums") for question, answer in questions.items()))
+    path = tmp_path / "responses.jsonl"
+    config = evaluate.Config(
+        model=BASE, bench=bench, k=4, max_response_tokens=48, write_every=8, out=str(path), cpu_kv_cache_gib=0.25
+    )
+    evaluate.main(config)
+    whole = path.read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()[1:]]
+    assert len(rows) == 20 and len({r["response"] for r in rows}) > 10
+    path.write_bytes(whole[: whole.index(b'"problem": 3') + 40])  # killed in the second chunk of three
+    evaluate.main(config)
+    assert path.read_bytes() == whole and "2 problems were there already" in capsys.readouterr().out
