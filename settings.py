@@ -5,6 +5,8 @@ import fcntl
 import json
 import math
 import time
+import tomllib
+import typing
 from pathlib import Path
 
 import tyro
@@ -13,6 +15,8 @@ import checkpoint
 import loss
 import ranks
 from prompts import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
 
 # What the objectives' papers set where their authors were not silent, for settings that are left at None.
 PUBLISHED = {
@@ -102,9 +106,37 @@ def parse(Config: type, arguments: list[str]):
         if argument.startswith("--") and name not in known | {"help"}:
             raise UserError(f"unknown setting {argument}; known: {', '.join(sorted(known))}")
     config = tyro.cli(Config, args=arguments, description=Config.__doc__)
+    if config.recipe and not config.resume:
+        defaults = Config(**read_recipe(Config, config.recipe))
+        config = tyro.cli(Config, args=arguments, default=defaults)
     if config.resume and config != Config(resume=config.resume):
         raise UserError("--resume continues a run with its own settings; leave the others away")
     return resolve(resumed(Config, config.resume) if config.resume else config)
+
+
+def read_recipe(Config: type, name: str) -> dict:
+    """The settings in recipes/<name>.toml, each of its field's type. UserError for an unknown recipe, name or type."""
+    path = RECIPES / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise UserError(f"recipe '{name}' is unknown; known: {known}")
+    try:
+        values = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not TOML ({error}); lines of `name = value` are needed") from None
+    types = {field.name: field.type for field in dataclasses.fields(Config) if field.name not in ("recipe", "resume")}
+    if unknown := values.keys() - types.keys():
+        raise UserError(f"{path}: unknown settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(types))}")
+    for key, value in values.items():
+        is_pair = typing.get_origin(types[key]) is tuple
+        kinds = typing.get_args(types[key]) or (types[key],)  # of a union any one, of a pair those of its parts
+        parts = value if is_pair and isinstance(value, list) else [value]
+        parts = [float(part) if type(part) is int and float in kinds else part for part in parts]
+        if any(type(part) not in kinds for part in parts) or is_pair and len(parts) != len(kinds):
+            wanted = types[key].__name__ if isinstance(types[key], type) and not is_pair else types[key]
+            raise UserError(f"{path}: {key} = {value!r}, where {wanted} is needed")
+        values[key] = tuple(parts) if is_pair else parts[0]
+    return values
 
 
 def resumed(Config: type, folder: str):

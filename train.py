@@ -3,6 +3,7 @@
 python train.py                                   the default: a small policy learns sums, on any machine
 python train.py --objective grpo --seed 1         every setting below can be given on the command line
 torchrun --nproc_per_node 8 train.py              the same on eight GPUs; README.md has several machines
+python train.py --recipe r1-distill-1.5b          published settings from recipes/
 """
 
 import contextlib
@@ -48,6 +49,7 @@ class Config:
     model: str = "data/arithmetic/base"  # folder or hub name of the base policy [DeepSeek-R1-Distill-Qwen-7B]
     train_data: str = "data/arithmetic/train.jsonl"  # problems, JSONL; several with commas [KlearReasoner-MathSub-30K]
     eval_data: str = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL; several with commas [AIME24, AIME25]
+    recipe: str = ""  # file in recipes/ whose values take the place of these defaults; the command line's win
     out: str = "out"  # folder of the runs
     run_name: str = ""  # of this run; empty: objective, seed and time, or go on with an interrupted one
     resume: str = ""  # folder of a run to continue from its newest checkpoint; its own settings hold

@@ -1,0 +1,138 @@
+"""Published settings: read, checked, and run for two steps with model, lengths and counts scaled down."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import settings
+import train
+from prompts import UserError
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
+PAPER = {  # arXiv 2509.20712, Table 1, section 4.1 and appendix A.1: objective, beta1, eps_high, average
+    "r1-distill-1.5b": ("ce_gppo", 0.5, 0.2, 54.9),
+    "r1-distill-1.5b-grpo": ("grpo", None, 0.2, 49.1),
+    "r1-distill-1.5b-dapo": ("dapo", None, 0.28, 52.4),
+    "r1-distill-7b": ("ce_gppo", 0.75, 0.2, 67.5),
+    "r1-distill-7b-grpo": ("grpo", None, 0.2, 60.5),
+    "r1-distill-7b-dapo": ("dapo", None, 0.28, 64.5),
+}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Write a recipe of one's own, called mine, next to one called yours."""
+    monkeypatch.setattr(settings, "RECIPES", tmp_path)
+    (tmp_path / "yours.toml").touch()
+    return (tmp_path / "mine.toml").write_text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_settings(name):
+    config = settings.parse(train.Config, ["--recipe", name])
+    objective, beta1, eps_high, average = PAPER[name]
+    assert (config.objective, config.eps_low, config.eps_high) == (objective, 0.2, eps_high)
+    assert objective != "ce_gppo" or (config.beta1, config.beta2) == (beta1, 1.0)
+    assert config.recipe == name and ("7B" if "7b" in name else "1.5B") in config.model
+    assert (config.prompts_per_step, config.max_kept_prompts, config.mini_batch_prompts) == (256, 128, 16)
+    assert (config.responses_per_prompt, config.max_prompt_tokens, config.max_response_tokens) == (8, 4096, 16384)
+    assert (config.lr, config.warmup_steps, config.weight_decay, config.max_grad_norm) == (1e-6, 10, 0.1, 1.0)
+    assert (config.aggregation, config.overlong_buffer, config.entropy_coef) == ("token-mean", 0, 0.0)
+    assert (config.eval_samples, config.eval_temperature, config.eval_top_p, config.eval_every) == (32, 0.6, 0.95, 5)
+
+    text = (ROOT / "recipes" / f"{name}.toml").read_text()
+    scores = re.search(r"# Expect: AIME24 (.+), AIME25 (.+), HMMT25 (.+), MATH500 (.+), AMC23 (\S+) ", text).groups()
+    assert sum(map(float, scores)) / 5 == pytest.approx(average, abs=0.06) and f"on average {average}, from" in text
+    assert "# Needs: " in text
+    for line in text.splitlines():
+        if re.match(r"(?!objective)\w+ = ", line):
+            assert "  # " in line, f"no source: {line}"
+
+
+def test_a_baseline_differs_in_its_objective_alone():
+    for size in ("1.5b", "7b"):
+        ours, *baselines = (
+            settings.read_recipe(train.Config, f"r1-distill-{size}{kind}") for kind in ("", "-grpo", "-dapo")
+        )
+        for baseline in baselines:
+            different = {name for name in ours.keys() | baseline.keys() if ours.get(name) != baseline.get(name)}
+            assert different <= {"objective", "beta1", "beta2", "eps_high"}
+
+
+def test_the_command_line_wins(recipe):
+    recipe('objective = "grpo"\nlr = 1\nsteps = 7\nadam_betas = [0.9, 0.95]\neps_high = 0.3\nthinking = true\n')
+    config = settings.parse(train.Config, ["--recipe", "mine", "--steps", "9", "--no-thinking"])
+    assert (config.objective, config.lr, config.steps, config.thinking) == ("grpo", 1.0, 9, False)
+    assert (config.adam_betas, config.eps_high, config.eps_low) == ((0.9, 0.95), 0.3, 0.2)
+    assert config.seed == train.Config().seed and type(config.lr) is float
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rate = 1", r"mine\.toml: unknown settings learning_rate; known: .*\blr\b"),
+        ('resume = "out/x"', r"unknown settings resume"),
+        ("steps = 1.5", r"mine\.toml: steps = 1\.5, where int is needed"),
+        ("steps = true", r"steps = True, where int is needed"),
+        ('lr = "1e-6"', r"lr = '1e-6', where float is needed"),
+        ("thinking = 1", r"thinking = 1, where bool is needed"),
+        ("dual_clip = [10.0]", r"dual_clip = \[10\.0\], where float \| None is needed"),
+        ("adam_betas = [0.9]", r"adam_betas = \[0\.9\], where tuple\[float, float\] is needed"),
+        ("adam_betas = 0.9", r"adam_betas = 0\.9, where tuple"),
+        ("lr = ", r"mine\.toml: not TOML"),
+        ("steps = 0", r"steps = 0: must be at least 1"),
+    ],
+)
+def test_bad_recipes(recipe, text, message):
+    recipe(text)
+    with pytest.raises(UserError, match=message):
+        settings.parse(train.Config, ["--recipe", "mine"])
+
+
+def test_an_unknown_recipe(recipe):
+    recipe("")
+    with pytest.raises(UserError, match="recipe 'his' is unknown; known: mine, yours"):
+        settings.parse(train.Config, ["--recipe", "his"])
+
+
+def test_missing_data_names_the_script_that_makes_it():
+    """Found before the model is asked for: there is no network here."""
+    command = [sys.executable, "train.py", "--recipe", "r1-distill-1.5b", "--train-data", "data/math/not-there.jsonl"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "make it with .venv/bin/python data/math/prepare.py" in done.stderr
+
+
+SMALL = {
+    **{"model": "data/arithmetic/base", "train-data": "data/arithmetic/train.jsonl", "steps": 2, "eval-samples": 1},
+    **{"prompts-per-step": 16, "max-kept-prompts": 8, "mini-batch-prompts": 2, "max-micro-batch-tokens": 2048},
+    **{"max-prompt-tokens": 32, "max-response-tokens": 48, "cpu-kv-cache-gib": 0.1},
+}
+SCRIPT = """
+import sys
+import settings, train
+options = sys.argv[1 : sys.argv.index("--")]
+for name in sys.argv[sys.argv.index("--") + 1 :]:
+    train.train(settings.parse(train.Config, ["--recipe", name, "--run-name", name, *options]))
+"""
+
+
+def test_two_steps_of_each(tmp_path):
+    """All in one process, which imports vLLM once."""
+    held_out = (ROOT / "data" / "arithmetic" / "eval.jsonl").read_text().splitlines(keepends=True)[:32]
+    (tmp_path / "eval.jsonl").write_text("".join(held_out))
+    options = SMALL | {"out": tmp_path, "eval-data": tmp_path / "eval.jsonl"}
+    options = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-c", SCRIPT, *options, "--", *NAMES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in NAMES:
+        record = json.loads((tmp_path / name / "config.json").read_text())["config"]
+        assert record["recipe"] == name and record["objective"] == PAPER[name][0] and record["lr"] == 1e-6
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["optim/updates"] > 0
+        assert (tmp_path / name / "checkpoint-000002").is_dir() and 0 < rows[2]["eval/arithmetic/avg_at_k"] < 1
