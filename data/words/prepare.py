@@ -1,0 +1,52 @@
+"""Data set `words`: sums of two numbers in words, for a real language model that is too small for real mathematics.
+
+    python data/words/prepare.py        writes train.jsonl and eval.jsonl beside this file
+
+"What is seven plus twelve?", after a few worked examples as turns of the same chat, which show how to answer:
+
+    7 + 12 = 19
+    \\boxed{19}
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+HERE = Path(__file__).parent
+WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+EXAMPLES = [(2, 1), (4, 3), (5, 5)]
+
+
+def question(a: int, b: int) -> dict[str, str]:
+    return {"role": "user", "content": f"What is {WORDS[a]} plus {WORDS[b]}?"}
+
+
+def prompt(a: int, b: int) -> list[dict[str, str]]:
+    messages = []
+    for x, y in EXAMPLES:
+        messages += [question(x, y), {"role": "assistant", "content": f"{x} + {y} = {x + y}\n\\boxed{{{x + y}}}"}]
+    return [*messages, question(a, b)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: beside this file)")
+    parser.add_argument("--held-out", type=int, default=100, help="evaluation problems, none of them in training")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    pairs = [(a, b) for a in range(1, 21) for b in range(1, 21) if (a, b) not in EXAMPLES]
+    random.Random(args.seed).shuffle(pairs)
+    for name, chosen in (("eval", pairs[: args.held_out]), ("train", pairs[args.held_out :])):
+        path = args.out / f"{name}.jsonl"
+        rows = [{"prompt": prompt(a, b), "answer": str(a + b), "source": "words"} for a, b in chosen]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{path}: {len(rows)} problems")
+
+
+if __name__ == "__main__":
+    main()
