@@ -45,7 +45,7 @@ class FakeEngine:
     def __init__(self, model, tokenizer, **options):
         self.tokenizer = tokenizer
 
-    def generate(self, prompts, k, *, max_tokens, temperature, top_p, seed):
+    def generate(self, prompts, k, *, max_tokens, temperature, top_p, seed, stop=False):
         FakeEngine.calls_left -= 1
         if FakeEngine.calls_left < 0:
             raise KeyboardInterrupt
