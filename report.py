@@ -190,11 +190,12 @@ def start_wandb(folder: Path, config, run_id: str):
     os.environ.setdefault("WANDB_SILENT", "true")
     options = {"project": config.wandb_project, "name": folder.name, "dir": folder, "id": run_id, "mode": mode}
     if mode != "offline":
-        options["resume"] = "allow"
+        options |= {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
     try:
         run = wandb.init(**options, config=dataclasses.asdict(config))
     except Exception as error:  # no network, a key that is not valid
         print(f"WARNING: W&B cannot be reached, logging offline ({error})", file=sys.stderr)
+        wandb.teardown()  # or the run's id counts as taken
         run = wandb.init(**options | {"mode": "offline", "resume": None}, config=dataclasses.asdict(config))
     run.define_metric("step", hidden=True)
     for name in (

@@ -7,9 +7,12 @@ import types
 import numpy as np
 import pytest
 import torch
+import wandb
 
 import figures
 import report
+import settings
+import train
 from prompts import Problem, UserError
 from rollout import Response
 
@@ -109,6 +112,22 @@ def test_without_a_key_nothing_asks_for_one(monkeypatch, tmp_path):
     assert report._has_wandb_key()
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert report.start_wandb(tmp_path, None, "x") is None
+
+
+def test_without_a_network_it_logs_offline_into_the_same_run(monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        if options["mode"] != "offline":
+            raise wandb.errors.CommError("no route to host")
+        return types.SimpleNamespace(define_metric=lambda *a, **k: None)
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    report.start_wandb(tmp_path, settings.resolve(train.Config()), "abc")
+    assert [(call["mode"], call["id"]) for call in calls] == [("online", "abc"), ("offline", "abc")]
+    assert "no route to host" in capsys.readouterr().err
 
 
 class BrokenWandb:

@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_run(finished, tmp_path):
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
     """SIGTERM saves and says how to continue; the resumed run is the uninterrupted one, bit for bit."""
-    process = start(tmp_path, "--run-name", "cut", *SMALL)
+    process = start(tmp_path, "--run-name", "cut", *SMALL, mode="offline")
     metrics = tmp_path / "cut" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and '"step": 1,' in metrics.read_text()):
         time.sleep(0.05)
@@ -140,7 +140,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
     output = process.communicate()[0]
     assert process.returncode == 0 and f"--resume {tmp_path / 'cut'}" in output, output
     assert len(metrics_of(tmp_path / "cut")) < 5, "the signal came too late to test anything"
-    run(tmp_path, "--resume", str(tmp_path / "cut"))
+    run(tmp_path, "--resume", str(tmp_path / "cut"), mode="offline")
+    ids = [path.name.rpartition("-")[2] for path in (tmp_path / "cut" / "wandb").glob("offline-run-*")]
+    assert len(ids) == 2 and ids[0] == ids[1], "both parts go into one W&B run"
     assert without_timings(metrics_of(tmp_path / "cut")) == without_timings(metrics_of(finished[0]))
     ours, expected = (load_file(f / "checkpoint-000004" / "model.safetensors") for f in (tmp_path / "cut", finished[0]))
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
