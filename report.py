@@ -311,14 +311,14 @@ def histograms(responses: list[Response]) -> dict[str, torch.Tensor]:
     return {f"probability/{name}": old_logprobs[mask].exp() for name, mask in members.items() if mask.any()}
 
 
-def sample_rows(groups: dict[int, list[Response]], problems: list[Problem], count: int) -> list[dict]:
+def sample_rows(groups: dict[int, list[Response]], problems: list[Problem], count: int, thinking: bool) -> list[dict]:
     """The first response to each of `count` problems, to be read by people. groups: by index of the problem."""
     return [
         {
             "prompt": problems[i].prompt,
             "response": group[0].text,
             "answer": problems[i].answer,
-            "extracted": extract_answer(group[0].text),
+            "extracted": extract_answer(group[0].text, thinking=thinking),
             "reward": group[0].reward,
             "entropy": group[0].entropy.mean().item(),
             "tokens": len(group[0].response_ids),

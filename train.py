@@ -298,7 +298,7 @@ def train(config: Config) -> None:
         sampled_tokens, *work = ranks.total(sum(len(r.response_ids) for r in responses), *policy.work_of(mini_batches))
         metrics |= policy.speed(model, sampled_tokens, work, metrics, matrix_rate, device)
         if report:
-            samples = sample_rows(groups, chosen, config.logged_samples)
+            samples = sample_rows(groups, chosen, config.logged_samples, config.thinking)
             report.log(step, metrics, samples, histograms(flatten(mini_batches)))
         stopping = ranks.any_of(stop.requested)
         if step % config.checkpoint_every == 0 or step == config.steps or stopping:

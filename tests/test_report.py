@@ -76,7 +76,7 @@ def test_histograms_hold_every_trained_token_once():
 def test_sample_rows_show_what_was_scored():
     groups, _ = groups_of()
     problems = [Problem(f"prompt {p}", [1, 2], str(p), "test") for p in range(6)]
-    rows = report.sample_rows({i: groups[i] for i in (1, 3, 4, 5)}, problems, 3)
+    rows = report.sample_rows({i: groups[i] for i in (1, 3, 4, 5)}, problems, 3, thinking=False)
     assert [row["extracted"] for row in rows] == ["1", "3", "4"] == [row["answer"] for row in rows]
     assert json.loads(json.dumps(rows)) == rows
 
