@@ -53,3 +53,19 @@ def test_command_writes_both_files(tmp_path):
         expression = row["prompt"][0]["content"].removesuffix("=?")
         terms = expression.replace("-", "+-").split("+")
         assert sum(int(term) for term in terms) == int(row["answer"])
+
+
+def test_sums_in_words(tmp_path):
+    """Right answers, nothing held out that is trained on, and no problem that the examples give away."""
+    script = Path(prepare.__file__).parents[1] / "words" / "prepare.py"
+    subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
+    numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = {}
+    for name in ("train", "eval"):
+        rows[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    asked = [row["prompt"][-1]["content"] for row in rows["train"] + rows["eval"]]
+    assert (len(rows["train"]), len(rows["eval"])) == (297, 100) and len(set(asked)) == 397
+    shown = {message["content"] for row in rows["train"] for message in row["prompt"][:-1]}
+    assert not shown & set(asked)
+    (one,) = [row for row in rows["train"] + rows["eval"] if "seven plus nine?" in row["prompt"][-1]["content"]]
+    assert one["answer"] == str(numbers.index("seven") + numbers.index("nine"))
