@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 
+import packing  # noqa: F401, it registers the attention
 from base import make_model, make_tokenizer
 
 
