@@ -10,7 +10,7 @@ CHECK_PYTHON = test -n "$(PYTHON)" || \
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
 
-.PHONY: help setup data train eval figures workspace bench test torture lint clean
+.PHONY: help setup data train eval figures workspace bench reproduce test torture lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -34,6 +34,10 @@ bench: setup data  ## measure updates, rollouts, rewards and the entropy account
 	@.venv/bin/python bench/rollout.py
 	@.venv/bin/python bench/reward.py
 	@.venv/bin/python bench/attribution.py --repeats 7
+
+reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: two hours on two cores; QUICK=1: a few minutes
+	@.venv/bin/python results/sweep.py $(if $(QUICK),--quick) $(ARGS)
+	@.venv/bin/python results/claims.py results/$(if $(QUICK),quick,reproduction).jsonl
 
 test: setup data  ## run the tests
 	@.venv/bin/python -m pytest $(ARGS)

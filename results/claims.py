@@ -1,0 +1,302 @@
+"""Figures, table and verdicts from the runs of a sweep.
+
+    python results/claims.py results/reproduction.jsonl      writes reproduction.md, and pictures beside it
+
+A claim is decided by intervals over seeds: Student's t, 95 %, of differences between runs of the same seed, which share
+the order of the problems. "held": every interval that the claim needs lies on the right side. "reversed": one lies on
+the wrong side. "undecided": neither; the runs cannot tell. The rules were written before the runs were made.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import figures
+from figures import plt
+from sweep import read
+
+LAST = 10  # steps that an end is averaged over
+EARLY = 15  # first steps, for claim 3
+MARGIN = 0.02  # accuracy that still counts as "at least"
+CE = ("ce_gppo (0, 1)", "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)", "ce_gppo (1, 0.5)")  # by beta2 - beta1, falling
+LOW_BETA, DEFAULT = "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)"
+WEAK, STRONG = "grpo, bonus 0.01", "grpo, bonus 0.03"
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond ten the last one serves, a little too wide.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+SIGNS = {"pa_lp": 1, "na_hp": 1, "pa_hp": -1, "na_lp": -1}  # of the velocities, in theory
+
+
+@dataclass
+class Config:
+    results: Annotated[Path, tyro.conf.Positional]  # file that sweep.py made
+
+
+class Sweep:
+    """Values by setting and seed; each method returns {seed: number}."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = {(row["setting"], row["seed"]): row for row in rows}
+        self.settings = list(dict.fromkeys(row["setting"] for row in rows))
+
+    def of(self, setting: str, function) -> dict[int, float]:
+        return {seed: function(row["series"]) for (name, seed), row in self.rows.items() if name == setting}
+
+    def entropy_end(self, setting: str) -> dict[int, float]:
+        return self.of(setting, lambda s: np.mean(s["entropy/mean"][-LAST:]))
+
+    def entropy_kept(self, setting: str) -> dict[int, float]:
+        return self.of(setting, lambda s: np.mean(s["entropy/mean"][-LAST:]) / s["entropy/mean"][0])
+
+    def entropy_whole(self, setting: str) -> dict[int, float]:
+        return self.of(setting, lambda s: np.mean(s["entropy/mean"]))
+
+    def entropy_early(self, setting: str) -> dict[int, float]:
+        return self.of(setting, lambda s: np.mean(s["entropy/mean"][:EARLY]))
+
+    def entropy_spread(self, setting: str) -> dict[int, float]:
+        """Standard deviation around the run's own smooth course, a cubic, so that a steady fall is not variation."""
+        return self.of(setting, lambda s: np.std(residual(s["entropy/mean"])))
+
+    def accuracy(self, setting: str) -> dict[int, float]:
+        return self.of(setting, lambda s: s["eval/arithmetic/avg_at_k"][-1])
+
+    def pass_kept(self, setting: str) -> dict[int, float]:
+        return self.of(setting, lambda s: s["eval/arithmetic/pass_at_k"][-1] / s["eval/arithmetic/pass_at_k"][0])
+
+    def average(self, setting: str, name: str) -> dict[int, float]:
+        return self.of(setting, lambda s: mean_of(s[name]))
+
+
+def residual(values: list[float]) -> np.ndarray:
+    steps = np.arange(len(values))
+    return np.array(values) - np.polyval(np.polyfit(steps, values, 3), steps)
+
+
+def mean_of(values: list[float | None]) -> float:
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else float("nan")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Intervals and verdicts
+
+
+def interval(values: dict[int, float]) -> tuple[float, float, float]:
+    """(mean, lower, upper) of a 95 % t interval over seeds; without bounds for one seed."""
+    x = np.array([value for value in values.values() if np.isfinite(value)])
+    if len(x) < 2:
+        return (float(x.mean()) if len(x) else float("nan")), -np.inf, np.inf
+    half = STUDENT[min(len(x) - 1, len(STUDENT)) - 1] * x.std(ddof=1) / np.sqrt(len(x))
+    return x.mean(), x.mean() - half, x.mean() + half
+
+
+def difference(a: dict[int, float], b: dict[int, float]) -> dict[int, float]:
+    return {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+
+def text(values: dict[int, float], digits: int = 3, sign: bool = False) -> str:
+    mean, low, high = interval(values)
+    plus = "+" if sign else ""
+    return f"{mean:{plus}.{digits}f} [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]"
+
+
+def decide(*tests: tuple[dict[int, float], float]) -> str:
+    """Of (values that the claim says are above the bound, bound)."""
+    intervals = [(*interval(values), bound) for values, bound in tests]
+    if any(high < bound for _, _, high, bound in intervals):
+        return "reversed"
+    return "held" if all(low > bound for _, low, _, bound in intervals) else "undecided"
+
+
+def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
+    """(claim, verdict, numbers) in the order of docs/evidence.md; claims whose runs are missing are left out."""
+    found = []
+
+    def claim(name: str, needs: tuple[str, ...], function) -> None:
+        if set(needs) <= set(sweep.settings):
+            found.append((name, *function()))
+
+    def collapse():
+        kept = sweep.entropy_kept("grpo")
+        return decide(({s: -v for s, v in kept.items()}, -0.5)), f"share of the first step's entropy left: {text(kept)}"
+
+    def more_than_grpo():
+        over = {name: difference(sweep.entropy_end(name), sweep.entropy_end("grpo")) for name in (LOW_BETA, DEFAULT)}
+        numbers = "; ".join(f"{name}: {text(values, 4, True)}" for name, values in over.items())
+        return decide(*((values, 0) for values in over.values())), f"nats more than grpo at the end: {numbers}"
+
+    def fastest():
+        over = [difference(sweep.entropy_whole(name), sweep.entropy_whole("ce_gppo (1, 0.5)")) for name in CE[:3]]
+        numbers = "; ".join(f"{name}: {text(values, 4, True)}" for name, values in zip(list(CE)[:3], over, strict=True))
+        return decide(*((values, 0) for values in over)), f"mean entropy of the run over that of (1, 0.5): {numbers}"
+
+    def ordered():
+        ends = [sweep.entropy_end(name) for name in CE]
+        gaps = [difference(more, less) for more, less in zip(ends, ends[1:], strict=False)]
+        seeds = set.intersection(*(set(gap) for gap in gaps))
+        right = sum(all(gap[seed] > 0 for gap in gaps) for seed in seeds)
+        numbers = "; ".join(f"{name} {text(end, 4)}" for name, end in zip(CE, ends, strict=True))
+        return decide(*((gap, 0) for gap in gaps)), f"at the end {numbers}; {right} of {len(seeds)} seeds in this order"
+
+    def dapo_early():
+        over = difference(sweep.entropy_early("dapo"), sweep.entropy_early("grpo"))
+        return decide((over, 0)), f"nats more in the first {EARLY} steps: {text(over, 4, True)}"
+
+    def dapo_varies():
+        over = difference(sweep.entropy_spread("dapo"), sweep.entropy_spread(DEFAULT))
+        spreads = "; ".join(f"{name} {text(sweep.entropy_spread(name), 4)}" for name in ("dapo", DEFAULT))
+        return decide((over, 0)), f"standard deviation around the trend, nats: {spreads}; {text(over, 4, True)} more"
+
+    def accuracy():
+        pairs = [(name, other) for name in (LOW_BETA, DEFAULT) for other in ("grpo", "dapo")]
+        over = [difference(sweep.accuracy(a), sweep.accuracy(b)) for a, b in pairs]
+        numbers = "; ".join(f"{a} over {b}: {text(v, 3, True)}" for (a, b), v in zip(pairs, over, strict=True))
+        return decide(*((values, -MARGIN) for values in over)), numbers
+
+    def keeps_pass():
+        pairs = [(name, other) for name in (LOW_BETA, DEFAULT) for other in ("grpo", "dapo")]
+        over = [difference(sweep.pass_kept(a), sweep.pass_kept(b)) for a, b in pairs]
+        kept = "; ".join(f"{name} {text(sweep.pass_kept(name))}" for name in ("grpo", "dapo", LOW_BETA, DEFAULT))
+        return decide(*((values, 0) for values in over)), f"pass@8 at the end over that at the start: {kept}"
+
+    def sensitive():
+        # Log entropy by log coefficient, so that a threefold coefficient and a beta1 half as large again compare.
+        def slope(a, b, factor):
+            return {s: abs(np.log(a[s] / b[s])) / np.log(factor) for s in a if s in b}
+
+        bonus = slope(sweep.entropy_end(STRONG), sweep.entropy_end(WEAK), 3)
+        beta = slope(sweep.entropy_end(DEFAULT), sweep.entropy_end(LOW_BETA), 1.5)
+        ends = "; ".join(f"{name} {text(sweep.entropy_end(name), 4)}" for name in (WEAK, STRONG, LOW_BETA, DEFAULT))
+        return decide((difference(bonus, beta), 0)), (
+            f"at the end {ends}; |d ln entropy / d ln coefficient|: bonus {text(bonus, 2)}, beta1 {text(beta, 2)}"
+        )
+
+    def improbable():
+        names = [name for name in ("grpo", *CE) if name in sweep.settings]
+        low = {name: sweep.average(name, "clip/prob_low") for name in names}
+        high = {name: sweep.average(name, "clip/prob_high") for name in names}
+        numbers = "; ".join(f"{name} {interval(low[name])[0]:.3f} and {interval(high[name])[0]:.3f}" for name in names)
+        usual = np.exp(-interval(sweep.entropy_whole("grpo"))[0])
+        tests = [({s: -v for s, v in part[name].items()}, -0.5) for part in (low, high) for name in names]
+        return decide(*tests), (
+            f"mean probability of the tokens clipped below and above: {numbers}; exp(-entropy) is {usual:.2f}"
+        )
+
+    def signs():
+        right = {
+            quadrant: np.mean(
+                [np.sign(v) == sign for r in sweep.rows.values() for v in r["series"][f"velocity/{quadrant}"] if v]
+            )
+            for quadrant, sign in SIGNS.items()
+        }
+        numbers = ", ".join(f"{figures.QUADRANTS[quadrant]} {share:.2%}" for quadrant, share in right.items())
+        return ("held" if min(right.values()) > 0.99 else "reversed"), f"steps of all runs with the sign: {numbers}"
+
+    claim("1a. grpo loses more than half of its entropy", ("grpo",), collapse)
+    claim("1b. ce_gppo (0.5, 1) and (0.75, 1) end with more entropy", ("grpo", LOW_BETA, DEFAULT), more_than_grpo)
+    claim("2a. (1, 0.5) loses entropy fastest", CE, fastest)
+    claim("2b. entropy is ordered by beta2 - beta1, (0, 1) highest", CE, ordered)
+    claim("3a. dapo has more entropy than grpo early on", ("grpo", "dapo"), dapo_early)
+    claim("3b. dapo's entropy varies more than ce_gppo's", ("dapo", DEFAULT), dapo_varies)
+    claim("4a. ce_gppo's accuracy is at least grpo's and dapo's", ("grpo", "dapo", LOW_BETA, DEFAULT), accuracy)
+    claim("4b. its pass@8 keeps more of its start", ("grpo", "dapo", LOW_BETA, DEFAULT), keeps_pass)
+    claim("5. a bonus is more sensitive than beta1 in [0.5, 0.75]", (WEAK, STRONG, LOW_BETA, DEFAULT), sensitive)
+    claim("6a. clipped tokens are improbable (below 0.5)", ("grpo",), improbable)
+    claim("6b. velocities have the signs of the theory", ("grpo",), signs)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+def table(sweep: Sweep) -> str:
+    lines = [
+        "| setting | runs | entropy, last steps | accuracy, avg@8 | pass@8 | clipped, % below, above |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in sweep.settings:
+        low, high = (100 * interval(sweep.average(name, f"clip/{side}"))[0] for side in ("low", "high"))
+        pass_ = sweep.of(name, lambda s: s["eval/arithmetic/pass_at_k"][-1])
+        columns = text(sweep.entropy_end(name)), text(sweep.accuracy(name)), text(pass_), f"{low:.2f}, {high:.2f}"
+        lines.append(f"| {name} | {len(sweep.accuracy(name))} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def rows_of(run: dict) -> list[dict]:
+    """A run's series as the rows of its metrics.jsonl, which figures.py draws."""
+    rows = {0: {"step": 0}}
+    for name, values in run["series"].items():
+        steps = run["eval_steps"] if name.startswith("eval/") else range(1, len(values) + 1)
+        for step, value in zip(steps, values, strict=True):
+            if value is not None:
+                rows.setdefault(step, {"step": step})[name] = value
+    return [rows[step] for step in sorted(rows)]
+
+
+def curves(groups: dict[str, list[list[dict]]]) -> plt.Figure:
+    """Entropy and accuracy: objectives above, settings of CE-GPPO and what is compared with them below."""
+    objectives = [name for name in groups if name in ("grpo", "dapo", "gppo", "cispo", "gspo", DEFAULT)]
+    others = [name for name in groups if name not in objectives or name in ("grpo", DEFAULT)]
+    fig, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    for (left, right), names in zip(axes, (objectives, others), strict=True):
+        for i, name in enumerate(names):
+            style = {"color": "black" if name == "grpo" else f"C{i}", "linewidth": 1.5}
+            figures.draw(left, groups[name], "entropy/mean", label=name, **style)
+            figures.draw(right, groups[name], "eval/arithmetic/avg_at_k", **style)
+        left.set(ylabel="entropy, nats a token", xlabel="step")
+        right.set(ylabel="held-out accuracy, avg@8", xlabel="step")
+        left.legend(frameon=False)
+    return finish(fig)
+
+
+def velocities(groups: dict[str, list[list[dict]]]) -> plt.Figure:
+    columns = min(4, len(groups))
+    rows = -(-len(groups) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(4 * columns, 3 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (name, runs) in zip(axes.flat, groups.items(), strict=False):
+        figures.draw_velocity(axis, runs)
+        axis.set_title(name)
+    axes[0, 0].legend(frameon=False, ncols=2)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("velocity, nats a token")
+    return finish(fig)
+
+
+def finish(fig: plt.Figure) -> plt.Figure:
+    for axis in fig.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
+def main(config: Config) -> None:
+    rows = read(config.results)
+    if not rows:
+        sys.exit(f"claims.py: {config.results}: no runs there; results/sweep.py makes them")
+    sweep = Sweep(rows)
+    verdicts = "\n".join(f"| {' | '.join(row)} |" for row in claims(sweep))
+    verdicts = f"| claim | verdict | numbers, with 95 % intervals over seeds |\n|---|---|---|\n{verdicts}"
+    minutes = sum(row["minutes"] for row in rows)
+    report = f"{table(sweep)}\n\n{verdicts}\n\n{len(rows)} runs, {minutes / 60:.1f} hours of one lane in all.\n"
+    print(report)
+    config.results.with_suffix(".md").write_text(report)
+    groups = {
+        name: [rows_of(run) for (other, _), run in sweep.rows.items() if other == name] for name in sweep.settings
+    }
+    for suffix, figure in (("", curves(groups)), ("-velocity", velocities(groups))):
+        for kind in ("png", "svg"):
+            path = config.results.with_name(f"{config.results.stem}{suffix}.{kind}")
+            figure.savefig(path, dpi=110)
+            print(path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
