@@ -148,7 +148,7 @@ class Run:
             "setting": self.setting,
             "seed": self.seed,
             "arguments": self.arguments,
-            "commit": json.loads((self.folder / "config.json").read_text())["commit"],
+            "commit": json.loads((self.folder / "config.json").read_text())["git_commit"],
             "minutes": round(sum(row["time/step"] for row in metrics if row["step"]) / 60, 2),  # but for the start
             "eval_steps": [row["step"] for row in evaluations],
             "series": series,
