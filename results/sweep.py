@@ -9,6 +9,7 @@ goes on with what is missing, runs that were interrupted included. results/claim
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -81,11 +82,13 @@ def main(config: Config) -> None:
     lanes = lanes_of_this_machine()[: config.lanes]
     print(f"{results}: {len(wanted) - len(waiting)} of {len(wanted)} runs are there; {len(lanes)} at a time")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; start again to go on"))  # by way of `finally`
     running, failed = {}, []
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(waiting), unit="run", disable=not sys.stderr.isatty())
     try:
         while waiting or running:
-            for lane in [lane for lane in lanes if lane not in running and waiting]:
+            free = [lane for lane in lanes if lane not in running]
+            for lane in free[: len(waiting)]:
                 running[lane] = Run(*waiting.pop(0), steps, config.out, lane)
             time.sleep(0.5)
             for lane, run in [(lane, run) for lane, run in running.items() if run.process.poll() is not None]:
