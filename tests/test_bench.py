@@ -78,7 +78,7 @@ def test_rollout(result):
     assert [sync["parameters"] for sync in result["sync"]] == [888_192] and result["sync"][0]["seconds"] > 0
     expected = {"rollout": 0.5, "update": 0.4, "reward": 0.01, "old_logprobs": 0.02, "sync": 0.03, "rest": 0.04}
     assert {part: result[f"share/{part}"] for part in expected} == pytest.approx(expected)
-    assert result["share/outside"] == pytest.approx(0.1)
+    assert result["share/outside"] == pytest.approx(0.08)
 
 
 @pytest.mark.parametrize("result", ["reward"], indirect=True)
