@@ -103,7 +103,8 @@ def difference(a: dict[int, float], b: dict[int, float]) -> dict[int, float]:
 def text(values: dict[int, float], digits: int = 3, sign: bool = False) -> str:
     mean, low, high = interval(values)
     plus = "+" if sign else ""
-    return f"{mean:{plus}.{digits}f} [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]"
+    bounds = f" [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]" if np.isfinite(low) else ""
+    return f"{mean:{plus}.{digits}f}{bounds}"
 
 
 def decide(*tests: tuple[dict[int, float], float]) -> str:
@@ -217,14 +218,17 @@ def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
 
 
 def table(sweep: Sweep) -> str:
+    """Means and intervals over seeds. Clipped tokens: below and above, share and part in `velocity/total`."""
     lines = [
-        "| setting | runs | entropy, last steps | accuracy, avg@8 | pass@8 | clipped, % below, above |",
-        "|---|---|---|---|---|---|",
+        "| setting | runs | entropy, last steps | accuracy, avg@8 | pass@8 | clipped, % | their velocity, 1e-4 nats |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in sweep.settings:
         low, high = (100 * interval(sweep.average(name, f"clip/{side}"))[0] for side in ("low", "high"))
+        down, up = (1e4 * interval(sweep.average(name, f"velocity/clipped_{side}"))[0] for side in ("low", "high"))
         pass_ = sweep.of(name, lambda s: s["eval/arithmetic/pass_at_k"][-1])
-        columns = text(sweep.entropy_end(name)), text(sweep.accuracy(name)), text(pass_), f"{low:.2f}, {high:.2f}"
+        columns = [text(sweep.entropy_end(name)), text(sweep.accuracy(name)), text(pass_)]
+        columns += [f"{low:.2f}, {high:.2f}", f"{down:+.1f}, {up:+.1f}"]
         lines.append(f"| {name} | {len(sweep.accuracy(name))} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
@@ -265,6 +269,8 @@ def velocities(groups: dict[str, list[list[dict]]]) -> plt.Figure:
     for axis, (name, runs) in zip(axes.flat, groups.items(), strict=False):
         figures.draw_velocity(axis, runs)
         axis.set_title(name)
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
     axes[0, 0].legend(frameon=False, ncols=2)
     for axis in axes[:, 0]:
         axis.set_ylabel("velocity, nats a token")
