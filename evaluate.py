@@ -62,12 +62,12 @@ def evaluate(
 
     Returns ({"<benchmark>/avg_at_k": mean accuracy over all samples, "<benchmark>/pass_at_k": share of problems with at
     least one right among the k}, the responses with their rewards); a benchmark is what the rows call their source.
-    Once `stop` is true it gives up, and returns no metrics.
+    Once `stop` is true it gives up, and returns no metrics if that left groups without responses.
     """
     prompts = [problem.prompt_ids for problem in problems]
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
     groups = engine.generate(prompts, k, **options)
-    if stop:
+    if not all(groups):  # given up; `stop` may be true on another rank of the engine alone
         return {}, groups
     answers = [problem.answer for problem in problems for _ in range(k)]
     responses = [response for group in groups for response in group]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import ranks
@@ -57,7 +58,7 @@ class Engine:
             torch.compiler.set_stance("force_eager")  # or the first rollout spends half a minute in a C++ compiler
         import vllm  # takes 10 s, and is not installed on every machine that trains
 
-        self.vllm, self.tokenizer = vllm, tokenizer
+        self.vllm, self.tokenizer, self.tensor_parallel = vllm, tokenizer, tensor_parallel
         if self.cuda:
             options = {"dtype": "bfloat16", "enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
         else:  # there gpu_memory_utilization is a share of the RAM that must be free at the start
@@ -97,8 +98,8 @@ class Engine:
         """group_size responses to each prompt of token ids, in order. The same seed and weights give the same tokens.
 
         on_group is called with the index of a prompt and its group as soon as that is complete, while others are still
-        being sampled. Once `stop` is true, the groups not yet complete are given up, and stay empty. With top_p or
-        top_k the logprobs are renormalized over what survived: for evaluation only, never for training.
+        being sampled. Once `stop` is true on any rank of the engine, the groups not yet complete are given up, and stay
+        empty. With top_p or top_k the logprobs are renormalized over what survived: for evaluation, never for training.
         """
         torch.manual_seed(seed)  # the engine samples from this process's generator
         params = self.vllm.SamplingParams(
@@ -116,13 +117,21 @@ class Engine:
         for index, ids in enumerate(prompts):
             engine.add_request(str(index), {"prompt_token_ids": ids}, params)
         groups: list[list[Response]] = [[] for _ in prompts]
-        while engine.has_unfinished_requests() and not stop:
+        while engine.has_unfinished_requests() and not self._any_of_engine(stop):
             for output in engine.step():  # llm.generate would wait for the last one
                 index = int(output.request_id)
                 completions = sorted(output.outputs, key=lambda completion: completion.index)
                 groups[index] = [self._response(prompts[index], completion) for completion in completions]
                 on_group(index, groups[index])
         return groups
+
+    def _any_of_engine(self, stop: object) -> bool:
+        """Ranks that share an engine must leave its loop at the same step, or the others wait in it for ever."""
+        if self.tensor_parallel == 1:
+            return bool(stop)
+        flag = torch.tensor(int(bool(stop)))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.vllm.distributed.get_tp_group().cpu_group)
+        return bool(flag)
 
     def _response(self, prompt_ids: list[int], completion) -> Response:
         if completion.finish_reason not in ("stop", "length"):

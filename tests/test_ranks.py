@@ -151,6 +151,34 @@ def test_an_engine_over_two_ranks(tmp_path):
     assert all(row["reward/mean"] * 120 == pytest.approx(round(row["reward/mean"] * 120)) for row in rows)
 
 
+@pytest.mark.parametrize("call, after", [(1, 0), (3, 1)])  # the evaluation before the first step, the second rollout
+def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path, call, after):
+    """They must leave the engine's loop together, or one waits for the other's half of a matrix product for ever."""
+    script = tmp_path / "stops.py"
+    script.write_text(
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import ranks, rollout, train\n"
+        "calls, generate = 0, rollout.Engine.generate\n"
+        "def stopping(engine, *args, **options):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        f"    if calls == {call} and ranks.rank() == 0:\n"
+        "        inner = engine.llm.llm_engine.step\n"
+        "        engine.llm.llm_engine.step = lambda: (os.kill(os.getpid(), signal.SIGTERM), inner())[1]\n"
+        "    return generate(engine, *args, **options)\n"
+        "rollout.Engine.generate = stopping\n"
+        "train.main()\n"
+    )
+    arguments = [*SMALL, "--out", str(tmp_path), "--run-name", "tp", "--rollout-tp", "2"]
+    process = torchrun(2, str(script), *arguments)
+    try:
+        output = process.communicate(timeout=100)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0 and f"stopped by SIGTERM after step {after}" in output, output
+    assert len(list(tmp_path.glob("tp/checkpoint*"))) == after
+
+
 def test_a_rank_that_fails_ends_all_with_its_message(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
