@@ -3,7 +3,7 @@
     python results/claims.py results/reproduction.jsonl      writes reproduction.md, and pictures beside it
 
 A claim is decided by intervals over seeds: Student's t, 95 %, of differences between runs of the same seed, which share
-the order of the problems. "held": every interval that the claim needs lies on the right side. "reversed": one lies on
+the order of the problems. "held": every interval that the claim needs lies on the right side. "not held": one lies on
 the wrong side. "undecided": neither; the runs cannot tell. The rules were written before the runs were made.
 """
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import figures
 from figures import plt
-from sweep import read
+from sweep import SETTINGS, read
 
 LAST = 10  # steps that an end is averaged over
 EARLY = 15  # first steps, for claim 3
@@ -42,7 +42,7 @@ class Sweep:
 
     def __init__(self, rows: list[dict]):
         self.rows = {(row["setting"], row["seed"]): row for row in rows}
-        self.settings = list(dict.fromkeys(row["setting"] for row in rows))
+        self.settings = [name for name in SETTINGS if any(name == other for other, _ in self.rows)]
 
     def of(self, setting: str, function) -> dict[int, float]:
         return {seed: function(row["series"]) for (name, seed), row in self.rows.items() if name == setting}
@@ -111,7 +111,7 @@ def decide(*tests: tuple[dict[int, float], float]) -> str:
     """Of (values that the claim says are above the bound, bound)."""
     intervals = [(*interval(values), bound) for values, bound in tests]
     if any(high < bound for _, _, high, bound in intervals):
-        return "reversed"
+        return "not held"
     return "held" if all(low > bound for _, low, _, bound in intervals) else "undecided"
 
 
@@ -197,7 +197,7 @@ def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
             for quadrant, sign in SIGNS.items()
         }
         numbers = ", ".join(f"{figures.QUADRANTS[quadrant]} {share:.2%}" for quadrant, share in right.items())
-        return ("held" if min(right.values()) > 0.99 else "reversed"), f"steps of all runs with the sign: {numbers}"
+        return ("held" if min(right.values()) > 0.99 else "not held"), f"steps of all runs with the sign: {numbers}"
 
     claim("1a. grpo loses more than half of its entropy", ("grpo",), collapse)
     claim("1b. ce_gppo (0.5, 1) and (0.75, 1) end with more entropy", ("grpo", LOW_BETA, DEFAULT), more_than_grpo)
@@ -250,8 +250,8 @@ def curves(groups: dict[str, list[list[dict]]]) -> plt.Figure:
     others = [name for name in groups if name not in objectives or name in ("grpo", DEFAULT)]
     fig, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     for (left, right), names in zip(axes, (objectives, others), strict=True):
-        for i, name in enumerate(names):
-            style = {"color": "black" if name == "grpo" else f"C{i}", "linewidth": 1.5}
+        for name in names:
+            style = {"color": "black" if name == "grpo" else f"C{list(SETTINGS).index(name)}", "linewidth": 1.5}
             figures.draw(left, groups[name], "entropy/mean", label=name, **style)
             figures.draw(right, groups[name], "eval/arithmetic/avg_at_k", **style)
         left.set(ylabel="entropy, nats a token", xlabel="step")
