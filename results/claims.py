@@ -218,17 +218,22 @@ def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
 
 
 def table(sweep: Sweep) -> str:
-    """Means and intervals over seeds. Clipped tokens: below and above, share and part in `velocity/total`."""
+    """Means and intervals over seeds. Clipped tokens: below and above, share and part in `velocity/total`.
+
+    Cut: the share of responses that ended at the limit, in the last steps; in runs where it is not 0 the policy has
+    forgotten how to end, and its entropy is that of an idle loop.
+    """
     lines = [
-        "| setting | runs | entropy, last steps | accuracy, avg@8 | pass@8 | clipped, % | their velocity, 1e-4 nats |",
-        "|---|---|---|---|---|---|---|",
+        "| setting | runs | entropy, last steps | accuracy, avg@8 | pass@8 | clipped, % | their velocity, 1e-4 | cut |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in sweep.settings:
         low, high = (100 * interval(sweep.average(name, f"clip/{side}"))[0] for side in ("low", "high"))
         down, up = (1e4 * interval(sweep.average(name, f"velocity/clipped_{side}"))[0] for side in ("low", "high"))
         pass_ = sweep.of(name, lambda s: s["eval/arithmetic/pass_at_k"][-1])
+        cut = interval(sweep.of(name, lambda s: np.mean(s["response/truncated"][-LAST:])))[0]
         columns = [text(sweep.entropy_end(name)), text(sweep.accuracy(name)), text(pass_)]
-        columns += [f"{low:.2f}, {high:.2f}", f"{down:+.1f}, {up:+.1f}"]
+        columns += [f"{low:.2f}, {high:.2f}", f"{down:+.1f}, {up:+.1f}", f"{cut:.0%}"]
         lines.append(f"| {name} | {len(sweep.accuracy(name))} | {' | '.join(columns)} |")
     return "\n".join(lines)
 

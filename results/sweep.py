@@ -51,7 +51,8 @@ SETTINGS = {
 }
 # What is kept of metrics.jsonl, as lists by step. Five significant digits: 60 runs are a few hundred kilobytes.
 SERIES = (
-    "entropy/mean", "reward/mean", "clip/low", "clip/high", "clip/prob_low", "clip/prob_high", "kl/old", "ratio/max",
+    "entropy/mean", "reward/mean", "response/length_mean", "response/truncated",
+    "clip/low", "clip/high", "clip/prob_low", "clip/prob_high", "kl/old", "ratio/max",
     "velocity/pa_lp", "velocity/na_hp", "velocity/pa_hp", "velocity/na_lp", "velocity/total",
     "velocity/clipped_low", "velocity/clipped_high", "optim/beta1", "optim/beta2",
     "eval/arithmetic/avg_at_k", "eval/arithmetic/pass_at_k",
