@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evaluate
-from prompts import UserError
+from prompts import Problem, UserError
 from rollout import Response
 
 BASE = str(Path(__file__).parents[1] / "data" / "arithmetic" / "base")
@@ -162,6 +162,18 @@ def test_a_stopped_evaluation_goes_on(fake, monkeypatch, calls, half_line, capsy
     monkeypatch.setattr(FakeEngine, "calls_left", 0)  # finished: only the table is left to do
     fake(out="cut.jsonl")
     assert capsys.readouterr().out.splitlines()[2:] == table
+
+
+def test_what_another_rank_of_the_engine_gave_up_has_no_metrics():
+    """The signal may have reached that rank alone: `stop` says nothing here."""
+
+    class GivenUp:
+        def generate(self, prompts, k, **options):
+            return [[Response(prompts[0], [1, 2], torch.zeros(2), False, r"\boxed{4}")] * k, []]
+
+    problems = [Problem(f"{i}?", [i], "4", "aime24", f"{i}?") for i in (1, 2)]
+    metrics, groups = evaluate.evaluate(GivenUp(), problems, 2, max_tokens=2, temperature=1.0)
+    assert metrics == {} and list(map(len, groups)) == [2, 0]
 
 
 def test_a_seed_is_another_sample(fake):
