@@ -30,7 +30,7 @@ workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
 
 bench: setup data  ## measure updates, rollouts, rewards and the entropy accounting: ten minutes on two cores
 	@.venv/bin/python bench/update.py
-	@.venv/bin/python bench/update.py --equal --rounds 1
+	@.venv/bin/python bench/update.py --equal
 	@.venv/bin/python bench/rollout.py
 	@.venv/bin/python bench/reward.py
 	@.venv/bin/python bench/attribution.py --repeats 7
