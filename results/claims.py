@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import figures
 from figures import plt
+from prompts import UserError
 from sweep import SETTINGS, read
 
 LAST = 10  # steps that an end is averaged over
@@ -218,22 +219,24 @@ def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
 
 
 def table(sweep: Sweep) -> str:
-    """Means and intervals over seeds. Clipped tokens: below and above, share and part in `velocity/total`.
+    """Means and intervals over seeds. Clipped tokens: below and above, share and part in the velocity.
 
     Cut: the share of responses that ended at the limit, in the last steps; in runs where it is not 0 the policy has
     forgotten how to end, and its entropy is that of an idle loop.
     """
     lines = [
-        "| setting | runs | entropy, last steps | accuracy, avg@8 | pass@8 | clipped, % | their velocity, 1e-4 | cut |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | runs | entropy at the end | accuracy, avg@8 | pass@8 "
+        "| velocity, 1e-4 | of clipped tokens | their % | cut |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in sweep.settings:
         low, high = (100 * interval(sweep.average(name, f"clip/{side}"))[0] for side in ("low", "high"))
         down, up = (1e4 * interval(sweep.average(name, f"velocity/clipped_{side}"))[0] for side in ("low", "high"))
+        total = 1e4 * interval(sweep.average(name, "velocity/total"))[0]
         pass_ = sweep.of(name, lambda s: s["eval/arithmetic/pass_at_k"][-1])
         cut = interval(sweep.of(name, lambda s: np.mean(s["response/truncated"][-LAST:])))[0]
         columns = [text(sweep.entropy_end(name)), text(sweep.accuracy(name)), text(pass_)]
-        columns += [f"{low:.2f}, {high:.2f}", f"{down:+.1f}, {up:+.1f}", f"{cut:.0%}"]
+        columns += [f"{total:.1f}", f"{down:+.1f}, {up:+.1f}", f"{low:.2f}, {high:.2f}", f"{cut:.0%}"]
         lines.append(f"| {name} | {len(sweep.accuracy(name))} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
@@ -291,7 +294,7 @@ def finish(fig: plt.Figure) -> plt.Figure:
 def main(config: Config) -> None:
     rows = read(config.results)
     if not rows:
-        sys.exit(f"claims.py: {config.results}: no runs there; results/sweep.py makes them")
+        raise UserError(f"{config.results}: no runs there; results/sweep.py makes them")
     sweep = Sweep(rows)
     verdicts = "\n".join(f"| {' | '.join(row)} |" for row in claims(sweep))
     verdicts = f"| claim | verdict | numbers, with 95 % intervals over seeds |\n|---|---|---|\n{verdicts}"
@@ -310,4 +313,8 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except UserError as error:
+        print(f"claims.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -20,6 +20,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from prompts import UserError
+
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 
@@ -72,13 +76,13 @@ class Config:
 
 def main(config: Config) -> None:
     if unknown := [name for name in config.settings if name not in SETTINGS]:
-        sys.exit(f"sweep.py: setting '{unknown[0]}' is unknown; known: {', '.join(SETTINGS)}")
+        raise UserError(f"setting '{unknown[0]}' is unknown; known: {', '.join(SETTINGS)}")
     results = Path(config.results or HERE / ("quick.jsonl" if config.quick else "reproduction.jsonl"))
     seeds, steps = config.seeds or (1 if config.quick else 5), config.steps or (5 if config.quick else 40)
     wanted = [(name, seed) for seed in range(seeds) for name in config.settings]  # whole seeds first
     done = {(row["setting"], row["seed"]): row["arguments"] for row in read(results)}
     if other := [job for job in wanted if done.get(job, arguments(*job, steps)) != arguments(*job, steps)]:
-        sys.exit(f"sweep.py: {results} has {other[0][0]} with other arguments; name another file with --results")
+        raise UserError(f"{results} has {other[0][0]} with other arguments; name another file with --results")
     waiting = [job for job in wanted if job not in done]
     lanes = lanes_of_this_machine()[: config.lanes]
     print(f"{results}: {len(wanted) - len(waiting)} of {len(wanted)} runs are there; {len(lanes)} at a time")
@@ -173,7 +177,15 @@ def lanes_of_this_machine() -> list[tuple[str, int]]:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The runs in a file of results, none if there is no file. UserError for a line that is not one."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["setting"], rows[-1]["seed"], rows[-1]["arguments"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}:{number}: not a run, which sweep.py writes as one line; remove the line") from None
+    return rows
 
 
 def append(path: Path, row: dict) -> None:
@@ -195,4 +207,8 @@ def shorten(value: float | None) -> float | None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except UserError as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -57,9 +57,13 @@ def test_results_of_other_arguments_are_not_mixed(tmp_path):
     results = tmp_path / "results.jsonl"
     results.write_text(json.dumps({"setting": "grpo", "seed": 0, "arguments": "--lr 1"}) + "\n")
     refused = script("sweep", "--results", results, "--settings", "grpo")
-    assert refused.returncode != 0 and "other arguments" in refused.stderr
+    assert refused.returncode == 2 and "other arguments" in refused.stderr
     unknown = script("sweep", "--settings", "grppo")
-    assert unknown.returncode != 0 and "'grppo' is unknown" in unknown.stderr
+    assert unknown.returncode == 2 and "'grppo' is unknown" in unknown.stderr
+    results.write_text(results.read_text() + '{"setting": "grpo", "se')
+    for name, *options in (("sweep", "--results", results), ("claims", results)):
+        broken = script(name, *options)
+        assert broken.returncode == 2 and f"{results}:2: not a run" in broken.stderr
 
 
 def test_every_setting_is_train_py_s():

@@ -15,6 +15,7 @@ one problem has many right workings (5! = 120 of them for five terms), and boxes
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -47,7 +48,8 @@ def prompt(terms: list[int]) -> list[dict[str, str]]:
 def splits(seed: int, terms: int, largest: int, train: int, held_out: int) -> tuple[list[list[int]], list[list[int]]]:
     """Distinct problems, the same for the same arguments: (training, held-out), without overlap."""
     if train + held_out > largest**terms * 2 ** (terms - 1) // 2:
-        raise SystemExit(f"prepare.py: there are no {train + held_out} distinct sums of {terms} terms up to {largest}")
+        print(f"prepare.py: no {train + held_out} distinct sums of {terms} terms up to {largest}", file=sys.stderr)
+        raise SystemExit(2)
     rng = random.Random(seed)
     distinct: dict[str, list[int]] = {}
     while len(distinct) < train + held_out:
