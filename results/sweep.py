@@ -1,6 +1,6 @@
 """The sweep behind docs/evidence.md: every objective from the same base policy, on the arithmetic task.
 
-    python results/sweep.py              60 runs of 40 steps: two hours on two cores
+    python results/sweep.py              60 runs of 40 steps: under two hours on two cores
     python results/sweep.py --quick      12 runs of 5 steps: a few minutes
 
 Every core (or GPU) has one run at a time. A run that ends adds a line to the results at once; started again, the sweep
