@@ -31,6 +31,7 @@ workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
 bench: setup data  ## measure updates, rollouts, rewards and the entropy accounting: ten minutes on two cores
 	@.venv/bin/python bench/update.py
 	@.venv/bin/python bench/update.py --equal
+	@.venv/bin/python bench/update.py --equal --shared-prompt
 	@.venv/bin/python bench/rollout.py
 	@.venv/bin/python bench/reward.py
 	@.venv/bin/python bench/attribution.py --repeats 7
@@ -42,7 +43,7 @@ reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: two hours on t
 test: setup data  ## run the tests
 	@.venv/bin/python -m pytest $(ARGS)
 
-torture: setup data  ## twelve steps killed twenty times are twelve steps: takes a quarter of an hour
+torture: setup data  ## twelve steps killed twenty times are twelve steps: takes five minutes
 	@KILLS=20 .venv/bin/python -m pytest tests/test_faults.py -k torture -s $(ARGS)
 
 lint: setup  ## check style

@@ -43,7 +43,7 @@ def fold_without_s(z: torch.Tensor, m: torch.Tensor, sums: tuple) -> tuple[torch
     scale = shift.exp()
     z = z - new_m[:, None]
     p = z.exp()
-    return new_m, (e * scale + p.sum(1), (ez + shift * e) * scale + (p * z).sum(1), ee, eez)
+    return new_m, (e * scale + p.sum(1), (ez + shift * e) * scale + z.mul_(p).sum(1), ee, eez)
 
 
 def step(actor, optimizer, groups: list[list[Response]], config: train.Config, everything: bool) -> float:
