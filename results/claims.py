@@ -1,6 +1,7 @@
 """Figures, table and verdicts from the runs of a sweep.
 
-    python results/claims.py results/reproduction.jsonl      writes reproduction.md, and pictures beside it
+    python results/claims.py results/reproduction.jsonl                 writes reproduction.md, and pictures beside it
+    python results/claims.py results/reproduction.jsonl --steps 40      of the first 40 steps: reproduction-40.md
 
 A claim is decided by intervals over seeds: Student's t, 95 %, of differences between runs of the same seed, which share
 the order of the problems. "held": every interval that the claim needs lies on the right side. "not held": one lies on
@@ -24,6 +25,7 @@ from sweep import SETTINGS, read
 
 LAST = 10  # steps that an end is averaged over
 EARLY = 15  # first steps, for claim 3
+IDLE = 0.05  # share of responses cut at the limit, at the end, from which on a run counts as idle
 MARGIN = 0.02  # accuracy that still counts as "at least"
 CE = ("ce_gppo (0, 1)", "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)", "ce_gppo (1, 0.5)")  # by beta2 - beta1, falling
 LOW_BETA, DEFAULT = "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)"
@@ -36,6 +38,8 @@ SIGNS = {"pa_lp": 1, "na_hp": 1, "pa_hp": -1, "na_lp": -1}  # of the velocities,
 @dataclass
 class Config:
     results: Annotated[Path, tyro.conf.Positional]  # file that sweep.py made
+    steps: int | None = None  # look at the first ones alone, as if the runs had ended there; None: all
+    without_idle: bool = False  # leave out runs that end their responses at the limit
 
 
 class Sweep:
@@ -82,6 +86,11 @@ def residual(values: list[float]) -> np.ndarray:
 def mean_of(values: list[float | None]) -> float:
     there = [value for value in values if value is not None]
     return float(np.mean(there)) if there else float("nan")
+
+
+def cut(series: dict[str, list]) -> float:
+    """The share of the responses that ended at the limit, in the last steps."""
+    return np.mean(series["response/truncated"][-LAST:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,8 +230,7 @@ def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
 def table(sweep: Sweep) -> str:
     """Means and intervals over seeds. Clipped tokens: below and above, share and part in the velocity.
 
-    Cut: the share of responses that ended at the limit, in the last steps; in runs where it is not 0 the policy has
-    forgotten how to end, and its entropy is that of an idle loop.
+    In runs where `cut` is not 0 the policy has forgotten how to end, and its entropy is that of an idle loop.
     """
     lines = [
         "| setting | runs | entropy at the end | accuracy, avg@8 | pass@8 "
@@ -234,11 +242,18 @@ def table(sweep: Sweep) -> str:
         down, up = (1e4 * interval(sweep.average(name, f"velocity/clipped_{side}"))[0] for side in ("low", "high"))
         total = 1e4 * interval(sweep.average(name, "velocity/total"))[0]
         pass_ = sweep.of(name, lambda s: s["eval/arithmetic/pass_at_k"][-1])
-        cut = interval(sweep.of(name, lambda s: np.mean(s["response/truncated"][-LAST:])))[0]
+        idle = interval(sweep.of(name, cut))[0]
         columns = [text(sweep.entropy_end(name)), text(sweep.accuracy(name)), text(pass_)]
-        columns += [f"{total:.1f}", f"{down:+.1f}, {up:+.1f}", f"{low:.2f}, {high:.2f}", f"{cut:.0%}"]
+        columns += [f"{total:.1f}", f"{down:+.1f}, {up:+.1f}", f"{low:.2f}, {high:.2f}", f"{idle:.0%}"]
         lines.append(f"| {name} | {len(sweep.accuracy(name))} | {' | '.join(columns)} |")
     return "\n".join(lines)
+
+
+def begin(run: dict, steps: int) -> dict:
+    """The run's row, had it ended after so many steps; no setting of the sweep depends on how many there will be."""
+    eval_steps = [step for step in run["eval_steps"] if step <= steps]
+    series = {n: v[: len(eval_steps) if n.startswith("eval/") else steps] for n, v in run["series"].items()}
+    return run | {"eval_steps": eval_steps, "series": series}
 
 
 def rows_of(run: dict) -> list[dict]:
@@ -292,22 +307,28 @@ def finish(fig: plt.Figure) -> plt.Figure:
 
 
 def main(config: Config) -> None:
-    rows = read(config.results)
+    rows, name = read(config.results), config.results.stem
     if not rows:
         raise UserError(f"{config.results}: no runs there; results/sweep.py makes them")
+    if config.steps:
+        if unlike := [row for row in rows if config.steps not in row["eval_steps"]]:
+            raise UserError(f"steps {config.steps}: not evaluated there, only at {unlike[0]['eval_steps']}")
+        rows, name = [begin(row, config.steps) for row in rows], f"{name}-{config.steps}"
+    if config.without_idle:
+        rows, name = [row for row in rows if cut(row["series"]) < IDLE], f"{name}-without-idle"
     sweep = Sweep(rows)
     verdicts = "\n".join(f"| {' | '.join(row)} |" for row in claims(sweep))
     verdicts = f"| claim | verdict | numbers, with 95 % intervals over seeds |\n|---|---|---|\n{verdicts}"
-    minutes = sum(row["minutes"] for row in rows)
-    report = f"{table(sweep)}\n\n{verdicts}\n\n{len(rows)} runs, {minutes / 60:.1f} hours of one lane in all.\n"
+    took = f"{len(rows)} runs; whole, they took {sum(row['minutes'] for row in rows) / 60:.1f} hours of one lane."
+    report = f"{table(sweep)}\n\n{verdicts}\n\n{took}\n"
     print(report)
-    config.results.with_suffix(".md").write_text(report)
+    config.results.with_name(f"{name}.md").write_text(report)
     groups = {
         name: [rows_of(run) for (other, _), run in sweep.rows.items() if other == name] for name in sweep.settings
     }
     for suffix, figure in (("", curves(groups)), ("-velocity", velocities(groups))):
         for kind in ("png", "svg"):
-            path = config.results.with_name(f"{config.results.stem}{suffix}.{kind}")
+            path = config.results.with_name(f"{name}{suffix}.{kind}")
             figure.savefig(path, dpi=110)
             print(path)
 

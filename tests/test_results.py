@@ -92,8 +92,30 @@ def made_up(entropy, accuracy, seeds=5, noise=0.002):
             series |= {"entropy/mean": course.tolist(), "clip/prob_low": [None, *[0.2] * 49]}
             series["eval/arithmetic/avg_at_k"] = [0.3, accuracy.get(name, 0.8) + noise * random.standard_normal()]
             series["eval/arithmetic/pass_at_k"] = [0.9, 0.9]
-            rows.append({"setting": name, "seed": seed, "eval_steps": [0, 50], "minutes": 1.0, "series": series})
+            row = {"setting": name, "seed": seed, "arguments": "", "minutes": 1.0, "eval_steps": [0, 50]}
+            rows.append(row | {"series": series})
     return claims.Sweep(rows)
+
+
+def test_part_of_a_sweep(tmp_path):
+    """The first steps of all runs, as if they had ended there; and the runs that still end their responses."""
+    rows = list(made_up({}, {}, seeds=2).rows.values())
+    for row in rows:
+        row["eval_steps"], entropy = [0, 20, 50], row["series"]["entropy/mean"]
+        for name in ("eval/arithmetic/avg_at_k", "eval/arithmetic/pass_at_k"):
+            row["series"][name].insert(1, 0.5)
+        row["series"]["response/truncated"] = [0.0] * 25 + [0.9 * row["seed"]] * 25
+        part = claims.begin(row, 20)
+        assert part["series"]["entropy/mean"] == entropy[:20] and part["series"]["eval/arithmetic/avg_at_k"][-1] == 0.5
+        assert claims.rows_of(part) == [r for r in claims.rows_of(row) if r["step"] <= 20]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for options, stem, runs in (("--steps", "20"), "-20", 2), (("--without-idle",), "-without-idle", 1):
+        drawn = script("claims", results, *options)
+        assert drawn.returncode == 0, drawn.stderr
+        assert f"| grpo | {runs} |" in (tmp_path / f"results{stem}.md").read_text()
+    refused = script("claims", results, "--steps", "21")
+    assert refused.returncode == 2 and "not evaluated there, only at [0, 20, 50]" in refused.stderr
 
 
 def test_verdicts_follow_the_runs():
