@@ -36,7 +36,7 @@ bench: setup data  ## measure updates, rollouts, rewards and the entropy account
 	@.venv/bin/python bench/reward.py
 	@.venv/bin/python bench/attribution.py --repeats 7
 
-reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: two hours on two cores; QUICK=1: a few minutes
+reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: three hours on two cores; QUICK=1: a few minutes
 	@.venv/bin/python results/sweep.py $(if $(QUICK),--quick) $(ARGS)
 	@.venv/bin/python results/claims.py results/$(if $(QUICK),quick,reproduction).jsonl
 

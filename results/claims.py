@@ -228,23 +228,27 @@ def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
 
 
 def table(sweep: Sweep) -> str:
-    """Means and intervals over seeds. Clipped tokens: below and above, share and part in the velocity.
+    """Means and intervals over seeds. "Over grpo": differences between runs of the same seed. Clipped tokens: below and
+    above the interval, their share and their part in the velocity.
 
     In runs where `cut` is not 0 the policy has forgotten how to end, and its entropy is that of an idle loop.
     """
     lines = [
-        "| setting | runs | entropy at the end | accuracy, avg@8 | pass@8 "
+        "| setting | runs | entropy at the end | over grpo | accuracy, avg@8 | over grpo | pass@8 "
         "| velocity, 1e-4 | of clipped tokens | their % | cut |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in sweep.settings:
         low, high = (100 * interval(sweep.average(name, f"clip/{side}"))[0] for side in ("low", "high"))
         down, up = (1e4 * interval(sweep.average(name, f"velocity/clipped_{side}"))[0] for side in ("low", "high"))
-        total = 1e4 * interval(sweep.average(name, "velocity/total"))[0]
+        total = {seed: 1e4 * value for seed, value in sweep.average(name, "velocity/total").items()}
         pass_ = sweep.of(name, lambda s: s["eval/arithmetic/pass_at_k"][-1])
         idle = interval(sweep.of(name, cut))[0]
-        columns = [text(sweep.entropy_end(name)), text(sweep.accuracy(name)), text(pass_)]
-        columns += [f"{total:.1f}", f"{down:+.1f}, {up:+.1f}", f"{low:.2f}, {high:.2f}", f"{idle:.0%}"]
+        columns = []
+        for values in (sweep.entropy_end, sweep.accuracy):
+            over = difference(values(name), values("grpo"))
+            columns += [text(values(name)), text(over, 3, True) if over and name != "grpo" else ""]
+        columns += [text(pass_), text(total, 1), f"{down:+.1f}, {up:+.1f}", f"{low:.2f}, {high:.2f}", f"{idle:.0%}"]
         lines.append(f"| {name} | {len(sweep.accuracy(name))} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
@@ -294,7 +298,7 @@ def velocities(groups: dict[str, list[list[dict]]]) -> plt.Figure:
         axis.set_title(name)
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
-    axes[0, 0].legend(frameon=False, ncols=2)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=5)
     for axis in axes[:, 0]:
         axis.set_ylabel("velocity, nats a token")
     return finish(fig)

@@ -1,6 +1,6 @@
 """The sweep behind docs/evidence.md: every objective from the same base policy, on the arithmetic task.
 
-    python results/sweep.py              60 runs of 40 steps: under two hours on two cores
+    python results/sweep.py              60 runs of 80 steps: under three hours on two cores
     python results/sweep.py --quick      12 runs of 5 steps: a few minutes
 
 Every core (or GPU) has one run at a time. A run that ends adds a line to the results at once; started again, the sweep
@@ -68,7 +68,7 @@ class Config:
     quick: bool = False  # one seed and 5 steps: whether it works, not what is true
     results: str = ""  # file that the runs are added to; empty: results/reproduction.jsonl, or results/quick.jsonl
     seeds: int | None = None  # runs of each setting, from seed 0; None: 5, quick: 1
-    steps: int | None = None  # of each run; None: 40, quick: 5
+    steps: int | None = None  # of each run; None: 80, quick: 5
     settings: tuple[str, ...] = field(default_factory=lambda: tuple(SETTINGS))  # which to run
     out: Path = REPOSITORY / "out" / "reproduce"  # folder of the runs themselves
     lanes: int | None = None  # runs at a time; None: one a GPU, else one a core as far as the memory goes
@@ -78,7 +78,7 @@ def main(config: Config) -> None:
     if unknown := [name for name in config.settings if name not in SETTINGS]:
         raise UserError(f"setting '{unknown[0]}' is unknown; known: {', '.join(SETTINGS)}")
     results = Path(config.results or HERE / ("quick.jsonl" if config.quick else "reproduction.jsonl"))
-    seeds, steps = config.seeds or (1 if config.quick else 5), config.steps or (5 if config.quick else 40)
+    seeds, steps = config.seeds or (1 if config.quick else 5), config.steps or (5 if config.quick else 80)
     wanted = [(name, seed) for seed in range(seeds) for name in config.settings]  # whole seeds first
     done = {(row["setting"], row["seed"]): row["arguments"] for row in read(results)}
     if other := [job for job in wanted if done.get(job, arguments(*job, steps)) != arguments(*job, steps)]:
