@@ -185,7 +185,7 @@ def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
         beta = slope(sweep.entropy_end(DEFAULT), sweep.entropy_end(LOW_BETA), 1.5)
         ends = "; ".join(f"{name} {text(sweep.entropy_end(name), 4)}" for name in (WEAK, STRONG, LOW_BETA, DEFAULT))
         return decide((difference(bonus, beta), 0)), (
-            f"at the end {ends}; |d ln entropy / d ln coefficient|: bonus {text(bonus, 2)}, beta1 {text(beta, 2)}"
+            f"at the end {ends}; size of d ln entropy / d ln coefficient: bonus {text(bonus, 2)}, beta1 {text(beta, 2)}"
         )
 
     def improbable():
