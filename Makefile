@@ -36,9 +36,10 @@ bench: setup data  ## measure updates, rollouts, rewards and the entropy account
 	@.venv/bin/python bench/reward.py
 	@.venv/bin/python bench/attribution.py --repeats 7
 
-reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: three hours on two cores; QUICK=1: a few minutes
-	@.venv/bin/python results/sweep.py $(if $(QUICK),--quick) $(ARGS)
-	@.venv/bin/python results/claims.py results/$(if $(QUICK),quick,reproduction).jsonl
+reproduce: RESULTS = results/$(if $(QUICK),quick,reproduction).jsonl
+reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: three hours on two cores; QUICK=1: a few minutes; RESULTS=<file>
+	@.venv/bin/python results/sweep.py --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
+	@.venv/bin/python results/claims.py $(RESULTS)
 
 test: setup data  ## run the tests
 	@.venv/bin/python -m pytest $(ARGS)
