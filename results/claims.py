@@ -312,14 +312,14 @@ def finish(fig: plt.Figure) -> plt.Figure:
 
 def main(config: Config) -> None:
     rows, name = read(config.results), config.results.stem
-    if not rows:
-        raise UserError(f"{config.results}: no runs there; results/sweep.py makes them")
-    if config.steps:
-        if unlike := [row for row in rows if config.steps not in row["eval_steps"]]:
-            raise UserError(f"steps {config.steps}: not evaluated there, only at {unlike[0]['eval_steps']}")
+    if config.steps is not None:
+        if unlike := [row for row in rows if config.steps not in row["eval_steps"][1:]]:
+            raise UserError(f"steps {config.steps}: not evaluated there, only at {unlike[0]['eval_steps'][1:]}")
         rows, name = [begin(row, config.steps) for row in rows], f"{name}-{config.steps}"
     if config.without_idle:
         rows, name = [row for row in rows if cut(row["series"]) < IDLE], f"{name}-without-idle"
+    if not rows:
+        raise UserError(f"{config.results}: no such runs there; results/sweep.py makes them")
     sweep = Sweep(rows)
     verdicts = "\n".join(f"| {' | '.join(row)} |" for row in claims(sweep))
     verdicts = f"| claim | verdict | numbers, with 95 % intervals over seeds |\n|---|---|---|\n{verdicts}"

@@ -114,8 +114,12 @@ def test_part_of_a_sweep(tmp_path):
         drawn = script("claims", results, *options)
         assert drawn.returncode == 0, drawn.stderr
         assert f"| grpo | {runs} |" in (tmp_path / f"results{stem}.md").read_text()
-    refused = script("claims", results, "--steps", "21")
-    assert refused.returncode == 2 and "not evaluated there, only at [0, 20, 50]" in refused.stderr
+    for steps in ("0", "21"):
+        refused = script("claims", results, "--steps", steps)
+        assert refused.returncode == 2 and "not evaluated there, only at [20, 50]" in refused.stderr
+    results.write_text(json.dumps(rows[1]) + "\n")  # seed 1, which idles
+    refused = script("claims", results, "--without-idle")
+    assert refused.returncode == 2 and "no such runs there" in refused.stderr
 
 
 def test_verdicts_follow_the_runs():
