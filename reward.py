@@ -1,34 +1,21 @@
-r"""The verifier: text in, number out. 1.0 if the last \boxed{} of a response equals the true answer, else 0.0.
+r"""What a response is worth: 1.0 if the last \boxed{} of a response equals the true answer, else 0.0.
 
 Three stages, each for what the one before leaves open:
  1. answers.py        strings, numbers, units, words, and the structure of sets, tuples, intervals, equations
- 2. a cheap look      what is too long, too deep, or a bomb such as 10^{10^{10}} scores 0
- 3. math-verify       in worker processes that are killed when they overrun: its own time limit is signal.alarm, which
-                      fails outside the main thread and does not interrupt C (Math-Verify#50, #55)
+ 2. a cheap look      an answer that is too long, too deep, or a bomb such as 10^{10^{10}} scores 0
+ 3. workers.py        math-verify, in worker processes that are killed when they overrun
 """
 
-import atexit
-import json
-import logging
 import os
 import queue
 import re
-import resource
-import signal
-import subprocess
-import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
-from multiprocessing.connection import wait
 
-from answers import Undecided, is_bomb, normalize, same, squeeze
+from ce_gppo.types import Response
+from ce_gppo.verifier.answers import Undecided, is_bomb, normalize, same, squeeze
+from ce_gppo.verifier.workers import judge
 
 MAX_CHARS = 300  # of an answer, unless the truth is long itself
-MAX_MEMORY = 4 * 2**30  # bytes of address space per worker
-MAX_CACHED = 100_000  # verdicts
-STARTUP_SECONDS = 60.0  # a worker needs about 1 s on an idle machine
 
 
 def score(
@@ -71,9 +58,9 @@ def score(
 
 
 class BackgroundScorer:
-    """`score` in a thread of its own: answers are given to it as they come, while others are still being sampled.
+    """`score` in a thread of its own, which scores each group while others are still being sampled.
 
-    What has arrived while it was busy is scored as one batch, so that `budget` bounds the wait, not each addition.
+    Groups that arrive while it is busy are scored as one batch: `budget` then bounds the wait for all of them.
     """
 
     def __init__(self, answers: list[str], **options):
@@ -117,7 +104,7 @@ class BackgroundScorer:
 
 
 def extract_answer(response: str, *, thinking: bool = False) -> str | None:
-    """What the last \\boxed{} or \\fbox{} holds; None if there is none, or it is empty, or it is never closed.
+    """The content of the last \\boxed{} or \\fbox{}; None if there is none, or it is empty, or it is never closed.
 
     With `thinking` only the text after the last </think> is searched, and none of it if <think> was opened again. No
     </think> at all is thinking cut short: the prompt may have opened it, as DeepSeek-R1's chat template does.
@@ -137,157 +124,18 @@ def extract_answer(response: str, *, thinking: bool = False) -> str | None:
     return None
 
 
+def set_rewards(
+    groups: list[list[Response]], verdicts: list[list[float]], max_tokens: int, overlong_buffer: int
+) -> None:
+    """Set `verdict` and `reward` of every response: the reward is the verdict, and DAPO's penalty for length if set."""
+    for group, group_verdicts in zip(groups, verdicts, strict=True):
+        for response, verdict in zip(group, group_verdicts, strict=True):
+            response.verdict = verdict
+            response.reward = verdict + overlong_penalty(len(response.response_ids), max_tokens, overlong_buffer)
+
+
 def overlong_penalty(length: int, max_length: int, buffer: int) -> float:
     """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0]. Lengths in tokens; buffer 0: none."""
     if buffer == 0:
         return 0.0
     return max(-1.0, min(0.0, (max_length - buffer - length) / buffer))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# math-verify in processes that can be killed
-
-
-class Worker:
-    """This file as a child process that answers JSON lines. Not multiprocessing: fork would copy a process full of CUDA
-    threads, and spawn would import the trainer's __main__ again."""
-
-    process: subprocess.Popen | None = None
-
-    def start(self):
-        if self.process and self.process.poll() is None:
-            return
-        for _ in range(3):
-            self.kill()
-            self.process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__)],
-                bufsize=0,
-                stdin=subprocess.PIPE,  # ends when we end, however we end, and the worker with it
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is meant for us alone
-            )
-            if self.read(STARTUP_SECONDS) == b"ready\n":
-                return
-        raise RuntimeError(f"the math-verify worker does not start; `{sys.executable} {__file__}` shows why")
-
-    def read(self, timeout: float) -> bytes | None:
-        """The next line; b"" if the worker has died, None if it took more than `timeout` seconds."""
-        return self.process.stdout.readline() if wait([self.process.stdout], timeout) else None
-
-    def ask(self, pair: tuple[str, str], timeout: float) -> bool:
-        for _ in range(2):  # what killed the worker may have been somebody else, not this answer
-            self.start()
-            try:
-                self.process.stdin.write(json.dumps([*pair, timeout]).encode() + b"\n")
-                reply = self.read(timeout)
-            except BrokenPipeError:
-                reply = b""
-            if reply:
-                return json.loads(reply)
-            self.kill()
-            if reply is None:
-                break
-        return False
-
-    def kill(self):
-        if self.process:
-            with self.process:  # closes the pipes, and waits
-                self.process.kill()
-            self.process = None
-
-
-_workers: list[Worker] = []
-_cache: dict[tuple[str, str], bool] = {}  # the least recently used first
-_lock = threading.Lock()
-os.register_at_fork(after_in_child=_workers.clear)  # a forked child must not talk to its parent's workers
-
-
-@atexit.register
-def _stop_workers():
-    for worker in _workers:
-        worker.kill()
-
-
-def judge(pairs: list[tuple[str, str]], timeout: float, num_workers: int, budget: float) -> dict[tuple[str, str], bool]:
-    """math-verify's verdicts on distinct (answer, truth) pairs; a pair that the budget left no time for is missing."""
-    with _lock:
-        verdicts = {pair: _cache.pop(pair) for pair in pairs if pair in _cache}
-        waiting = [pair for pair in pairs if pair not in verdicts]
-        waiting.sort(key=lambda pair: -abs(len(pair[0]) - len(pair[1])))  # first popped: what looks like its truth
-
-        def work(worker: Worker):
-            worker.start()
-            end = time.monotonic() + budget
-            while waiting and time.monotonic() < end:
-                try:
-                    pair = waiting.pop()
-                except IndexError:  # another thread was faster
-                    return
-                verdicts[pair] = worker.ask(pair, timeout)
-
-        num_workers = min(num_workers, len(waiting))
-        _workers.extend(Worker() for _ in range(num_workers - len(_workers)))
-        if waiting:
-            with ThreadPoolExecutor(num_workers) as threads:
-                try:
-                    list(threads.map(work, _workers[:num_workers]))
-                finally:
-                    waiting.clear()  # after an exception too: no thread may go on
-        _cache.update(verdicts)
-        for pair in list(_cache)[: max(0, len(_cache) - MAX_CACHED)]:
-            del _cache[pair]
-        return verdicts
-
-
-def sympy_equal(answer: str, truth: str) -> bool:
-    r"""math-verify on two scalars. Only in a worker.
-
-    Its pitfalls, and what is done: it compares floats to 6 places and drops differences under 1e-15 (decimals are made
-    fractions, 100 digits are compared); it strips one-letter variables as units, takes any number out of what it cannot
-    parse, and compares the raw strings then (all off); it does not know the imaginary unit i, only I; it drops primes
-    and the base of 101_2.
-    """
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    if answer.count("'") != truth.count("'") or re.search(r"\d_", answer):
-        return False
-    normalization = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
-    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
-    parsed = []
-    for text in (truth, answer):
-        text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
-        text = re.sub(r"\d*\.\d+", lambda m: "{{\\frac{{{}}}{{{}}}}}".format(*Fraction(m[0]).as_integer_ratio()), text)
-        text = re.sub(r"(\d+)\s*\^\\circ", r"{\\frac{\1\\pi}{180}}", text)
-        if not re.search(r"\\(?:sum|prod)|_\{?i", text):
-            text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", "I", text)
-        modes = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
-        parsed.append(parse(f"${text}$", [config], parsing_timeout=None, **modes))
-    gold, target = parsed
-    options = {"numeric_precision": 100, "allow_set_relation_comp": True}
-    return bool(gold and target and verify(gold, target, timeout_seconds=None, **options))
-
-
-def serve():
-    """The worker's side: one "ready", then a JSON verdict for each JSON line [answer, truth, seconds]."""
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints may pass for a reply
-    logging.disable()
-    assert sympy_equal(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")  # imports sympy, warms up the parser
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        answer, truth, seconds = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # should our parent be gone, the kernel ends us
-        try:
-            verdict = same(answer, truth, sympy_equal)
-        except Exception:  # sympy raises what it likes: here it means "not equal"
-            verdict = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(verdict), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    serve()

@@ -4,29 +4,23 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
-import ranks
+from ce_gppo import dist
+from ce_gppo.types import Response
 
 
-@dataclass
-class Response:
-    """One sampled response, R tokens long. rollout.py fills in the first part, the steps after it the second."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]  # exactly as sampled, the end-of-sequence token included
-    rollout_logprobs: Tensor  # [R]  vLLM's, of the distribution sampled from, temperature included
-    truncated: bool  # stopped by the length limit, not by an end-of-sequence token
-    text: str  # for the verifier and for people; never tokenized again
-
-    reward: float = 0.0
-    advantage: float = 0.0
-    old_logprobs: Tensor | None = None  # [R]  the trainer's, under the weights that sampled the response
-    entropy: Tensor | None = None  # [R]  nats, of the same distribution
+def prepare_environment() -> None:
+    """What vLLM and torch read from the process's environment. Call it first, before vLLM is imported."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, weights in memory
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not torch.cuda.is_available():  # or vLLM pins torch to one thread, and the trainer with it
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        torch.compiler.set_stance("force_eager")  # or the first rollout spends half a minute in a C++ compiler
 
 
 class Engine:
@@ -49,24 +43,18 @@ class Engine:
         tensor_parallel: int = 1,
         seed: int = 0,
     ):
-        self.cuda = torch.cuda.is_available()
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, weights in memory
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        if not self.cuda:  # or vLLM pins torch to one thread, and the trainer with it
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-            torch.compiler.set_stance("force_eager")  # or the first rollout spends half a minute in a C++ compiler
-        import vllm  # takes 10 s, and is not installed on every machine that trains
+        import vllm  # takes 10 s, and the benches for GPUs run without it
 
         self.vllm, self.tokenizer, self.tensor_parallel = vllm, tokenizer, tensor_parallel
+        self.cuda = torch.cuda.is_available()
         if self.cuda:
             options = {"dtype": "bfloat16", "enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
         else:  # there gpu_memory_utilization is a share of the RAM that must be free at the start
             options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05}
             options["kv_cache_memory_bytes"] = int(cpu_kv_cache_gib * 2**30)
-        if ranks.world() > 1:  # vLLM joins the process group that is there, and takes this rank's GPU
+        if dist.world_size() > 1:  # vLLM joins the process group that is there, and takes this rank's GPU
             options["distributed_executor_backend"] = "external_launcher"
-        with warnings.catch_warnings(action="ignore"):  # of vLLM's own making
+        with warnings.catch_warnings(action="ignore"):  # vLLM's own, which no user can act on
             self.llm = vllm.LLM(
                 model=model,
                 max_model_len=context,
@@ -91,25 +79,24 @@ class Engine:
         temperature: float,
         seed: int,
         top_p: float = 1.0,
-        top_k: int = 0,
         on_group: Callable[[int, list[Response]], None] = lambda index, group: None,
-        stop: object = False,
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Response]]:
         """group_size responses to each prompt of token ids, in order. The same seed and weights give the same tokens.
 
         on_group is called with the index of a prompt and its group as soon as that is complete, while others are still
-        being sampled. Once `stop` is true on any rank of the engine, the groups not yet complete are given up, and stay
-        empty. With top_p or top_k the logprobs are renormalized over what survived: for evaluation, never for training.
+        being sampled. Once `stop()` is true on any rank of the engine, groups not yet complete are given up, and stay
+        empty. With top_p < 1 the logprobs are renormalized over the tokens left: for evaluation, never for training.
         """
         torch.manual_seed(seed)  # the engine samples from this process's generator
         params = self.vllm.SamplingParams(
             n=group_size,
             temperature=temperature,
             top_p=top_p,
-            top_k=top_k,
+            top_k=0,
             max_tokens=max_tokens,
             stop_token_ids=self.stop_token_ids,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # only the sampled token's
             detokenize=False,
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
@@ -117,21 +104,25 @@ class Engine:
         for index, ids in enumerate(prompts):
             engine.add_request(str(index), {"prompt_token_ids": ids}, params)
         groups: list[list[Response]] = [[] for _ in prompts]
-        while engine.has_unfinished_requests() and not self._any_of_engine(stop):
-            for output in engine.step():  # llm.generate would wait for the last one
-                index = int(output.request_id)
-                completions = sorted(output.outputs, key=lambda completion: completion.index)
-                groups[index] = [self._response(prompts[index], completion) for completion in completions]
-                on_group(index, groups[index])
+        try:
+            while engine.has_unfinished_requests() and not self._any_rank_of_engine(stop()):
+                for output in engine.step():  # llm.generate would wait for the last one
+                    index = int(output.request_id)
+                    completions = sorted(output.outputs, key=lambda completion: completion.index)
+                    groups[index] = [self._response(prompts[index], completion) for completion in completions]
+                    on_group(index, groups[index])
+        finally:  # requests that were given up would go on, and the next call would get their output
+            engine.abort_request([str(index) for index, group in enumerate(groups) if not group])
         return groups
 
-    def _any_of_engine(self, stop: object) -> bool:
+    def _any_rank_of_engine(self, flag: bool) -> bool:
         """Ranks that share an engine must leave its loop at the same step, or the others wait in it for ever."""
         if self.tensor_parallel == 1:
-            return bool(stop)
-        flag = torch.tensor(int(bool(stop)))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, self.vllm.distributed.get_tp_group().cpu_group)
-        return bool(flag)
+            return flag
+        flags = torch.tensor(int(flag))
+        group = self.vllm.distributed.get_tp_group().cpu_group
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group)
+        return bool(flags)
 
     def _response(self, prompt_ids: list[int], completion) -> Response:
         if completion.finish_reason not in ("stop", "length"):
@@ -155,12 +146,12 @@ class Engine:
         self.llm.reset_prefix_cache()  # it holds keys and values of the old weights, and vLLM keeps them
 
     def sleep(self) -> None:
-        """Give the GPU's memory to the trainer. The weights are dropped: `wake` must bring new ones."""
+        """Leave the GPU's memory to the trainer. The weights are dropped: `wake` must bring new ones."""
         if self.cuda:
             self.llm.sleep(level=2)
 
     def wake(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Room for the weights, the weights, and only then room for the cache: the peak is lower in this order."""
+        """Memory for the weights, the weights, and only then memory for the cache: this order has the lower peak."""
         if self.cuda:
             self.llm.wake_up(tags=["weights"])
         self.load_weights(named_weights)
@@ -176,7 +167,7 @@ def _repack_head(model) -> None:
 
 
 def decode(tokenizer, token_ids: list[int]) -> str:
-    """Text of the response. Ids past the tokenizer's vocabulary (padded embeddings have them) stand for nothing."""
+    """Text of the response. Ids beyond the tokenizer's vocabulary (padded embeddings have them) are left out."""
     return tokenizer.decode([i for i in token_ids if i < len(tokenizer)], skip_special_tokens=True)
 
 

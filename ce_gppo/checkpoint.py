@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,12 +17,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-import ranks
+from ce_gppo import dist
 
 MANIFEST = "manifest.json"
 
 
-def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state: dict) -> None:
+@dataclass
+class State:
+    """What a checkpoint keeps beside weights and optimizer."""
+
+    wandb_id: str
+    step: int = 0  # the last one that is done
+    entropy: float | None = None  # mean of the last rollout, nats
+    control: tuple[float, float] = (0.5, 0.0)  # the entropy controller's u and relative error
+    skipped: int = 0  # updates without a finite gradient, in a row
+    no_signal: int = 0  # rollouts in which every group has equal rewards, in a row
+
+
+def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state: State) -> None:
     """A folder that vLLM and transformers load as it is, with trainer.pt (optimizer and `state`) and checksums inside.
 
     Collective: shards are gathered, rank 0 writes, all in the same form whatever the number of ranks. Written aside,
@@ -34,13 +47,28 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state
     weights = {name: tensor for name, tensor in weights.items() if name in named}
     moments = get_optimizer_state_dict(model, optimizer, options=options)
     error = None
-    if ranks.is_main():
+    if dist.is_main():
         try:
-            _write(folder, model, weights, tokenizer, {"optimizer": moments, "state": state})
+            _write(folder, model, weights, tokenizer, {"optimizer": moments, "state": asdict(state)})
         except (OSError, RuntimeError, SafetensorError) as failure:  # torch and safetensors raise their own
             error = f"{folder}: {failure}"
-    if error := ranks.gather(error)[0]:
+    if error := dist.all_gather(error)[0]:
         raise OSError(error)
+
+
+def save_or_warn(run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state: State, keep: int) -> bool:
+    """Save the run's checkpoint after the step in `state`, and remove all but the newest `keep`. Collective.
+
+    A disk that is full costs the checkpoint, not the run: False, with a warning.
+    """
+    try:
+        save(run / f"checkpoint-{state.step:06d}", model, tokenizer, optimizer, state)
+    except OSError as error:
+        dist.say(f"checkpoint not written, training goes on: {error}", warning=True)
+        return False
+    if dist.is_main():
+        prune(run, keep)
+    return True
 
 
 def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None:
@@ -63,17 +91,17 @@ def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None
     aside.rename(folder)
 
 
-def load(folder: Path, model, optimizer: torch.optim.Optimizer) -> dict:
-    """The optimizer of a checkpoint, in place; returns its `state`. The weights are `policy.load_model`'s to load."""
+def load(folder: Path, model, optimizer: torch.optim.Optimizer) -> State:
+    """Load the optimizer of a checkpoint in place; returns the state. `model.load_model` loads the weights."""
     saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
     set_optimizer_state_dict(
         model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
-    return saved["state"]
+    return State(**saved["state"])
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole; damaged ones are named and passed over. None if there is none."""
+    """The newest checkpoint of a run that is whole, or None. Damaged ones are named and skipped."""
     for folder in reversed(all_of(run)):
         if (problem := damage(folder)) is None:
             return folder

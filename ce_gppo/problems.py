@@ -1,21 +1,12 @@
-"""Problems from JSONL files, as token ids for the engine. Whatever is wrong with a file is said in one sentence."""
+"""Problems from JSONL files, as token ids for the engine, and which of them each step takes."""
 
+import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 
-class UserError(Exception):
-    """A mistake of the user's. The message is one sentence that says where it is and what would be right."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    prompt: str  # the chat template rendered once, for people
-    prompt_ids: list[int]  # what the engine gets; one beginning-of-sequence token at most
-    answer: str
-    source: str
-    question: str = ""  # the last message, as the file has it
+from ce_gppo.types import Problem, UserError
 
 
 def check_file(path: str) -> None:
@@ -26,6 +17,12 @@ def check_file(path: str) -> None:
         if script.is_file():
             how = f"make it with .venv/bin/python {script} (--help lists what it makes)"
         raise UserError(f"{path}: no such file; {how}")
+
+
+def check_files(*paths: str) -> None:
+    """`check_file` for each; a path may name several files, with commas."""
+    for path in ",".join(paths).split(","):
+        check_file(path)
 
 
 def load_rows(path: str) -> list[dict]:
@@ -97,8 +94,48 @@ def load_problems(
     return problems, len(rows) - len(problems)
 
 
+def load_sets(config, tokenizer, context: int) -> tuple[list[Problem], list[Problem], str]:
+    """(training problems, held-out problems, a sentence about their numbers) for train.py's settings.
+
+    UserError where prompts and responses do not fit the model's context, or its tokenizer hides </think>.
+    """
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    if longest > context:
+        raise UserError(
+            f"max_prompt_tokens + max_response_tokens = {longest} is beyond the model's context of {context}"
+        )
+    if config.thinking:
+        check_thinking(tokenizer)
+    limits = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix
+    problems, dropped = load_problems(config.train_data, tokenizer, *limits)
+    held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *limits)
+    sizes = (
+        f"{len(problems)} training and {len(held_out)} held-out problems ({dropped} and {held_out_dropped} dropped: "
+        f"prompt longer than {config.max_prompt_tokens} tokens)"
+    )
+    return problems, held_out, sizes
+
+
 def check_thinking(tokenizer) -> None:
     """UserError if a response's text would not show where thinking ends: then every answer would score 0."""
     ids = tokenizer.encode("</think>", add_special_tokens=False)
     if "</think>" not in tokenizer.decode(ids, skip_special_tokens=True):
         raise UserError("thinking: the tokenizer drops </think> as a special token, so no answer could follow it")
+
+
+def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
+    """The `count` problems of this step: a new order every epoch, as a function of seed and step only."""
+    chosen, order, epoch = [], None, None
+    for position in range((step - 1) * count, step * count):
+        if position // len(problems) != epoch:
+            epoch = position // len(problems)
+            generator = torch.Generator().manual_seed(seed_of_step(seed, -1 - epoch))
+            order = torch.randperm(len(problems), generator=generator).tolist()
+        chosen.append(problems[order[position % len(problems)]])
+    return chosen
+
+
+def seed_of_step(seed: int, step: int, engine: int = 0) -> int:
+    """A seed for this step and engine, in 32 bits: a resumed run samples what the uninterrupted one would have."""
+    text = f"{seed} {step}" + (f" {engine}" if engine else "")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")

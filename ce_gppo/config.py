@@ -1,0 +1,178 @@
+"""From the command line to a checked configuration. A user's mistake is one sentence that says what would be right."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tomllib
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from ce_gppo import dist
+from ce_gppo.types import RunEnded, UserError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def command(main: Callable, Config: type | None = None, description: str | None = None) -> None:
+    """The main block of every script: a UserError is one sentence and exit code 2, a RunEnded exit code 1.
+
+    With a Config, a dataclass, main gets one that is read from the command line.
+    """
+
+    def run() -> None:
+        try:
+            if Config is None:
+                return main()
+            import tyro  # here, as the benches for GPUs run without it
+
+            main(tyro.cli(Config, description=description))
+        except (UserError, RunEnded) as error:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, UserError) else 1)
+
+    record(run)() if dist.world_size() > 1 else run()  # with `record` torchrun shows the error of the rank that failed
+
+
+def check_ranges(config) -> None:
+    """UserError for the first value that is outside the range in its field's type."""
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        for part in (hint, *typing.get_args(hint)):  # the type itself, or one of a union
+            for range_ in getattr(part, "__metadata__", ()):
+                if value is not None and (problem := range_.problem(value)):
+                    shown = f"'{value}'" if isinstance(value, str) else f"= {value}:"
+                    raise UserError(f"{name} {shown} {problem}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py's command line
+
+
+def parse(Config: type, arguments: list[str], published: dict[str, dict]) -> tuple[typing.Any, str, str]:
+    """(configuration, name of a recipe, folder to resume) from train.py's command line, resolved and checked.
+
+    published: the objectives' values for settings left at None. The settings of --resume are those of its folder.
+    An unknown setting is a UserError that lists the known ones.
+    """
+    import tyro
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", default="")
+    parser.add_argument("--resume", default="")
+    start, arguments = parser.parse_known_args(arguments)
+    known = {field.name for field in dataclasses.fields(Config)} | {"recipe", "resume"}
+    for argument in arguments:
+        name = argument.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
+        if argument.startswith("--") and name not in known | {"help"}:
+            raise UserError(f"unknown setting {argument}; known: {', '.join(sorted(known))}")
+    if start.resume:
+        if arguments or start.recipe:
+            raise UserError("--resume continues a run with its own settings; give no others")
+        return resolve(saved_config(Config, start.resume), published), "", start.resume
+    defaults = Config(**read_recipe(Config, start.recipe)) if start.recipe else Config()
+    return resolve(tyro.cli(Config, args=arguments, default=defaults), published), start.recipe, ""
+
+
+def resolve(config, published: dict[str, dict]):
+    """The configuration, checked, with each None that stands for a value of the objective's paper filled in."""
+    check_ranges(config)
+    values = dict(published[config.objective])
+    values["overlong_buffer"] = config.max_response_tokens // 5 if config.objective == "dapo" else 0  # dapo: its paper
+    unset = {name: value for name, value in values.items() if getattr(config, name) is None}
+    given, config = config, dataclasses.replace(config, **unset)
+    check_together(given, config, published)
+    return config
+
+
+def check_together(given, config, published: dict[str, dict]) -> None:
+    """UserError for settings that are wrong together, or that the objective would ignore."""
+    ignored = [] if config.objective == "ce_gppo" else ["beta1", "beta2", "beta1_end", "beta2_end", "entropy_target"]
+    ignored += ["dual_clip"] if config.objective == "cispo" else []
+    for name in ignored:
+        if getattr(given, name) not in (None, published[config.objective].get(name)):
+            raise UserError(f"{name} = {getattr(given, name)}: objective {config.objective} ignores it; leave it out")
+    moving = config.beta1_end is not None or config.beta2_end is not None
+    for wrong, message in (
+        (
+            config.max_kept_prompts > config.prompts_per_step,
+            f"max_kept_prompts = {config.max_kept_prompts} is more than prompts_per_step = {config.prompts_per_step}",
+        ),
+        (
+            config.max_kept_prompts % config.mini_batch_prompts,
+            f"mini_batch_prompts = {config.mini_batch_prompts} does not divide max_kept_prompts = "
+            f"{config.max_kept_prompts}; updates of equal size are needed",
+        ),
+        (
+            config.overlong_buffer > config.max_response_tokens,
+            f"overlong_buffer = {config.overlong_buffer} is more than max_response_tokens = "
+            f"{config.max_response_tokens}: every response would be penalized",
+        ),
+        (
+            config.eval_temperature == 0 and config.eval_samples > 1,
+            f"eval_temperature = 0 gives {config.eval_samples} equal samples; eval_samples = 1 is enough",
+        ),
+        (
+            config.entropy_target is not None and moving,
+            "entropy_target moves the betas: it cannot go with beta1_end or beta2_end",
+        ),
+        (
+            "/" in config.run_name or config.run_name in (".", ".."),
+            f"run_name = {config.run_name}: a name is needed, not a path; --out names the folder of the runs",
+        ),
+        (config.rollout_tp > 1 and dist.world_size() % config.rollout_tp, rollout_tp_problem(config)),
+        (
+            config.prompts_per_step < dist.world_size(),
+            f"prompts_per_step = {config.prompts_per_step}: fewer than the {dist.world_size()} processes, and each "
+            "needs a prompt",
+        ),
+    ):
+        if wrong:
+            raise UserError(message)
+
+
+def rollout_tp_problem(config) -> str:
+    return f"rollout_tp = {config.rollout_tp}: must divide the number of processes, {dist.world_size()}"
+
+
+def read_recipe(Config: type, name: str) -> dict:
+    """The settings in recipes/<name>.toml, each of its field's type. UserError for an unknown recipe, name or type."""
+    path = RECIPES / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise UserError(f"recipe '{name}' is unknown; known: {known}")
+    try:
+        values = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not TOML ({error}); lines of `name = value` are needed") from None
+    types = typing.get_type_hints(Config)
+    if unknown := values.keys() - types.keys():
+        raise UserError(f"{path}: unknown settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(types))}")
+    for key, value in values.items():
+        kinds = typing.get_args(types[key]) or (types[key],)  # any one of a union
+        if type(value) is int and float in kinds:
+            values[key] = value = float(value)
+        if type(value) not in kinds:
+            names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+            raise UserError(f"{path}: {key} = {value!r}, where {names} is needed")
+    return values
+
+
+def saved_config(Config: type, folder: str):
+    """The settings of the run in `folder`."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"--resume {folder}: no config.json there, so it is not the folder of a run")
+    try:
+        saved = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: not the settings of a run; it may be half-written, and the run has no step then"
+        ) from None
+    known = {field.name for field in dataclasses.fields(Config)}
+    if unknown := saved.keys() - known:
+        raise UserError(f"{path}: unknown settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    return Config(**saved)

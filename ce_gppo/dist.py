@@ -1,0 +1,153 @@
+"""torchrun, DDP and FSDP2: what one process needs to be one of many. With one process each function is the identity.
+
+A function that says "Collective" waits for the other ranks: every rank must call it, in the same order.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def init() -> str:
+    """Join the other processes that torchrun started, if any. Returns this process's device: "cuda" is its own GPU."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if world_size() > 1:
+        # A rank may sample for long while the others wait. torchrun notices one that has died within seconds.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    return "cuda" if cuda else "cpu"
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+def world_size() -> int:
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def is_main() -> bool:
+    """True on rank 0, which logs, writes checkpoints and prints messages."""
+    return rank() == 0
+
+
+def say(message: str, warning: bool = False) -> None:
+    """Print a message from rank 0; a warning goes to stderr. Output that cannot be written never ends a run.
+
+    A full disk, a pipe nobody reads or a closed terminal fail once; from then on the output goes to /dev/null.
+    """
+    stream = sys.stderr if warning else sys.stdout
+    try:
+        if is_main():
+            print(f"WARNING: {message}" if warning else message, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Collectives over Python objects, by gloo
+
+
+def all_gather(value) -> list:
+    """Every rank's value, in the order of ranks. Collective. Values are pickled among these processes."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def rank0_then_broadcast(function: Callable):
+    """Calls `function` on rank 0; every rank returns its result, or raises its error. Collective."""
+    value, error = None, None
+    if is_main():
+        try:
+            value = function()
+        except Exception as failure:
+            error = failure
+    value, error = all_gather((value, error))[0]
+    if error:
+        raise error
+    return value
+
+
+def all_sum(*values: float) -> list[float]:
+    """The sums of numbers over all ranks. Collective."""
+    return [sum(column) for column in zip(*all_gather(values), strict=True)]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is true on any rank, for decisions that all ranks must take alike. Collective."""
+    return any(all_gather(flag))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who does what
+
+
+def round_robin(count: int, ranks_per_engine: int = 1) -> list[int]:
+    """Which of `count` prompts this rank's engine samples. Ranks that share one engine get the same prompts."""
+    return list(range(rank() // ranks_per_engine, count, world_size() // ranks_per_engine))
+
+
+def gather_dealt(items: list, ranks_per_engine: int = 1) -> list:
+    """All items in order, on every rank, from the ones of each rank as `round_robin` dealt them. Collective."""
+    is_first = rank() % ranks_per_engine == 0  # of the ranks that share an engine, and have the same items
+    parts = [part for part in all_gather(items if is_first else None) if part is not None]
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def largest_first(sizes: list[int], ranks: int) -> list[int]:
+    """The rank of each item, for nearly even loads: the largest item left goes to the rank with the least."""
+    owners, loads = [0] * len(sizes), [0] * ranks
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        owners[item] = min(range(ranks), key=loads.__getitem__)
+        loads[owners[item]] += sizes[item]
+    return owners
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradients over all ranks
+
+
+def distribute(policy: torch.nn.Module, shard: bool, layer_classes: list[str]) -> torch.nn.Module:
+    """The policy over all ranks, with its gradients averaged: copied (DDP), or sharded layer by layer (FSDP2). Collective.
+
+    Every rank must make the same number of forward and backward passes. layer_classes: names of the classes that FSDP2
+    gathers one at a time; embedding, last norm and head stay whole until backward.
+    """
+    if world_size() == 1:
+        return policy
+    if not shard:
+        return DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16 if mesh.device_type == "cuda" else None, torch.float32)
+    for module in policy.modules():
+        if type(module).__name__ in layer_classes:
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision)
+
+
+def no_sync(policy: torch.nn.Module):
+    """A context for all but the last backward pass of an update: DDP then sums over ranks once. FSDP2 always sums."""
+    return policy.no_sync() if isinstance(policy, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
+    """Scale the gradients down to max_norm. Returns their norm before that, over all shards. Collective."""
+    return whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)).item()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all of it if it is sharded; then collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

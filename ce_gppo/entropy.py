@@ -1,0 +1,273 @@
+"""Entropy, exactly: of every token in one pass over the vocabulary, which tokens move it, and betas that hold it.
+
+The accounting is first order and exact in logit space. Flexible Entropy Control (arXiv 2602.09782), independent work,
+has the same split of tokens (-log p > H) and the same inner product; the theory is in arXiv 2602.03392.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logprob, entropy and S of tokens, without a [tokens, vocabulary] tensor
+
+
+def token_statistics(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, width: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprob of `targets`, full-vocabulary entropy in nats, and S: [N, D], [V, D], [N] -> three times [N], float32.
+
+    All three are of softmax(logits / temperature), the distribution that was sampled from. The first two have
+    gradients. width: how many entries of the vocabulary have their logits in memory at a time. By default these logits
+    take 4 MiB on a CPU, which fits its caches, and 64 MiB on a GPU; matrix products are fastest at round widths.
+    """
+    if width is None:
+        width = max(256, (2**24 if hidden.is_cuda else 2**20) // max(1, len(hidden)) // 256 * 256)
+    return TokenStatistics.apply(hidden, weight, targets, temperature, width)
+
+
+class TokenStatistics(torch.autograd.Function):
+    """hidden [N, D], weight [V, D], targets [N] -> logprobs, entropy, S, each [N] in float32.
+
+    With z = hidden weight^T / temperature, p = softmax(z) and a the target:
+        logprob = log p_a                       d logprob / dz = onehot(a) - p
+        entropy H = - sum_k p_k log p_k         d H / dz       = - p (log p + H)
+        S = sum_k p_k^2 (log p_k + H)           (no gradient)
+    The logits exist for `width` entries of the vocabulary at a time. Forward folds them into a maximum and four sums
+    per token, and backward computes them again. Each pass reads the head's weight once, and backward writes its
+    gradient once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, width: int):
+        # m is the largest logit so far. The sums are e, e (z - m), e^2 and e^2 (z - m), where e = exp(z - m).
+        m = torch.full_like(targets, -1e30, dtype=torch.float32)  # [N]; not -inf, whose products with 0 are NaN
+        sums = tuple(torch.zeros_like(m) for _ in range(4))  # [N] each
+        target_logits = torch.zeros_like(m)  # [N]
+        for columns in _tiles(len(weight), width):
+            z = _logits(hidden, weight[columns], temperature)  # [N, W]
+            inside, place = _targets_in(columns, targets)
+            target_logits += z.gather(1, place[:, None]).squeeze(1) * inside
+            m, sums = _on_device(_fold, hidden)(z, m, sums)
+        e, ez, ee, eez = sums
+        log_z = m + e.log()
+        entropy = e.log() - ez / e
+        S = (eez - ez / e * ee) / e.square()
+        ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
+        ctx.temperature, ctx.width = temperature, width
+        ctx.mark_non_differentiable(S)
+        ctx.set_materialize_grads(False)
+        return target_logits - log_z, entropy, S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
+        hidden, weight, targets, log_z, entropy = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # [N, D]
+        grad_weight = torch.empty_like(weight)  # [V, D]
+        for columns in _tiles(len(weight), ctx.width):
+            z = _logits(hidden, weight[columns], ctx.temperature)  # [N, W]
+            grad_z = _on_device(_grad_logits, hidden)(z, log_z, entropy, grad_logprobs, grad_entropy)
+            if grad_logprobs is not None:
+                inside, place = _targets_in(columns, targets)
+                grad_z.scatter_add_(1, place[:, None], (grad_logprobs * inside)[:, None])
+            grad_z = (grad_z / ctx.temperature if ctx.temperature != 1 else grad_z).to(hidden.dtype)
+            if weight.dtype == torch.float32 == hidden.dtype:  # the same products, without a copy of each
+                grad_hidden.addmm_(grad_z, weight[columns])
+                torch.mm(grad_z.T, hidden, out=grad_weight[columns])
+            else:
+                grad_hidden += grad_z @ weight[columns].to(hidden.dtype)
+                grad_weight[columns] = grad_z.T @ hidden
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+
+
+def _tiles(length: int, width: int) -> Iterator[slice]:
+    return (slice(start, min(start + width, length)) for start in range(0, length, width))
+
+
+def _targets_in(columns: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which targets are in this tile, and their column in it (any column for the others). [N] each."""
+    place = targets - columns.start
+    inside = (place >= 0) & (targets < columns.stop)
+    return inside, place.clamp(0, columns.stop - columns.start - 1)
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """[N, D], [W, D] -> [N, W] in float32; bfloat16 factors are not rounded again on a GPU."""
+    weight = weight.to(hidden.dtype)
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        logits = (hidden @ weight.T).float()
+    return logits if temperature == 1 else logits / temperature
+
+
+def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Add a tile of logits [N, W] to the sums [N] about their running maximum m [N]."""
+    e, ez, ee, eez = sums
+    new_m = torch.maximum(m, z.amax(1))
+    shift = m - new_m
+    scale = shift.exp()
+    z = z - new_m[:, None]
+    p = z.exp()
+    pz = z.mul_(p)  # in place: on a CPU the first touch of fresh memory costs more than the product
+    return new_m, (
+        e * scale + p.sum(1),
+        (ez + shift * e) * scale + pz.sum(1),
+        ee * scale**2 + p.norm(dim=1).square(),
+        (eez + shift * ee) * scale**2 + p.mul_(pz).sum(1),
+    )
+
+
+def _grad_logits(z: Tensor, log_z: Tensor, entropy: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
+    """The gradient of a tile of logits [N, W], without the 1 of the target itself."""
+    log_p = z - log_z[:, None]
+    factor = torch.zeros_like(log_z)[:, None] if grad_logprobs is None else -grad_logprobs[:, None]
+    if grad_entropy is not None:
+        factor = factor - grad_entropy[:, None] * (log_p + entropy[:, None])
+    return log_p.exp().mul_(factor)
+
+
+_compiled = {}
+
+
+def _on_device(function, tensor: Tensor):
+    """On a GPU the element-wise work of a tile becomes one kernel. On a CPU compiling takes longer than it saves."""
+    if not tensor.is_cuda:
+        return function
+    return _compiled.setdefault(function, torch.compile(function, dynamic=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which tokens move entropy, and which way
+
+QUADRANTS = ("pa_hp", "pa_lp", "na_hp", "na_lp")
+
+
+def quadrants(old_logprobs: Tensor, old_entropy: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    """Bool masks by the sign of the advantage (PA, NA) and by probability under the rollout weights (HP, LP).
+
+    LP where log p_a < -H: the token is less probable than the (geometric) average one. HP elsewhere. There is no
+    threshold to tune. Tokens of advantage 0 are in none of the four. A token keeps its quadrant through all updates.
+    """
+    low = old_logprobs < -old_entropy
+    positive, negative = advantages > 0, advantages < 0
+    return {
+        "pa_hp": positive & ~low,
+        "pa_lp": positive & low,
+        "na_hp": negative & ~low,
+        "na_lp": negative & low,
+    }
+
+
+def entropy_velocity(weight: Tensor, logprobs: Tensor, entropy: Tensor, S: Tensor) -> Tensor:
+    """v = g h_a with h_a = S - p_a (log p_a + H): how fast the update moves the entropy of this token, and which way.
+
+    The step g d log p_a / dz in logit space changes H, to first order, by g h_a: exactly the product of the gradients
+    dH/dz_k = -p_k (log p_k + H) and d log p_a / dz_k = [k = a] - p_k, summed over the vocabulary.
+    """
+    return weight * (S - logprobs.exp() * (logprobs + entropy))
+
+
+def token_sums(
+    info: dict[str, Tensor],
+    logprobs: Tensor,
+    entropy: Tensor,
+    S: Tensor,
+    old_logprobs: Tensor,
+    old_entropy: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+) -> dict[str, Tensor]:
+    """Sums over a micro-batch's response tokens, by metric name. All arguments [B, R]; `info` is policy_loss's.
+
+    Sums add up over micro-batches, updates and ranks (`add_sums`). `sums_to_metrics` makes means and shares of them.
+    """
+    with torch.no_grad():
+        values = {key: value[mask] for key, value in info.items()}  # [N] from here on
+        weight, ratio, low, high = values["weight"], values["ratio"], values["clipped_low"], values["clipped_high"]
+        logprobs, entropy, S = logprobs[mask], entropy[mask], S[mask]
+        old_logprobs, old_entropy, advantages = old_logprobs[mask], old_entropy[mask], advantages[mask]
+        velocity = entropy_velocity(weight, logprobs, entropy, S)
+        log_ratio, old_probs = values["log_ratio"], old_logprobs.exp()
+        sums = {
+            "tokens": mask.sum(),
+            "velocity/total": velocity.sum(),
+            "velocity/clipped_low": velocity[low].sum(),
+            "velocity/clipped_high": velocity[high].sum(),
+            "clip/low": low.sum(),
+            "clip/high": high.sum(),
+            "clip/prob_low": old_probs[low].sum(),
+            "clip/prob_high": old_probs[high].sum(),
+            "weight/low": weight[low].abs().sum(),
+            "weight/high": weight[high].abs().sum(),
+            "weight/inside": weight[~(low | high)].abs().sum(),
+            "ratio/mean": ratio.sum(),
+            "kl/old": (log_ratio.exp() - 1 - log_ratio).sum(),  # k3 of KL(pi_old || pi), joschu.net/blog/kl-approx.html
+            "ratio/min": ratio.min() if len(ratio) else mask.new_tensor(torch.inf, dtype=torch.float32),
+            "ratio/max": ratio.max() if len(ratio) else mask.new_tensor(-torch.inf, dtype=torch.float32),
+        }
+        for name, members in quadrants(old_logprobs, old_entropy, advantages).items():
+            sums[f"tokens/{name}"] = members.sum()
+            sums[f"entropy/{name}"] = old_entropy[members].sum()
+            sums[f"velocity/{name}"] = velocity[members].sum()
+        return {key: value.double() for key, value in sums.items()}
+
+
+def add_sums(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The sums of several parts as the sums of one whole."""
+    reduce = {"ratio/min": torch.amin, "ratio/max": torch.amax}
+    return {key: reduce.get(key, torch.sum)(torch.stack([part[key] for part in parts])) for key in parts[0]}
+
+
+def sums_to_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
+    """From sums to means and shares. A mean over no tokens is left out: it is not 0."""
+    sums = {key: float(value) for key, value in sums.items()}
+    weights = sum(value for key, value in sums.items() if key.startswith("weight/"))
+    metrics = {}
+    for key, value in sums.items():
+        group, _, name = key.partition("/")
+        if key in ("ratio/min", "ratio/max"):
+            metrics[key] = value
+            continue
+        denominator = {"entropy": sums.get(f"tokens/{name}"), "weight": weights}.get(group, sums["tokens"])
+        if group == "clip" and name.startswith("prob_"):
+            denominator = sums[f"clip/{name.removeprefix('prob_')}"]
+        if key != "tokens" and denominator:
+            metrics[key] = value / denominator
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The betas of a step, and a controller that holds entropy at a target
+
+GAIN, INTEGRAL_GAIN = 4.0, 0.4  # of the controller, per rollout; relative errors of entropy vary by about 0.03
+
+
+def steer(control: tuple[float, float], entropy: float, target: float) -> tuple[float, float]:
+    """One step of the entropy controller, after a rollout: (u, x) and that rollout's mean entropy -> the new (u, x).
+
+    u in [0, 1] says how much entropy is wanted (`steered_betas`). x = log(entropy / target) is the relative error.
+    A proportional-integral law in incremental form, which cannot wind up:  u <- clip(u - K_P (x' - x) - K_I x', 0, 1).
+    The paper leaves adaptive betas to future work; the law is this project's.
+    """
+    u, before = control
+    error = math.log(max(entropy, 1e-6) / target)
+    return min(1.0, max(0.0, u - GAIN * (error - before) - INTEGRAL_GAIN * error)), error
+
+
+def steered_betas(u: float, beta1: float, beta2: float) -> tuple[float, float]:
+    """u = 1: betas (0, beta2), which raise entropy most. u = 0: betas (beta1, 0), which lower it most."""
+    return (1 - u) * beta1, u * beta2
+
+
+def betas_of_step(config, step: int, u: float) -> tuple[float | None, float | None]:
+    """beta1 and beta2 of this step: steered, or on a line from the first step to the last, or constant."""
+    if config.entropy_target:
+        return steered_betas(u, config.beta1, config.beta2)
+    progress = (step - 1) / max(1, config.steps - 1)
+    ends = (config.beta1, config.beta1_end), (config.beta2, config.beta2_end)
+    return tuple(beta if end is None else beta + progress * (end - beta) for beta, end in ends)

@@ -1,0 +1,276 @@
+"""From responses to logprobs and gradients: packed micro-batches without padding, and the passes over them."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from transformers import PreTrainedModel
+
+from ce_gppo import dist
+from ce_gppo.entropy import add_sums, token_statistics, token_sums
+from ce_gppo.types import Response, UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The policy: a model as a function from micro-batches to logprobs, entropy and S
+
+
+class Policy(torch.nn.Module):
+    """The unit that DDP and FSDP2 wrap."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: "Batch", temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Logprobs, entropy and S of the response tokens, each [B, R], 0 elsewhere. Prompts never reach the head."""
+        model, mask = self.model, batch.response_mask
+        assert model.config._attn_implementation == "packed"  # any other would attend across sequences
+        with torch.autocast(mask.device.type, torch.bfloat16, enabled=mask.is_cuda):
+            hidden = model.base_model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                packing=batch.packing,
+                use_cache=False,
+            ).last_hidden_state[0]  # [N, D]; float32 under autocast, as the residual stream is
+        hidden = hidden.to(torch.bfloat16) if hidden.is_cuda else hidden  # the precision that vLLM's head gets
+        weight = model.get_output_embeddings().weight  # [V, D]
+        statistics = token_statistics(take(hidden, batch.predecessors), weight, batch.targets, temperature)
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        logprobs, entropy, S = (zeros.masked_scatter(mask, values) for values in statistics)
+        return logprobs, entropy, S
+
+
+@torch.no_grad()
+def compute_old_logprobs(
+    policy: torch.nn.Module, responses: list[Response], temperature: float, max_tokens: int, device: str
+) -> None:
+    """Set old_logprobs and entropy, [R] each, of every response under the present weights. Collective."""
+    for indices in even_passes(micro_batches(responses, max_tokens)):
+        chosen = [responses[i] for i in indices]
+        batch = collate(chosen, device)
+        logprobs, entropy, _ = policy(batch, temperature)
+        set_old_logprobs(chosen, logprobs, entropy, batch.response_mask)
+
+
+def set_old_logprobs(responses: list[Response], logprobs: Tensor, entropy: Tensor, response_mask: Tensor) -> None:
+    """Set old_logprobs and entropy from [B, R] tensors that the rollout weights gave."""
+    lengths = [len(r.response_ids) for r in responses]
+    old_logprobs = logprobs.detach()[response_mask].cpu().split(lengths)
+    entropies = entropy.detach()[response_mask].cpu().split(lengths)
+    for i, response in enumerate(responses):
+        response.old_logprobs, response.entropy = old_logprobs[i], entropies[i]
+
+
+def accumulate_gradients(
+    policy: torch.nn.Module,
+    responses: list[Response],
+    batch_loss: Callable[["Batch", Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    temperature: float,
+    max_tokens: int,
+    device: str,
+) -> tuple[list[float], dict[str, Tensor], float]:
+    """Forward and backward over a mini-batch, of which `responses` are this rank's share, perhaps none. Collective.
+
+    batch_loss: (batch, logprobs [B, R], entropy [B, R]) -> (loss, info), as loss.policy_loss has them. The losses of
+    micro-batches add up to the mini-batch's. Returns (loss of each micro-batch, token_sums, share of padding).
+    """
+    losses, sums, places = [], [], 0
+    passes = even_passes(micro_batches(responses, max_tokens))
+    for index, rows in enumerate(passes, start=1):
+        chosen = [responses[i] for i in rows]
+        batch = collate(chosen, device)
+        with dist.no_sync(policy) if index < len(passes) else contextlib.nullcontext():
+            logprobs, entropy, S = policy(batch, temperature)  # [B, R] each
+            if chosen and chosen[0].old_logprobs is None:  # the first update of a rollout, with its weights
+                set_old_logprobs(chosen, logprobs, entropy, batch.response_mask)
+                batch.old_logprobs, batch.old_entropy = logprobs.detach(), entropy.detach()
+            loss, info = batch_loss(batch, logprobs, entropy)
+            (loss * dist.world_size()).backward()  # DDP and FSDP2 divide by it
+        losses.append(loss.item())
+        places += len(batch.packing.order) if chosen else 0
+        old = batch.old_logprobs, batch.old_entropy
+        sums.append(token_sums(info, logprobs, entropy, S, *old, batch.advantages, batch.response_mask))
+    tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in responses)
+    return losses, add_sums(sums), 1 - tokens / places if places else 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Micro-batches
+
+
+def own_share(responses: list[Response]) -> list[Response]:
+    """The responses that this rank works on, in their order; the ranks' shares have nearly equal numbers of tokens."""
+    sizes = [len(r.prompt_ids) + len(r.response_ids) for r in responses]
+    owners = dist.largest_first(sizes, dist.world_size())
+    return [r for r, owner in zip(responses, owners, strict=True) if owner == dist.rank()]
+
+
+def micro_batches(responses: list[Response], max_tokens: int) -> list[list[int]]:
+    """Indices of `responses`, cut so that no micro-batch holds more than max_tokens packed tokens.
+
+    The order is kept: responses of one group stay together, and their prompt is computed once. A response longer than
+    max_tokens gets a micro-batch of its own.
+    """
+    batches: list[list[int]] = []
+    tokens, prompt_ids = 0, None
+    for i, r in enumerate(responses):
+        added = len(r.response_ids) + (0 if r.prompt_ids == prompt_ids else len(r.prompt_ids))
+        if not batches or tokens + added > max_tokens:
+            batches.append([])
+            tokens, added = 0, len(r.prompt_ids) + len(r.response_ids)
+        batches[-1].append(i)
+        tokens, prompt_ids = tokens + added, r.prompt_ids
+    return batches
+
+
+def even_passes(batches: list[list[int]]) -> list[list[int]]:
+    """The micro-batches, and empty ones up to the number that the rank with the most has. `collate` takes them."""
+    return batches + [[]] * (max(dist.all_gather(len(batches))) - len(batches))
+
+
+@dataclasses.dataclass
+class Packing:
+    """Where packed tokens are in their sequences. Only attention needs it; all other layers work token by token."""
+
+    order: Tensor  # [L]  packed indices of the sequences' tokens, one sequence after another, shared prompts repeated
+    places: Tensor  # [N]  the inverse: a place in `order` of each packed token
+    starts: Tensor  # [B + 1]  int32, where the sequences start in `order`
+    longest: int  # tokens
+    blocks: list[tuple[int, int]]  # on a CPU: `order` as padded blocks [b, t] of sequences of similar length
+
+
+@dataclasses.dataclass
+class Batch:
+    """Responses one after another, without padding. A prompt that neighbours share is there once."""
+
+    input_ids: Tensor  # [N]
+    position_ids: Tensor  # [N]
+    packing: Packing
+    predecessors: Tensor  # [tokens of all responses]  packed index of the token before each response token
+    targets: Tensor  # [tokens of all responses]  their ids
+    response_mask: Tensor  # [B, R]  True for response tokens, end-of-sequence included; R: the longest response
+    old_logprobs: Tensor  # [B, R]
+    old_entropy: Tensor  # [B, R]
+    rollout_logprobs: Tensor  # [B, R]
+    advantages: Tensor  # [B, R]
+    correct: Tensor  # [B, 1]  True where the verifier found the answer right
+
+
+def collate(responses: list[Response], device: str = "cpu") -> Batch:
+    """The mask comes from lengths, never from token ids: padding may well be the end-of-sequence token.
+
+    An empty list gives a batch that can be computed and has no response tokens, for a rank that has nothing to do.
+    """
+    if not responses:
+        batch = collate([Response([0], [0], torch.zeros(1), False, "")], device)
+        return dataclasses.replace(batch, response_mask=torch.zeros_like(batch.response_mask))
+    ids, positions, predecessors, targets = [], [], [], []
+    sequences: list[list[int]] = []  # packed indices of each sequence's tokens
+    prompt_ids, prompt = None, range(0)
+    for r in responses:
+        if r.prompt_ids != prompt_ids:
+            prompt_ids, prompt = r.prompt_ids, range(len(ids), len(ids) + len(r.prompt_ids))
+            ids += prompt_ids
+            positions += range(len(prompt_ids))
+        own = range(len(ids), len(ids) + len(r.response_ids))
+        ids += r.response_ids
+        positions += range(len(prompt_ids), len(prompt_ids) + len(r.response_ids))
+        predecessors += [prompt[-1], *own[:-1]] if own else []
+        targets += r.response_ids
+        sequences.append([*prompt, *own])
+    lengths = torch.tensor([len(r.response_ids) for r in responses])
+    response_mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, R]
+
+    def padded(values: list[Tensor]) -> Tensor:
+        return torch.zeros(response_mask.shape).masked_scatter(response_mask, torch.cat(values))
+
+    unknown = [torch.zeros(len(r.response_ids)) for r in responses]
+    measured = responses[0].old_logprobs is not None
+    return Batch(
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(positions, device=device),
+        packing=pack(sequences, len(ids), device),
+        predecessors=torch.tensor(predecessors, device=device),
+        targets=torch.tensor(targets, device=device),
+        response_mask=response_mask.to(device),
+        old_logprobs=padded([r.old_logprobs for r in responses] if measured else unknown).to(device),
+        old_entropy=padded([r.entropy for r in responses] if measured else unknown).to(device),
+        rollout_logprobs=padded([r.rollout_logprobs for r in responses]).to(device),
+        advantages=padded([torch.full((len(r.response_ids),), r.advantage) for r in responses]).to(device),
+        correct=torch.tensor([[r.verdict > 0] for r in responses], device=device),
+    )
+
+
+def pack(sequences: list[list[int]], tokens: int, device: str) -> Packing:
+    """sequences: the packed indices of each sequence's tokens; `tokens` of them are distinct.
+
+    On a GPU attention takes sequences of any length. On a CPU it takes blocks, which have some padding.
+    """
+    sequences = sorted(sequences, key=len)
+    blocks = [] if device.startswith("cuda") else similar_lengths([len(s) for s in sequences])
+    lengths = [t for b, t in blocks for _ in range(b)] or [len(s) for s in sequences]
+    starts = [0, *itertools.accumulate(lengths)]
+    order = torch.zeros(starts[-1], dtype=torch.long)  # padding stays 0: a real token, whose result is never read
+    places = torch.empty(tokens, dtype=torch.long)
+    for sequence, start in zip(sequences, starts, strict=False):
+        place = slice(start, start + len(sequence))
+        order[place] = torch.tensor(sequence)
+        places[order[place]] = torch.arange(place.start, place.stop)  # a shared prompt's copies have equal results
+    starts = torch.tensor(starts, dtype=torch.int32)
+    return Packing(order.to(device), places.to(device), starts.to(device), max(lengths), blocks)
+
+
+def similar_lengths(lengths: list[int], waste: float = 0.15) -> list[tuple[int, int]]:
+    """Ascending lengths -> blocks (sequences, longest) with at most this share of padding each."""
+    blocks, first, tokens = [], 0, 0
+    for i, length in enumerate(lengths):
+        if (i - first + 1) * length * (1 - waste) > tokens + length:
+            blocks.append((i - first, lengths[i - 1]))
+            first, tokens = i, 0
+        tokens += length
+    return [*blocks, (len(lengths) - first, lengths[-1])]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention within the packed sequences
+
+
+def packed_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packing: Packing, scaling=None, **options
+) -> tuple[Tensor, None]:
+    """Causal attention within each packed sequence, in the form transformers calls: [1, H, N, d] -> [1, N, H, d]."""
+    if refused := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
+        raise UserError(f"{type(module).__name__}: attention with {refused[0]} is not supported")
+    window = options.get("sliding_window")
+    q, k, v = (take(x[0].transpose(0, 1), packing.order) for x in (query, key, value))  # [L, H, d]
+    if query.is_cuda:
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+        ends = {
+            "max_q": packing.longest,
+            "max_k": packing.longest,
+            "cu_seq_q": packing.starts,
+            "cu_seq_k": packing.starts,
+        }
+        sides = (-1 if window is None else window - 1, 0)
+        out = varlen_attn(q, k, v, **ends, scale=scaling, window_size=sides, enable_gqa=True)  # [L, H, d]
+    else:
+        out, sizes = [], [b * t for b, t in packing.blocks]
+        for (b, t), *qkv in zip(packing.blocks, *(x.split(sizes) for x in (q, k, v)), strict=True):
+            qkv = (x.unflatten(0, (b, t)).transpose(1, 2) for x in qkv)  # [b, H, t, d]
+            mask = None if window is None or window >= t else torch.ones(t, t, dtype=torch.bool).tril().triu(1 - window)
+            block = F.scaled_dot_product_attention(
+                *qkv, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            )
+            out.append(block.transpose(1, 2).flatten(0, 1))
+        out = torch.cat(out)  # [L, H, d]
+    return take(out, packing.places)[None], None
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] along the first dimension; as an embedding, whose backward is fast, and adds up in a fixed order."""
+    return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])

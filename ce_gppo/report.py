@@ -1,0 +1,264 @@
+"""What a run writes: metrics.jsonl, samples.jsonl, W&B, a bar or lines on the terminal, and a table at the end."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ce_gppo import dist
+from ce_gppo.entropy import quadrants
+from ce_gppo.metrics import ALL
+from ce_gppo.types import Problem, Response
+
+LOGGED_SAMPLES = 4  # responses per step in samples.jsonl and in W&B
+
+
+class Report:
+    """One run's folder and its W&B run. `log` is called once per step; all is on the disk when it returns."""
+
+    def __init__(self, folder: Path, config, step: int, wandb_id: str):
+        """step: the last one that is kept, 0 for a new run. wandb_id: of the run's parts in W&B, which are one run."""
+        self.folder, self.config = folder, config
+        self.path = folder / "metrics.jsonl"
+        # Steps after the checkpoint will be done again; without one, the evaluation before the first step too.
+        self.history = drop_later_steps(self.path, step or -1)
+        drop_later_steps(folder / "samples.jsonl", step or -1)
+        self.file = self.path.open("a")
+        self.samples = (folder / "samples.jsonl").open("a")
+        self.incomplete = False  # a write has failed: perhaps the disk is full
+        self.wandb = start_wandb(folder, config, wandb_id)
+        # A bar on a terminal, plain lines in a file.
+        self.bar = tqdm(total=config.steps, initial=step, unit="step") if sys.stderr.isatty() else None
+
+    def log(self, step: int, metrics: dict, samples=(), histograms: dict[str, torch.Tensor] | None = None) -> None:
+        """Add a step, or metrics to the step that is the last one so far."""
+        row = {"step": step, **metrics}
+        if self.history and self.history[-1]["step"] == step:
+            self.history[-1] |= row
+            self.incomplete = True  # the line on the disk is not what it should be
+        else:
+            self.history.append(row)
+        self._write(row, samples)
+        self._show(row)
+        if self.wandb:
+            try:
+                self._log_wandb(row, samples, histograms)
+            except Exception as error:  # whatever it is, it must not end the run
+                dist.say(f"W&B has failed and is off now ({error}); {self.path} goes on", warning=True)
+                self.wandb = None
+
+    def _write(self, row: dict, samples: list[dict]) -> None:
+        try:
+            if self.incomplete:  # all of it again, in a new file
+                aside = self.path.with_suffix(".partial")
+                aside.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+                aside.replace(self.path)
+                self.file, self.incomplete = self.path.open("a"), False
+            else:
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+            self.samples.writelines(json.dumps({"step": row["step"], **sample}) + "\n" for sample in samples)
+            self.samples.flush()
+        except OSError as error:
+            dist.say(f"{self.path} is not written ({error}); trying again after the next step", warning=True)
+            self.incomplete = True
+
+    def _log_wandb(self, row: dict, samples: list[dict], histograms: dict[str, torch.Tensor] | None) -> None:
+        import wandb
+
+        media = {name: wandb.Histogram(values.numpy()) for name, values in (histograms or {}).items()}
+        if samples:
+            columns = list(samples[0])
+            media["samples"] = wandb.Table(columns=columns, data=[[s[c] for c in columns] for s in samples])
+        self.wandb.log(row | media, step=row["step"])
+
+    def has_evaluation(self, step: int) -> bool:
+        return any(row["step"] == step and any(name.startswith("eval/") for name in row) for row in self.history)
+
+    def latest(self, name: str) -> float | None:
+        return next((row[name] for row in reversed(self.history) if name in row), None)
+
+    def first(self, name: str) -> float | None:
+        return next((row[name] for row in self.history if name in row), None)
+
+    def accuracy_names(self) -> list[str]:
+        return sorted({name for row in self.history for name in row if name.endswith("/avg_at_k")})
+
+    def _show(self, row: dict) -> None:
+        shown = {
+            "reward": row.get("reward/mean"),
+            "entropy": row.get("entropy/mean"),
+            "accuracy": next((self.latest(name) for name in self.accuracy_names()), None),
+        }
+        text = {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
+        if self.bar is None:
+            return dist.say(
+                " ".join([f"step {row['step']}/{self.config.steps}", *(f"{k} {v}" for k, v in text.items())])
+            )
+        try:
+            self.bar.update(row["step"] - self.bar.n)
+            self.bar.set_postfix(text)
+        except OSError:  # the terminal is gone
+            self.bar = None
+
+    def close(self, checkpoints: list[Path]) -> None:
+        """The table at the end: what changed, how fast, where the time went, where things are."""
+        if self.bar is not None:
+            self.bar.close()
+        rows = []
+        for name in self.accuracy_names():
+            rows.append((f"accuracy, {name}", f"{self.first(name):.3f} -> {self.latest(name):.3f}"))
+        if self.latest("entropy/mean") is not None:
+            first, last = self.first("entropy/mean"), self.latest("entropy/mean")
+            rows.append(("entropy, nats per token", f"{first:.3f} -> {last:.3f}"))
+        pairs = [
+            (row["velocity/total"], after["entropy/delta"])
+            for row, after in itertools.pairwise(self.history)
+            if "velocity/total" in row and "entropy/delta" in after
+        ]
+        if len(pairs) > 2:
+            from scipy.stats import spearmanr
+
+            correlation = spearmanr(*zip(*pairs, strict=True)).statistic
+            rows.append(("velocity against entropy", f"rank correlation {correlation:+.2f} over {len(pairs)} steps"))
+        for name in ("rollout", "update"):
+            speeds = [row[f"perf/{name}_tokens_per_s"] for row in self.history if f"perf/{name}_tokens_per_s" in row]
+            if speeds:
+                rows.append((f"{name} tokens/s, median", f"{sorted(speeds)[len(speeds) // 2]:,.0f}"))
+        total = sum(row.get("time/step", 0.0) + row.get("time/eval", 0.0) for row in self.history)
+        parts = {}
+        for part in ("rollout", "reward", "old_logprobs", "update", "sync", "eval"):
+            parts[part] = sum(row.get(f"time/{part}", 0.0) for row in self.history)
+        shares = ", ".join(f"{part} {seconds / max(total, 1e-9):.0%}" for part, seconds in parts.items())
+        rows.append((f"time, {total:.0f} s", shares))
+        if checkpoints:
+            rows.append(("checkpoint", str(checkpoints[-1])))
+        rows.append(("curves", str(self.path)))
+        if self.wandb:
+            offline = self.wandb.settings.mode == "offline"
+            self.wandb.finish()
+            wandb_command = os.path.relpath(Path(sys.executable).with_name("wandb"))
+            synced = f"{wandb_command} sync {Path(self.wandb.dir).parent}" if offline else self.wandb.url
+            rows.append(("W&B, offline; upload with" if offline else "W&B", synced))
+        width = max(len(name) for name, _ in rows)
+        dist.say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+        self.file.close()
+        self.samples.close()
+
+
+def drop_later_steps(path: Path, last_step: int) -> list[dict]:
+    """Rewrite a JSONL file with only its rows up to last_step, and return them. A half-written line is dropped."""
+    rows = []
+    if not path.exists():
+        return rows
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    rows = [row for row in rows if row["step"] <= last_step]
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside.replace(path)
+    return rows
+
+
+def start_wandb(folder: Path, config, run_id: str):
+    """A W&B run, or None where WANDB_MODE=disabled. Offline without a key: nothing here asks for an account.
+
+    A resumed run has the run_id of before, and goes on in the same W&B run.
+    """
+    mode = os.environ.get("WANDB_MODE")
+    if mode == "disabled":
+        return None
+    import wandb
+
+    if mode is None and not _has_wandb_key():
+        mode = "offline"
+    os.environ.setdefault("WANDB_SILENT", "true")
+    options = {"project": config.wandb_project, "name": folder.name, "dir": folder, "id": run_id, "mode": mode}
+    if mode != "offline":
+        options |= {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
+    try:
+        run = wandb.init(**options, config=dataclasses.asdict(config))
+    except Exception as error:  # no network, or a key that is not valid
+        dist.say(f"W&B cannot be reached, logging offline ({error})", warning=True)
+        wandb.teardown()  # or the run's id counts as taken
+        run = wandb.init(**options | {"mode": "offline", "resume": None}, config=dataclasses.asdict(config))
+    run.define_metric("step", hidden=True)
+    for group in dict.fromkeys(name.partition("/")[0] for metric in ALL for name in metric.each()):
+        if group == "update_<k>":  # logged, without charts of their own
+            for k in range(1, config.max_kept_prompts // config.mini_batch_prompts + 1):
+                run.define_metric(f"update_{k}/*", step_metric="step", hidden=True)
+        else:
+            run.define_metric(f"{group}/*", step_metric="step")
+    return run
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        import netrc
+
+        return "api.wandb.ai" in netrc.netrc().hosts
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: str, step: int) -> str:
+    """The derived sizes, to be read before the first step."""
+    parameters = sum(p.numel() for p in model.parameters())
+    responses = config.prompts_per_step * config.responses_per_prompt
+    updates = config.max_kept_prompts // config.mini_batch_prompts
+    betas = "no betas" if config.beta1 is None else f"beta1 {config.beta1}, beta2 {config.beta2}"
+    world = dist.world_size()
+    return (
+        f"run          {folder}" + (f", continued after step {step}" if step else "") + "\n"
+        f"model        {config.model}, {parameters / 1e6:,.2f} M parameters, on {device}\n"
+        f"data         {problems}\n"
+        f"objective    {config.objective}, {betas}, clip interval [{1 - config.eps_low:g}, {1 + config.eps_high:g}]\n"
+        f"step         {config.prompts_per_step} prompts x {config.responses_per_prompt} = {responses} responses, "
+        f"then up to {updates} updates of {config.mini_batch_prompts * config.responses_per_prompt} responses; "
+        f"{config.steps} steps"
+        + (f"; on {world} processes, {'sharded' if config.shard else 'copied'}" if world > 1 else "")
+        + ("; shard does nothing, with one process" if config.shard and world == 1 else "")
+    )
+
+
+def probability_histograms(responses: list[Response]) -> dict[str, torch.Tensor]:
+    """Probabilities of the sampled tokens under the rollout weights, by quadrant, of the responses that have them."""
+    responses = [r for r in responses if r.old_logprobs is not None]
+    if not responses:
+        return {}
+    old_logprobs = torch.cat([r.old_logprobs for r in responses])  # [N]
+    entropy = torch.cat([r.entropy for r in responses])  # [N]
+    advantages = torch.cat([torch.full_like(r.entropy, r.advantage) for r in responses])  # [N]
+    members = quadrants(old_logprobs, entropy, advantages)
+    return {f"probability/{name}": old_logprobs[mask].exp() for name, mask in members.items() if mask.any()}
+
+
+def sample_rows(
+    groups: list[list[Response]], problems: list[Problem], extract: Callable[[str], str | None]
+) -> list[dict]:
+    """The first response to each of the first problems, to be read by people. extract: finds the answer in a text."""
+    return [
+        {
+            "prompt": problem.prompt,
+            "response": group[0].text,
+            "answer": problem.answer,
+            "extracted": extract(group[0].text),
+            "reward": group[0].reward,
+            "entropy": None if group[0].entropy is None else group[0].entropy.mean().item(),
+            "tokens": len(group[0].response_ids),
+        }
+        for group, problem in zip(groups[:LOGGED_SAMPLES], problems[:LOGGED_SAMPLES], strict=True)
+    ]

@@ -1,0 +1,97 @@
+"""What travels through a step, the errors that people see, and the ranges of settings."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    prompt: str  # the chat template rendered once, for people
+    prompt_ids: list[int]  # what the engine gets; one beginning-of-sequence token at most
+    answer: str
+    source: str
+    question: str = ""  # the last message, as the file has it
+
+
+@dataclass
+class Response:
+    """One sampled response, R tokens long. rollout.py fills in the first part, the steps after it the second."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]  # exactly as sampled, the end-of-sequence token included
+    rollout_logprobs: Tensor  # [R]  vLLM's, of the distribution sampled from, temperature included
+    truncated: bool  # stopped by the length limit, not by an end-of-sequence token
+    text: str  # for the verifier and for people; never tokenized again
+
+    verdict: float = 0.0  # the verifier's: 1 is right, 0 is wrong
+    reward: float = 0.0  # the verdict, and the penalty for length if there is one
+    advantage: float = 0.0
+    old_logprobs: Tensor | None = None  # [R]  the trainer's, under the weights that sampled the response
+    entropy: Tensor | None = None  # [R]  nats, of the same distribution
+
+
+@dataclass
+class Update:
+    """What one optimizer step did. The sums and losses are of this rank's tokens, all else is the same on all ranks."""
+
+    sums: dict[str, Tensor]  # by metric name, see entropy.token_sums
+    micro_batch_losses: list[float]
+    grad_norm: float  # before clipping
+    skipped: bool  # the gradient was not finite
+    padding: float  # share of the places in attention's blocks
+
+    @property
+    def loss(self) -> float:
+        return sum(self.micro_batch_losses)
+
+
+class UserError(Exception):
+    """A mistake of the user's. The message is one sentence that says where it is and what would be right."""
+
+
+class RunEnded(Exception):
+    """The run cannot go on. The message is for people, and says what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranges, to be written as the types of settings: `steps: Count = 50`
+
+
+@dataclass(frozen=True)
+class Range:
+    low: float
+    high: float = math.inf
+    above: bool = False  # low itself is outside
+
+    def problem(self, value: float) -> str | None:
+        if math.isfinite(value) and self.low <= value <= self.high and not (self.above and value == self.low):
+            return None
+        words = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        return f"must be {words}" + (f" and at most {self.high:g}" if self.high < math.inf else "")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    names: tuple[str, ...]
+
+    def problem(self, value: str) -> str | None:
+        return None if value in self.names else f"is unknown; known: {', '.join(self.names)}"
+
+
+def one_of(names: Iterable[str]):
+    return Annotated[str, OneOf(tuple(names))]
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+GroupSize = Annotated[int, Range(2)]  # advantages compare the responses of a group
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+AboveOne = Annotated[float, Range(1, above=True)]
+ZeroToOne = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(0, 1, above=True)]
