@@ -1,29 +1,31 @@
-"""What the entropy accounting costs: a step's own work with all of it, against the same with entropy/mean alone.
+"""The cost of the entropy accounting: the trainer's work in a step with all of it, over the same with only the mean.
 
-    python bench/attribution.py --model data/arithmetic/base --repeats 15
+    .venv/bin/python -m bench.attribution --model data/arithmetic/base --repeats 15
 
-Measures old logprobs, updates and metrics of one step (rollouts cost the same either way, and are left out, so that the
-share of a whole step is smaller than what is printed). Both variants run in turn, on the same responses.
+Run it from the repository root. It measures train.learn (old logprobs and updates) and the step's metrics. Rollouts are
+left out: they cost the same in both variants, which makes the share of a whole step smaller than the printed ratio.
+The variants run in turn, on the same responses.
 """
 
-import json
 import statistics
-import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import head
 import loss
-import policy
-import report
-import settings as run_settings
 import train
-from rollout import Response
+from bench import common
+from ce_gppo import entropy, forward
+from ce_gppo.checkpoint import State
+from ce_gppo.config import command, resolve
+from ce_gppo.forward import Policy
+from ce_gppo.metrics import step_metrics
+from ce_gppo.model import load_model
+from ce_gppo.perf import Meter
+from ce_gppo.report import probability_histograms
+from ce_gppo.types import Response
 
 
 @dataclass
@@ -31,12 +33,25 @@ class Config:
     model: str = "data/arithmetic/base"  # folder or hub name
     prompts: int = 64  # groups of 8 responses
     prompt_tokens: int = 15
-    response_tokens: int = 35  # on average; they vary by a third
+    response_tokens: int = 35  # on average; lengths vary by a third
     repeats: int = 15  # pairs of runs
 
 
+def make_groups(vocabulary: int, config: Config) -> list[list[Response]]:
+    """Random responses of random lengths; in each group half of the rewards are 1."""
+    generator = torch.Generator().manual_seed(0)
+    shortest, longest = config.response_tokens * 2 // 3, config.response_tokens * 4 // 3
+    groups = []
+    for _ in range(config.prompts):
+        prompt_ids = common.random_ids(config.prompt_tokens, vocabulary, generator)
+        lengths = torch.randint(shortest, longest, (8,), generator=generator).tolist()
+        responses = [common.random_ids(length, vocabulary, generator) for length in lengths]
+        groups.append([common.response_of(prompt_ids, ids, reward=float(i % 2)) for i, ids in enumerate(responses)])
+    return groups
+
+
 def fold_without_s(z: torch.Tensor, m: torch.Tensor, sums: tuple) -> tuple[torch.Tensor, tuple]:
-    """head._fold without the two sums that only S needs."""
+    """entropy._fold without the two sums that only S needs."""
     e, ez, ee, eez = sums
     new_m = torch.maximum(m, z.amax(1))
     shift = m - new_m
@@ -46,64 +61,49 @@ def fold_without_s(z: torch.Tensor, m: torch.Tensor, sums: tuple) -> tuple[torch
     return new_m, (e * scale + p.sum(1), (ez + shift * e) * scale + z.mul_(p).sum(1), ee, eez)
 
 
-def step(actor, optimizer, groups: list[list[Response]], config: train.Config, everything: bool) -> float:
-    """Seconds of a step's work in the trainer."""
-    device = next(actor.parameters()).device.type
-    responses = [response for group in groups for response in group]
-    rewards = torch.tensor([[response.reward for response in group] for group in groups])
-    timer = report.Timer(device)
-    policy.measure(actor, responses, config.temperature, config.max_micro_batch_tokens, device)
-    metrics = report.rollout_metrics([report.rollout_values(rewards, responses)], 0.0) if everything else {}
-    updates = []
-    for mini_batch in train.split_evenly(groups, len(groups) // config.mini_batch_prompts):
-        flat = [response for group in mini_batch for response in group]
-        updates.append(train.update(actor, optimizer, flat, 0.0, 0.75, 1.0, config, device))
+def set_accounting(everything: bool, originals=(entropy._fold, forward.token_sums)) -> None:
+    """Switch the accounting on, or replace its parts by ones that compute nothing but logprobs and entropy."""
+    without = fold_without_s, lambda info, *_: {"tokens": info["ratio"].sum()}
+    entropy._fold, forward.token_sums = originals if everything else without
+
+
+def step(policy, optimizer, groups, config: train.Config, folder: Path, meter: Meter, everything: bool) -> None:
+    """The trainer's work in a step."""
+    groups, mini_batches = train.select(groups, config)  # new responses, which have no old logprobs yet
+    state = State()
+    objective = train.objective_of_step(config, 1, state.control)
+    updates = train.learn(policy, optimizer, groups, mini_batches, objective, 0.0, state, config, folder, meter)
     if everything:
-        metrics |= report.update_metrics([updates])
-        report.histograms(responses)
-    return timer.take()["time/step"]
+        step_metrics(groups, updates, 0.0)
+        probability_histograms(train.flatten(mini_batches))
+    else:
+        torch.cat([r.entropy for r in train.flatten(groups)]).mean().item()
 
 
 def main(config: Config) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = policy.load_model(config.model, device)
-    settings = run_settings.resolve(train.Config())
-    optimizer = torch.optim.AdamW(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    groups = []
-    for _ in range(config.prompts):
-        lengths = torch.randint(
-            config.response_tokens * 2 // 3, config.response_tokens * 4 // 3, (8,), generator=generator
-        )
-        group = []
-        for i, length in enumerate(lengths.tolist()):
-            ids = torch.randint(len(tokenizer), (config.prompt_tokens + length,), generator=generator).tolist()
-            response = Response(
-                ids[: config.prompt_tokens], ids[config.prompt_tokens :], torch.zeros(length), False, ""
-            )
-            response.reward, response.advantage = float(i % 2), float(i % 2) - 0.5
-            group.append(response)
-        groups.append(group)
-
-    actor = policy.Policy(model)
-    full_fold, full_sums = head._fold, loss.update_sums
+    model, tokenizer = load_model(config.model, device)
+    settings = train.Config(prompts_per_step=config.prompts, max_kept_prompts=config.prompts)
+    settings = resolve(replace(settings, mini_batch_prompts=min(8, config.prompts)), loss.PUBLISHED)
+    policy, optimizer, meter = Policy(model), torch.optim.AdamW(model.parameters()), Meter(model, device)
+    groups = make_groups(len(tokenizer), config)
     seconds = {"everything": [], "entropy only": []}
-    for repeat in range(config.repeats + 1):
-        for name in seconds:
-            head._fold = full_fold if name == "everything" else fold_without_s
-            loss.update_sums = full_sums if name == "everything" else lambda info, *_: {"tokens": info["ratio"].sum()}
-            taken = step(actor, optimizer, groups, settings, name == "everything")
-            if repeat:  # the first pair warms up
-                seconds[name].append(taken)
+    with tempfile.TemporaryDirectory() as folder:  # for updates that are skipped, of which there are none
+        for repeat in range(config.repeats + 1):
+            for name in seconds:
+                everything = name == "everything"
+                set_accounting(everything)
+                arguments = policy, optimizer, groups, settings, Path(folder), meter, everything
+                taken = common.timed(lambda arguments=arguments: step(*arguments), device == "cuda")
+                if repeat:  # the first pair warms up
+                    seconds[name].append(taken)
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    result = {name: round(statistics.median(values), 4) for name, values in seconds.items()}
-    result |= {"ratio": round(statistics.median(ratios), 4), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-    print(json.dumps(result | {"device": device, "model": config.model, "repeats": config.repeats}))
-    print(f"{'variant':<14}{'median s':>10}")
-    for name, values in seconds.items():
-        print(f"{name:<14}{statistics.median(values):>10.4f}")
-    print(f"{'ratio':<14}{statistics.median(ratios):>10.4f}")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = medians | {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+    result |= {"bench": "attribution", "device": device, "model": config.model, "repeats": config.repeats}
+    rows = [*medians.items(), ("ratio, median of the pairs", result["ratio"])]
+    common.show(result, [("variant", "median seconds"), *rows])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -1,8 +1,7 @@
-"""What several benches share: random models on the disk, the head function against its bare matrix products, output."""
+"""Shared by the benches: random models and responses, timing, the cost of the head function, output."""
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import head
+from ce_gppo.entropy import token_statistics
+from ce_gppo.types import Response
 
 
 def save_random_model(folder: Path, config: PretrainedConfig, device: str = "cpu") -> int:
-    """Random weights and a tokenizer that is there to be loaded, as a Hugging Face folder; returns the parameters."""
+    """Save a model with random weights and a dummy tokenizer as a Hugging Face folder. Returns its parameter count."""
     disable_progress_bar()
     torch.manual_seed(0)
     with torch.device(device):
@@ -32,35 +30,48 @@ def save_random_model(folder: Path, config: PretrainedConfig, device: str = "cpu
     return sum(p.numel() for p in model.parameters())
 
 
+def random_ids(length: int, vocabulary: int, generator: torch.Generator) -> list[int]:
+    """Token ids without 0 and 1, which are padding and end-of-sequence."""
+    return torch.randint(2, vocabulary, (length,), generator=generator).tolist()
+
+
+def response_of(prompt_ids: list[int], response_ids: list[int], **fields) -> Response:
+    """A response as rollout.py would give it; its vLLM logprobs are 0, which the objectives do not read."""
+    return Response(prompt_ids, response_ids, torch.zeros(len(response_ids)), truncated=False, text="", **fields)
+
+
+def timed(function: Callable[[], object], cuda: bool = False) -> float:
+    """Seconds of one call."""
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def seconds(function: Callable[[], object], repeats: int = 5, cuda: bool = False) -> list[float]:
-    """Of each of `repeats` calls, after one that warms up."""
-    taken = []
-    for _ in range(repeats + 1):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if cuda:
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return taken[1:]
+    """Seconds of each of `repeats` calls. One more call, before them, warms up."""
+    return [timed(function, cuda) for _ in range(repeats + 1)][1:]
 
 
 def head_seconds(hidden: Tensor, weight: Tensor, targets: Tensor, repeats: int = 5) -> tuple[float, float]:
-    """Median seconds of head.head_logprobs with backward, and of the four matrix products that it cannot avoid.
+    """Median seconds of token_statistics with backward, and of the four matrix products that it needs at least.
 
-    hidden [N, D], weight [V, D], targets [N], of the types that the update has. The products are those of forward, of
-    its recomputation and two of backward: bfloat16 on a GPU, float32 on a CPU, into memory that is there already.
+    hidden [N, D], weight [V, D], targets [N], in the dtypes that the update uses. The four products are one in forward,
+    its recomputation, and two in backward. They are in bfloat16 on a GPU and in float32 on a CPU, and they write into
+    memory that is allocated before.
     """
     cuda, dtype = hidden.is_cuda, torch.bfloat16 if hidden.is_cuda else torch.float32
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
     def ours():
-        logprobs, _, _ = head.head_logprobs(hidden, weight, targets)  # [N]
+        logprobs, _, _ = token_statistics(hidden, weight, targets)  # [N]
         return torch.autograd.grad(logprobs.sum(), (hidden, weight))
 
     plain_hidden, plain_weight = hidden.detach().to(dtype), weight.detach().to(dtype)
-    logits = plain_hidden.new_empty(len(hidden), len(weight))  # [N, V], in place of its gradient too
+    logits = plain_hidden.new_empty(len(hidden), len(weight))  # [N, V], also used as its own gradient
     grad_hidden, grad_weight = torch.empty_like(plain_hidden), torch.empty_like(plain_weight)
 
     def products():
@@ -69,7 +80,7 @@ def head_seconds(hidden: Tensor, weight: Tensor, targets: Tensor, repeats: int =
         torch.mm(logits, plain_weight, out=grad_hidden)
         torch.mm(logits.T, plain_hidden, out=grad_weight)
 
-    pairs = []  # in turn, so that a machine that slows down slows both
+    pairs = []  # in turn: if the machine slows down, it slows both
     for _ in range(repeats):
         pairs.append([seconds(function, 1, cuda)[0] for function in (ours, products)])
     ours_seconds, products_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -77,7 +88,7 @@ def head_seconds(hidden: Tensor, weight: Tensor, targets: Tensor, repeats: int =
 
 
 def show(result: dict, *tables: list[tuple]) -> None:
-    """One JSON line, then tables: rows of cells, the first row being the header."""
+    """Print one JSON line, then the tables. A table is a list of rows of cells; its first row is the header."""
     print(json.dumps(result))
     for rows in tables:
         cells = [[f"{cell:,.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]

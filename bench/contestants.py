@@ -1,10 +1,13 @@
-"""One update of the policy, by one contestant, in a process of its own, so that its peak memory is its own.
+"""One update by one contestant, in a process of its own: its peak memory is then only its own.
 
-    python bench/contestants.py ours|trl|plain FOLDER        started by bench/update.py, for `trl` in TRL's environment
+    .venv/bin/python -m bench.contestants ours|trl|plain FOLDER
 
-FOLDER holds the model and batch.json. Prints one JSON line, and leaves a few gradients in FOLDER/<contestant>.pt. All
-three do the same: forward, objective, backward, without the optimizer's step, from float32 weights at ratio 1, where
-every clipped objective has the same gradient. None recomputes activations unless batch.json says so for TRL.
+bench/update.py starts it from the repository root; `trl` runs in TRL's environment, which has none of the modules that
+`ours` imports. FOLDER holds the model and batch.json. Prints one JSON line, and saves some gradients in
+FOLDER/<contestant>.pt.
+
+All three do the same work: forward, objective and backward, without the optimizer's step, from float32 weights at
+ratio 1. There all clipped objectives have the same gradient. Only TRL can recompute activations, if batch.json says so.
 """
 
 import json
@@ -18,34 +21,26 @@ from torch import Tensor
 
 
 def ours(folder: Path, batch: dict):
-    """The loop of train.update: packed micro-batches, CE-GPPO, the entropy accounting."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import loss
-    import packing
-    import policy
-    from rollout import Response
+    """The passes of train.update: packed micro-batches, CE-GPPO, the entropy accounting."""
+    import train
+    from bench.common import response_of
+    from ce_gppo.forward import Policy, accumulate_gradients
+    from ce_gppo.model import load_model
+    from loss import Objective
 
-    model, _ = policy.load_model(str(folder))
-    responses = [
-        Response(prompt, response, torch.zeros(len(response)), False, "", advantage=advantage)
-        for prompt, response, advantage in zip(
-            batch["prompt_ids"], batch["response_ids"], batch["advantages"], strict=True
-        )
-    ]
+    model, _ = load_model(str(folder))
+    policy = Policy(model)
 
     def update(rows: list[int]) -> float:
-        chosen = [responses[i] for i in rows]
-        tokens, total_loss = sum(len(r.response_ids) for r in chosen), 0.0
-        for indices in packing.micro_batches(chosen, batch["max_micro_batch_tokens"]):
-            micro_batch = packing.collate([chosen[i] for i in indices])
-            advantages, mask = micro_batch.advantages, micro_batch.response_mask  # as padded as the logprobs
-            logprobs, entropy, S = policy.forward(model, micro_batch, 1.0)
-            old_logprobs, old_entropy = logprobs.detach(), entropy.detach()
-            batch_loss, info = loss.policy_loss(logprobs, old_logprobs, advantages, mask, denominator=tokens)
-            batch_loss.backward()
-            total_loss += batch_loss.item()
-            loss.update_sums(info, logprobs, entropy, S, old_logprobs, old_entropy, advantages, mask)
-        return total_loss
+        responses = [  # new ones each time, which have no old logprobs: ratio 1, as in the first update of a rollout
+            response_of(batch["prompt_ids"][i], batch["response_ids"][i], advantage=batch["advantages"][i])
+            for i in rows
+        ]
+        batch_loss = train.loss_of(responses, Objective())
+        losses, _, _ = accumulate_gradients(
+            policy, responses, batch_loss, temperature=1.0, max_tokens=batch["max_micro_batch_tokens"], device="cpu"
+        )
+        return sum(losses)
 
     return model, update
 
@@ -74,7 +69,7 @@ def trl(folder: Path, batch: dict):
         train_dataset=Dataset.from_dict({"prompt": ["none"]}),  # never read
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
-    trainer.current_gradient_accumulation_steps = 1  # what Trainer.train would set
+    trainer.current_gradient_accumulation_steps = 1  # Trainer.train would set it
     trainer.model.train()
 
     def update(rows: list[int]) -> float:
@@ -96,7 +91,7 @@ def trl(folder: Path, batch: dict):
 
 
 def plain(folder: Path, batch: dict):
-    """The loop that one writes first: the logits of every token, log_softmax, entropy."""
+    """The straightforward loop: the logits of every token, log_softmax, entropy."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -132,7 +127,7 @@ def padded(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def memory_gib(field: str) -> float:
-    """VmRSS, what is resident now, or VmHWM, the most that was. ru_maxrss would not do: it starts at the parent's."""
+    """Resident memory of this process: VmRSS now, VmHWM at its peak. (ru_maxrss would start at the parent's.)"""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 2**20
 
@@ -142,9 +137,7 @@ def main(contestant: str, folder: Path) -> None:
     torch.set_num_threads(batch["threads"])
     model, update = {"ours": ours, "trl": trl, "plain": plain}[contestant](folder, batch)
     rows = list(range(len(batch["response_ids"])))
-    update(
-        [min(rows, key=lambda i: len(batch["response_ids"][i]))]
-    )  # what happens once a process: first use of kernels
+    update([min(rows, key=lambda i: len(batch["response_ids"][i]))])  # warms up
     model.zero_grad()
     before = memory_gib("VmRSS")
     start = time.perf_counter()

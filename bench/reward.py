@@ -1,38 +1,36 @@
-r"""The verifier: answers/s against bare math-verify on plain and on LaTeX answers, and what hostile answers cost.
+r"""The verifier: answers/s against bare math-verify on plain and on LaTeX answers, and the delay by hostile answers.
 
-    python bench/reward.py
+    .venv/bin/python -m bench.reward
 
-Bare is `verify(parse(gold), parse(response))` in the main thread, after a call that warms up. All answers differ, so
-that no verdict is remembered; half are right. Ours may use several processes, and starts none for most plain answers.
-Hostile answers are given to ours alone: each in a batch with harmless ones, then all in one batch. The delay is what
-that batch takes longer than the harmless ones by themselves.
+Run it from the repository root. Bare is `verify(parse(truth), parse(response))` in the main thread, after a call that
+warms up. All answers differ, and therefore no verdict comes from a cache. Half of them are right. Ours may use several
+processes, and starts none for most plain answers.
+
+Only ours gets hostile answers: each in a batch with harmless ones, then all of them in one batch. The delay is the time
+of that batch minus the time of its harmless answers.
 """
 
 import random
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-import tyro
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import common
 import reward
+from bench import common
+from ce_gppo.config import command
+from ce_gppo.verifier import workers
 
 
 @dataclass
 class Config:
     plain: int = 500  # answers
     latex: int = 100
-    rounds: int = 2  # of both, in turn, with new answers; the best of each counts
-    hostile: int | None = None  # of the hostile answers, the first so many; None: all
-    timeout: float = 3.0  # seconds that one answer may take, as reward.score has it
-    budget: float = 60.0  # seconds that all answers of a batch may take together, likewise
+    rounds: int = 2  # of both in turn, with new answers each time; the best of each counts
+    hostile: int | None = None  # how many of the hostile answers; None: all
+    timeout: float = 3.0  # seconds for one answer, as in reward.score
+    budget: float = 60.0  # seconds for all answers of a batch, as in reward.score
 
 
-# (a right answer, a wrong one, the true one) with integers a < b for {a} and {b}: what models write most.
+# (right answer, wrong answer, truth), with integers a < b for {a} and {b}. The most frequent kinds of answers.
 PLAIN = (
     ("{b}", "{a}", "{b}"),
     ("-{a}", "{a}", "-{a}"),
@@ -43,7 +41,7 @@ PLAIN = (
     (r"{b}\text{{ cm}}", r"{a}\text{{ cm}}", "{b}"),
     ("({a}, {b})", "({b}, {a})", "({a},{b})"),
 )
-# The same, where it takes algebra to tell.
+# The same, for answers that need algebra.
 LATEX = (
     (r"\frac{{{a}}}{{\sqrt{{{b}}}}}", r"\frac{{{b}}}{{\sqrt{{{a}}}}}", r"\frac{{{a}\sqrt{{{b}}}}}{{{b}}}"),
     (r"(x+{a})(x-{b})", r"(x-{a})(x-{b})", r"x^2+{a}x-{b}x-{a}\cdot{b}"),
@@ -70,7 +68,7 @@ HOSTILE = (
 
 
 def answers(templates: tuple, count: int, rng: random.Random) -> tuple[list[str], list[str], list[float]]:
-    """(responses, truths, verdicts) of `count` answers, all different, half of them right."""
+    """(responses, truths, right verdicts) for `count` different answers, half of them right."""
     responses, truths, expected = [], [], []
     for i in range(count):
         right, wrong, truth = templates[i // 2 % len(templates)]
@@ -98,7 +96,7 @@ def timed(function, *arguments, **options) -> tuple[float, list[float]]:
 
 
 def rates(templates: tuple, count: int, rounds: int, rng: random.Random) -> dict[str, float]:
-    """Answers/s of both, and the shares of verdicts that are those of the construction."""
+    """Answers/s of both, and their shares of right verdicts."""
     seconds, right = {"ours": [], "bare": []}, {"ours": 0, "bare": 0}
     for _ in range(rounds):
         responses, truths, expected = answers(templates, count, rng)
@@ -112,9 +110,9 @@ def rates(templates: tuple, count: int, rounds: int, rng: random.Random) -> dict
 
 
 def delays(attacks: tuple[str, ...], config: Config, rng: random.Random) -> tuple[float, float]:
-    """Seconds by which these answers, in one batch with others, delay it, and those of the batch after it.
+    """Seconds by which these answers delay a batch of harmless ones, and the batch after it.
 
-    What they delay the next batch by is the start of the workers that were killed.
+    The next batch is delayed because killed workers must start again.
     """
     batch = [one + other for one, other in zip(answers(PLAIN, 200, rng), answers(LATEX, 12, rng), strict=True)]
     responses, truths, expected = batch
@@ -123,7 +121,7 @@ def delays(attacks: tuple[str, ...], config: Config, rng: random.Random) -> tupl
     seconds = []
     harmless = responses, truths
     for arguments in (harmless, harmless, attacked, harmless):  # the first fills sympy's own cache
-        reward._cache.clear()
+        workers._cache.clear()
         taken, verdicts = timed(reward.score, *arguments, **options)
         assert verdicts[-len(expected) :] == expected, "hostile answers changed the verdicts of others"
         seconds.append(taken)
@@ -133,16 +131,16 @@ def delays(attacks: tuple[str, ...], config: Config, rng: random.Random) -> tupl
 
 def main(config: Config) -> None:
     rng = random.Random(0)
-    for function in (reward.score, bare):  # imports sympy, starts the workers
+    for function in (reward.score, bare):  # import sympy, start the workers
         function(*answers(LATEX, 20, rng)[:2])
     result = {"bench": "reward", "date": time.strftime("%Y-%m-%d"), "timeout": config.timeout, "budget": config.budget}
     for name, templates, count in (("plain", PLAIN, config.plain), ("latex", LATEX, config.latex)):
         result |= {f"{name}/{key}": value for key, value in rates(templates, count, config.rounds, rng).items()}
     hostile = HOSTILE[: config.hostile]
-    alone = {attack[:40]: delays((attack,), config, rng) for attack in hostile}
-    result["hostile/delay_s"], result["hostile/delay_of_next_s"] = map(max, zip(*alone.values(), strict=True))
+    each = {attack[:40]: delays((attack,), config, rng) for attack in hostile}
+    result["hostile/delay_s"], result["hostile/delay_of_next_s"] = map(max, zip(*each.values(), strict=True))
     result["hostile/delay_all_s"], _ = delays(hostile, config, rng)
-    result["hostile/each_s"] = {attack: delay for attack, (delay, _) in alone.items()}
+    result["hostile/each_s"] = {attack: delay for attack, (delay, _) in each.items()}
 
     columns = ("ours_per_s", "bare_per_s", "ours_over_bare", "ours_right", "bare_right")
     rows = [(name, *(result[f"{name}/{column}"] for column in columns)) for name in ("plain", "latex")]
@@ -153,7 +151,7 @@ def main(config: Config) -> None:
         ("delay of the batch after it, s", result["hostile/delay_of_next_s"], ""),
         (f"delay by all {len(hostile)}, s", result["hostile/delay_all_s"], f"<= {config.budget + config.timeout:g}"),
     ]
-    attacks = [(attack, delay) for attack, (delay, _) in alone.items()]
+    attacks = [(attack, delay) for attack, (delay, _) in each.items()]
     common.show(
         result,
         [("answers", *columns), *rows],
@@ -163,4 +161,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -1,11 +1,12 @@
-"""Rollouts: Engine.generate against bare vLLM, seconds of a weight sync by model size, and where a step's time goes.
+"""Rollouts: Engine.generate against bare vLLM, seconds of a weight sync by model size, the parts of a step's time.
 
-    python bench/rollout.py                                              all three, with the default model and data
-    python bench/rollout.py --metrics out/<run>/metrics.jsonl            the time of the steps of that run instead
+    .venv/bin/python -m bench.rollout                                      all three, with the default model and data
+    .venv/bin/python -m bench.rollout --metrics out/<run>/metrics.jsonl    the step times of that run
 
-Bare is `vllm.LLM.generate` on the same engine, in turn: the same prompts, seed and sampling settings, hence the same
-tokens, and the prefix cache emptied before each. What differs is all that rollout.py adds. Bare runs as its user would
-have it, with vLLM's own detokenization: once with the sampled tokens' logprobs, which training needs, once without.
+Run it from the repository root. Bare is `vllm.LLM.generate` on the same engine, in turn with ours: the same prompts,
+seed and sampling settings give the same tokens, and the prefix cache is emptied before each. The difference is
+everything that rollout.py adds. Bare runs with vLLM's own detokenization, as usual: once with the logprobs of the
+sampled tokens, which training needs, and once without.
 """
 
 import json
@@ -19,19 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from transformers import Qwen2Config
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import common
-import policy
 import train
-from prompts import load_problems
-from rollout import Engine
+from bench import common
+from ce_gppo.config import command
+from ce_gppo.model import context_of, load_model, named_weights
+from ce_gppo.problems import load_problems
+from rollout import Engine, prepare_environment
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("rollout", "reward", "old_logprobs", "update", "sync", "eval")
+PARTS = ("rollout", "reward", "old_logprobs", "update", "sync")
 
 
 @dataclass
@@ -40,13 +39,13 @@ class Config:
     data: str = train.Config.eval_data  # prompts, JSONL
     prompts: int = train.Config.prompts_per_step
     responses: int = train.Config.responses_per_prompt  # to each prompt
-    max_tokens: int = train.Config.max_response_tokens
+    max_tokens: int = train.Config.max_response_tokens  # of a response
     rounds: int = 5  # of all variants, in turn
     shapes: tuple[str, ...] = ("256x8", "576x30")  # random Qwen2 models to sync, hidden size x layers
-    vocabulary: int = 49152  # theirs
-    train_steps: int = 6  # of a run with the default settings, to see where its time goes
-    metrics: str = ""  # metrics.jsonl of a run to look at instead
-    only_sync: bool = False  # of --model; how this script calls itself, an engine a process
+    vocabulary: int = 49152  # of these models
+    train_steps: int = 6  # of a short run with the default settings, for the parts of a step
+    metrics: str = ""  # metrics.jsonl of a run, instead of the short run
+    only_sync: bool = False  # time only the weight sync of --model; the script starts itself so, one engine per process
 
 
 def random_model(folder: str, shape: str, vocabulary: int) -> None:
@@ -67,18 +66,18 @@ def random_model(folder: str, shape: str, vocabulary: int) -> None:
 
 
 def sync_seconds(engine: Engine, model) -> float:
-    """What a step of train.py calls sync."""
+    """Median seconds of the part of a step that train.py calls sync."""
     taken = []
     for _ in range(4):
         engine.sleep()
         start = time.perf_counter()
-        engine.wake(policy.named_weights(model))
+        engine.wake(named_weights(model))
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:])
 
 
 def generation(engine: Engine, prompts: list[list[int]], config: Config) -> dict[str, float]:
-    """Median tokens/s of the variants, and when half of the groups are complete, as a share of the rollout."""
+    """Median tokens/s of the variants, and the share of the rollout after which half of the groups are complete."""
     inputs = [{"prompt_token_ids": ids} for ids in prompts]
     half_complete = []
 
@@ -111,7 +110,7 @@ def generation(engine: Engine, prompts: list[list[int]], config: Config) -> dict
         "engine": ours,
         "bare_with_logprobs": lambda seed: bare(seed, logprobs=0),
         "bare": bare,
-        "bare_token_ids_alone": lambda seed: bare(seed, detokenize=False),
+        "bare_without_text": lambda seed: bare(seed, detokenize=False),
     }
     rates = {name: [] for name in variants}
     for seed in range(config.rounds + 1):
@@ -130,24 +129,25 @@ def generation(engine: Engine, prompts: list[list[int]], config: Config) -> dict
 
 
 def short_run(steps: int, folder: str) -> Path:
-    """metrics.jsonl of a run with the default settings, W&B included; evaluated at its ends alone."""
-    command = [sys.executable, "train.py", "--out", folder, "--run-name", "bench", "--steps", str(steps)]
-    command += ["--eval-every", str(steps), "--eval-samples", "1"]
+    """metrics.jsonl of a run with the default settings, W&B included. It is evaluated only before and after."""
+    arguments = [sys.executable, "train.py", "--out", folder, "--run-name", "bench", "--steps", str(steps)]
+    arguments += ["--eval-every", str(steps), "--eval-samples", "1"]
     environment = {"WANDB_MODE": "offline"} | os.environ
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(arguments, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     return Path(folder) / "bench" / "metrics.jsonl"
 
 
 def shares(path: Path) -> dict[str, float]:
-    """Shares of the steps' time without evaluation, by part; `rest` is advantages, metrics, logging, checkpoints.
+    """The parts' shares of the steps' time, which is without evaluation.
 
-    `outside` is what neither vLLM nor the model's own passes take. The old logprobs are such a pass, a forward over all
-    responses but the first mini-batch's; those of dropped groups too, for their entropy.
+    `rest` is advantages, metrics, logging and checkpoints. `outside` is all but vLLM and the model's own passes. One of
+    these passes computes old logprobs: forward over all responses except the first mini-batch's. It includes those of
+    dropped groups, for their entropy.
     """
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if row["step"]]  # 0 is the evaluation before the first step
+    rows = [row for row in rows if "time/step" in row]  # the evaluation before the first step has none
     seconds = {part: sum(row.get(f"time/{part}", 0.0) for row in rows) for part in PARTS}
-    total = sum(row["time/step"] for row in rows) - seconds.pop("eval")
+    total = sum(row["time/step"] for row in rows)
     seconds["rest"] = total - sum(seconds.values())
     result = {f"share/{part}": value / total for part, value in seconds.items()}
     model_passes = result["share/rollout"] + result["share/old_logprobs"] + result["share/update"]
@@ -155,8 +155,9 @@ def shares(path: Path) -> dict[str, float]:
 
 
 def main(config: Config) -> None:
-    model, tokenizer = policy.load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
-    engine = Engine(config.model, tokenizer, context=policy.context_of(config.model))
+    prepare_environment()
+    model, tokenizer = load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(config.model, tokenizer, context=context_of(config.model))
     sync = {"parameters": sum(p.numel() for p in model.parameters()), "seconds": sync_seconds(engine, model)}
     if config.only_sync:
         print(json.dumps(sync))
@@ -170,8 +171,8 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for shape in config.shapes:
             random_model(f"{folder}/{shape}", shape, config.vocabulary)
-            command = [sys.executable, __file__, "--only-sync", "--model", f"{folder}/{shape}"]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            again = [sys.executable, "-m", "bench.rollout", "--only-sync", "--model", f"{folder}/{shape}"]
+            output = subprocess.run(again, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
             syncs.append(json.loads(output.splitlines()[-1]))
         result |= shares(Path(config.metrics) if config.metrics else short_run(config.train_steps, folder))
     result["sync"] = syncs
@@ -187,7 +188,7 @@ def main(config: Config) -> None:
             result["share/outside"] + result["share/old_logprobs"],
             "<= 0.05",
         ),
-        ("the same but for the pass that measures old logprobs", result["share/outside"], ""),
+        ("the same, without the pass that computes old logprobs", result["share/outside"], ""),
     ]
     common.show(
         result,
@@ -199,4 +200,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

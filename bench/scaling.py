@@ -1,27 +1,26 @@
-"""Memory a GPU and time a step, from a small model of costs: what fits, what breaks first, what to set then.
+"""Memory of a GPU and time of a step, estimated: which model fits on how many GPUs, and with which settings.
 
-    python bench/scaling.py                      the table of docs/scaling.md
-    python bench/scaling.py --gpu-memory 80 --mean-length 4000
+    .venv/bin/python -m bench.scaling                      the table of docs/scaling.md
+    .venv/bin/python -m bench.scaling --gpu-memory 80 --mean-length 4000
 
-Counts bytes and floating-point operations of what the code does, and divides them by rates. Those marked `measured`
-were measured with torch on one H200; the others are datasheets' or guesses, each marked so. No run on a GPU stands
-behind the result: take it for the right order of magnitude, and for which term is the largest.
+Run it from the repository root. It counts the bytes and the floating-point operations of the code, and divides them by
+rates. Rates marked `measured` were measured with torch on one H200. The others are from datasheets or guesses, and are
+marked so. The result was never compared with a run on a GPU: trust its order of magnitude, and which term is largest.
 """
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 
-import tyro
+from ce_gppo.config import command
 
 # Rates of one GPU.
 MATRIX_RATE = 788e12  # FLOP/s, bfloat16, 8192^3 on random data; measured
 MEMORY_RATE = 4.3e12  # bytes/s, device to device, read and written; measured
-NODE_RATE = 350e9  # bytes/s a GPU within a node; guess from NVLink's 450e9 by datasheet
-NETWORK_RATE = 40e9  # bytes/s a GPU between nodes; guess from 400 Gbit/s InfiniBand's 50e9 by datasheet
+NODE_RATE = 350e9  # bytes/s per GPU within a node; guess from NVLink's 450e9 by datasheet
+NETWORK_RATE = 40e9  # bytes/s per GPU between nodes; guess from 400 Gbit/s InfiniBand's 50e9 by datasheet
 MFU = 0.4  # of the update; guess (0.68 is measured on two CPU cores, with a small model)
-DECODE_SHARE = 0.6  # of MEMORY_RATE that vLLM's decoding reaches; guess
+DECODE_SHARE = 0.6  # of MEMORY_RATE, in vLLM's decoding; guess
 GPUS_A_NODE = 8
 
 SHAPES = {  # layers, hidden, intermediate, heads, key heads, vocabulary, tied
@@ -34,16 +33,16 @@ SHAPES = {  # layers, hidden, intermediate, heads, key heads, vocabulary, tied
 @dataclass
 class Config:
     gpu_memory: float = 141.0  # GiB of one GPU
-    prompts: int = 256  # a step, with 8 responses each; half of them are trained on (the paper's numbers)
-    mini_batch_prompts: int = 16  # a whole number of mini-batches: 8 updates a step
+    prompts: int = 256  # per step, with 8 responses each; half of them are trained on (the paper's numbers)
+    mini_batch_prompts: int = 16  # groups per update: 8 updates per step
     prompt_tokens: int = 200  # on average
-    mean_length: int = 6000  # tokens of a response, on average; a guess
+    mean_length: int = 6000  # tokens of a response on average; a guess
     max_length: int = 16384  # tokens of the longest response
     gpus: tuple[int, ...] = (1, 8, 64, 1024)
 
 
 def parameters(name: str) -> tuple[float, float, float]:
-    """(all, of the layers, of the head)."""
+    """Numbers of parameters: (all, in the layers, in the head)."""
     layers, hidden, intermediate, heads, key_heads, vocabulary, tied = SHAPES[name]
     layer = hidden * hidden * (2 + 2 * key_heads / heads) + 3 * hidden * intermediate
     head = vocabulary * hidden
@@ -51,14 +50,14 @@ def parameters(name: str) -> tuple[float, float, float]:
 
 
 def memory(name: str, gpus: int, shard: bool, tensor_parallel: int, config: Config) -> dict[str, float]:
-    """GiB a GPU, by what they are for. Trainer and vLLM share a GPU; the trainer's states stay while vLLM samples."""
+    """GiB per GPU, by use. Trainer and vLLM share a GPU; the trainer's states stay there while vLLM samples."""
     layers, hidden, intermediate, *_ = SHAPES[name]
     total, in_layers, head = parameters(name)
-    tokens = config.prompt_tokens + config.max_length  # one response at least is a micro-batch
+    tokens = config.prompt_tokens + config.max_length  # a micro-batch has at least one response
     states = 16 * total / (gpus if shard else 1)  # float32 weights, gradients and two moments
-    # bfloat16 copies: all of them under autocast; of shards two layers, embedding and head, with their gradients.
+    # bfloat16 copies: of all weights under autocast; with shards only of two layers, embedding, head, and gradients.
     copies = 4 * (2 * in_layers / layers + total - in_layers) if shard else 2 * total
-    # Gradient checkpointing keeps a layer's input (float32 residual stream), and one layer whole (mostly bfloat16).
+    # Gradient checkpointing keeps each layer's input (float32), and everything of one layer (mostly bfloat16).
     activations = tokens * (layers * hidden * 4 + 30 * hidden + 10 * intermediate)
     head_work = 4 * 2**26 + 4 * tokens * hidden * 2 + 4 * head
     update = (states + copies + activations + head_work) / 2**30
@@ -74,7 +73,7 @@ def seconds(name: str, gpus: int, shard: bool, tensor_parallel: int, config: Con
     trained = responses / 2
     updates = config.prompts / 2 / config.mini_batch_prompts
 
-    # Rollout: decoding reads the weights and every running sequence's cache once a token.
+    # Rollout: for each token decoding reads the weights and the cache of every running sequence once.
     engines = gpus // tensor_parallel
     room = 0.9 * config.gpu_memory - memory(name, gpus, shard, tensor_parallel, config)["rollout_without_cache"]
     cache_of_token = 2 * layers * key_heads * (hidden // heads) * 2
@@ -84,12 +83,12 @@ def seconds(name: str, gpus: int, shard: bool, tensor_parallel: int, config: Con
     read = 2 * total + running * config.mean_length / 2 * cache_of_token
     token = read / (tensor_parallel * MEMORY_RATE * DECODE_SHARE)
     waves = max(1.0, math.ceil(responses / engines) / max(running, 1e-9))
-    # At least one response runs to the limit, alone at the end.
-    alone = max(0, config.max_length - config.mean_length * waves) * 2 * total / (tensor_parallel * MEMORY_RATE)
-    rollout = waves * config.mean_length * token + alone / DECODE_SHARE
+    # At least one response runs to the limit, at the end with no other beside it.
+    last = max(0, config.max_length - config.mean_length * waves) * 2 * total / (tensor_parallel * MEMORY_RATE)
+    rollout = waves * config.mean_length * token + last / DECODE_SHARE
 
-    # Forward passes over all responses, then forward, recomputation and backward over those trained on. GPUs beyond the
-    # responses of a mini-batch have nothing to do.
+    # Forward over all responses; forward, recomputation and backward over those trained on. Of more GPUs than a
+    # mini-batch has responses, some are idle.
     length = config.prompt_tokens + config.mean_length
     forward = 2 * (in_layers * length + head * config.mean_length) + 2 * layers * hidden * length**2
     rate = MATRIX_RATE * MFU
@@ -97,7 +96,7 @@ def seconds(name: str, gpus: int, shard: bool, tensor_parallel: int, config: Con
     at_work = min(gpus, trained / updates)
     update = 4 * forward * trained / at_work / rate
 
-    # Gradients once an update (DDP), or weights twice and gradients once a micro-batch (FSDP).
+    # DDP moves gradients once per update. FSDP moves weights twice and gradients once per micro-batch.
     link = NODE_RATE if gpus <= GPUS_A_NODE else NETWORK_RATE
     micro_batches = math.ceil(trained / updates / at_work)
     bytes_moved = (2 * 2 + 4) * total * micro_batches if shard else 2 * 4 * total
@@ -113,13 +112,13 @@ def seconds(name: str, gpus: int, shard: bool, tensor_parallel: int, config: Con
 
 
 def plan(name: str, gpus: int, config: Config) -> dict:
-    """The plainest setting that fits: copies before shards, engines as small as their weights allow."""
+    """The simplest settings that fit: copies rather than shards, and engines on as few GPUs as possible."""
     for shard in (False, True):
         for tensor_parallel in (1, 2, 4, 8):
             if (shard and gpus == 1) or tensor_parallel > gpus:
                 continue
             need = memory(name, gpus, shard, tensor_parallel, config)
-            # A tenth of the GPU for the cache at least; of vLLM asleep some 3 GiB stay.
+            # The cache needs at least a tenth of the GPU; a sleeping vLLM keeps about 3 GiB.
             if (
                 max(need["update"] + 3, need["rollout_without_cache"] + 0.1 * config.gpu_memory)
                 < 0.95 * config.gpu_memory
@@ -166,4 +165,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    command(main, Config, __doc__)

@@ -1,11 +1,12 @@
 """One policy update: ours against TRL's and against a plain transformers loop, in tokens/s and peak memory, on a CPU.
 
-    python bench/update.py                        eight responses of 30 to 256 tokens to prompts of 40
-    python bench/update.py --equal --rounds 1     as many tokens, all responses of one length: nobody pays for padding
-    python bench/update.py --without-trl          without TRL's environment, which is made on first use, in minutes
+    .venv/bin/python -m bench.update                        eight responses of 30 to 256 tokens to prompts of 40
+    .venv/bin/python -m bench.update --equal --rounds 1     the same number of tokens in equal responses: no padding
+    .venv/bin/python -m bench.update --without-trl          without TRL, whose environment takes minutes to install
 
-The contestants are in contestants.py. Each runs in a process of its own, in turn, on the same weights and batch; their
-losses and gradients must agree, or the comparison is refused. Tokens are those of prompts and responses, not padding.
+Run it from the repository root. The contestants are in bench/contestants.py. Each runs in a process of its own, in
+turn, on the same weights and batch. If their losses or gradients differ, the bench ends without a result. Tokens are
+those of prompts and responses, not padding.
 """
 
 import json
@@ -21,33 +22,32 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import tyro
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import common
-import policy
 import train
+from bench import common
+from ce_gppo import perf
+from ce_gppo.config import command
+from ce_gppo.types import RunEnded
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 TRL = "trl==1.16.0"
-TRL_ENVIRONMENT = HERE / ".venv-trl"
-SAME_AS_OURS = ("transformers", "accelerate")  # in TRL's environment, so that only TRL is compared
+TRL_ENVIRONMENT = ROOT / "bench" / ".venv-trl"
+SAME_AS_OURS = ("transformers", "accelerate")  # the same versions in TRL's environment: only TRL differs
 
 
 @dataclass
 class Config:
-    equal: bool = False  # responses of one length, with as many tokens together
-    shared_prompt: bool = False  # the responses are one group's, with one prompt; otherwise each has its own
+    equal: bool = False  # responses of one length; the total number of tokens stays
+    shared_prompt: bool = False  # one prompt for all responses, which are then one group; else one prompt each
     rounds: int = 2  # of all contestants, in turn
-    without_trl: bool = False  # ours against the plain loop alone
-    trl_gradient_checkpointing: bool = False  # TRL's own default is true: slower, and less memory
+    without_trl: bool = False  # only ours and the plain loop
+    trl_gradient_checkpointing: bool = False  # TRL's own default is true, which is slower and takes less memory
     threads: int = 2
     max_micro_batch_tokens: int = train.Config.max_micro_batch_tokens  # ours
     prompt_tokens: int = 40
     response_tokens: tuple[int, ...] = (30, 40, 50, 60, 80, 100, 160, 256)
-    # The shape of SmolLM2-135M; the weights are random, which does not change the work.
+    # The shape of SmolLM2-135M. Random weights take the same time.
     hidden_size: int = 576
     intermediate_size: int = 1536
     layers: int = 30
@@ -57,7 +57,7 @@ class Config:
 
 
 def trl_python() -> Path:
-    """The interpreter of TRL's environment. Made as the Makefile makes ours, torch first, or pip would fetch CUDA's."""
+    """The interpreter of TRL's environment, installed on first use. torch is first, or pip would fetch CUDA's."""
     done = TRL_ENVIRONMENT / "installed"
     python = TRL_ENVIRONMENT / "bin" / "python"
     torch_pin = f"torch=={version('torch').partition('+')[0]}"
@@ -69,26 +69,22 @@ def trl_python() -> Path:
         index = ["--index-url", "https://download.pytorch.org/whl/cpu"]
         own_index = [*install, "--no-deps", "--retries", "0", "--timeout", "15", torch_pin, *index]
         if subprocess.run(own_index, stderr=subprocess.DEVNULL).returncode:
-            print("PyTorch's index cannot be reached; going on without it", file=sys.stderr)
+            print("PyTorch's index cannot be reached; continuing without it", file=sys.stderr)
         subprocess.run([*install, *pins], check=True)
         done.write_text(" ".join(pins))
     return python
 
 
 def write_batch(folder: Path, config: Config) -> dict:
-    """Random tokens; advantages in turn positive and negative."""
+    """Write batch.json: random tokens, and advantages that are positive and negative in turn."""
     lengths = list(config.response_tokens)
     if config.equal:
         lengths = [sum(lengths) // len(lengths)] * len(lengths)
     generator = torch.Generator().manual_seed(0)
-
-    def draw(length: int) -> list[int]:
-        return torch.randint(2, config.vocabulary, (length,), generator=generator).tolist()
-
-    prompts = [draw(config.prompt_tokens) for _ in lengths]
+    prompts = [common.random_ids(config.prompt_tokens, config.vocabulary, generator) for _ in lengths]
     batch = {
         "prompt_ids": prompts[:1] * len(lengths) if config.shared_prompt else prompts,
-        "response_ids": [draw(length) for length in lengths],
+        "response_ids": [common.random_ids(length, config.vocabulary, generator) for length in lengths],
         "advantages": [(1.0, -0.5)[i % 2] for i in range(len(lengths))],
         "threads": config.threads,
         "max_micro_batch_tokens": config.max_micro_batch_tokens,
@@ -100,28 +96,33 @@ def write_batch(folder: Path, config: Config) -> dict:
 
 def run(contestant: str, folder: Path, threads: int) -> dict[str, float]:
     python = trl_python() if contestant == "trl" else sys.executable
-    command = [python, HERE / "contestants.py", contestant, folder]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    process = subprocess.run(
+        [python, "-m", "bench.contestants", contestant, folder],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if process.returncode:
-        sys.exit(f"the contestant '{contestant}' failed:\n{process.stderr}")
+        raise RunEnded(f"the contestant '{contestant}' failed:\n{process.stderr}")
     return json.loads(process.stdout.splitlines()[-1])
 
 
 def gradient_difference(folder: Path, a: str, b: str) -> float:
-    """The largest relative difference of the compared weights' gradients."""
+    """The largest relative difference between two contestants' saved gradients."""
     gradients, others = (torch.load(folder / f"{name}.pt") for name in (a, b))
     return max(((g - others[n]).norm() / others[n].norm()).item() for n, g in gradients.items())
 
 
 def work(batch: dict, model_config: LlamaConfig, shared_prompt: bool) -> float:
-    """Floating-point operations of forward and backward of the tokens that matter."""
+    """Floating-point operations of forward and backward, without padding."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     prompts, responses = (list(map(len, batch[name])) for name in ("prompt_ids", "response_ids"))
     needed = sum(prompts[:1] if shared_prompt else prompts) + sum(responses)
     squares = sum((P + R) ** 2 for P, R in zip(prompts, responses, strict=True))
-    return policy.flops(model, needed, sum(responses), squares)
+    return perf.flops(model, needed, sum(responses), squares)
 
 
 def main(config: Config) -> None:
@@ -138,7 +139,7 @@ def main(config: Config) -> None:
         eos_token_id=1,
         pad_token_id=0,
     )
-    rates = [policy.matrix_rate("cpu")]
+    rates = [perf.matrix_rate("cpu")]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         common.save_random_model(folder, model_config)
@@ -148,12 +149,12 @@ def main(config: Config) -> None:
             for name in contestants:
                 runs[name].append(run(name, folder, config.threads))
         differences = {name: gradient_difference(folder, "ours", name) for name in contestants[1:]}
-    rates.append(policy.matrix_rate("cpu"))
+    rates.append(perf.matrix_rate("cpu"))
 
     median = {n: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for n, rows in runs.items()}
     for name, difference in differences.items():
         if not (difference < 1e-3 and abs(median[name]["loss"] - median["ours"]["loss"]) < 1e-4):
-            sys.exit(f"ours and '{name}' do not compute the same: gradients differ by {difference:.2g}, {median}")
+            raise RunEnded(f"ours and '{name}' compute different gradients, by {difference:.2g}, or losses: {median}")
     tokens = sum(map(len, batch["prompt_ids"] + batch["response_ids"]))
     response_tokens = sum(map(len, batch["response_ids"]))
     floor = work(batch, model_config, config.shared_prompt) / max(rates)
@@ -185,4 +186,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(main, Config, __doc__)

@@ -121,10 +121,10 @@ def largest_first(sizes: list[int], ranks: int) -> list[int]:
 
 
 def distribute(policy: torch.nn.Module, shard: bool, layer_classes: list[str]) -> torch.nn.Module:
-    """The policy over all ranks, with its gradients averaged: copied (DDP), or sharded layer by layer (FSDP2). Collective.
+    """The policy over all ranks, with its gradients averaged: copied (DDP), or sharded layer by layer (FSDP2).
 
-    Every rank must make the same number of forward and backward passes. layer_classes: names of the classes that FSDP2
-    gathers one at a time; embedding, last norm and head stay whole until backward.
+    Collective. Every rank must then make the same number of forward and backward passes. layer_classes: names of the
+    classes that FSDP2 gathers one at a time; embedding, last norm and head stay whole until backward.
     """
     if world_size() == 1:
         return policy

@@ -1,90 +1,52 @@
 """avg@k, pass@k and majority@k of a model, with every response and its verdict on the disk.
 
-python evaluate.py --model out/<run>/checkpoint-000040                          the arithmetic problems
-python evaluate.py --model <folder or hub name> --bench aime24,aime25 --k 32    data/benchmarks/<name>.jsonl each
-python evaluate.py --compare out/eval/a.jsonl out/eval/b.jsonl                  question by question
+python -m tools.evaluate --model out/<run>/checkpoint-000040                          the arithmetic problems
+python -m tools.evaluate --model <folder or hub name> --bench aime24,aime25 --k 32    data/benchmarks/<name>.jsonl each
+python -m tools.evaluate --compare out/eval/a.jsonl out/eval/b.jsonl                  problem by problem
 
-A run that was stopped goes on where it was when the same command is given again, and ends with the same responses.
+The same command continues a stopped evaluation, which ends with the same responses.
 """
 
 import hashlib
 import json
 import os
 import random
-import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from policy import context_of
-from prompts import Problem, UserError, check_file, check_thinking, load_problems
+from ce_gppo import types as t
+from ce_gppo.config import check_ranges, command
+from ce_gppo.evaluation import evaluate
+from ce_gppo.model import context_of
+from ce_gppo.problems import check_files, check_thinking, load_problems
+from ce_gppo.types import Problem, Response, UserError
 from reward import extract_answer, score
-from rollout import Engine, Response
+from rollout import Engine, prepare_environment
 
 
 @dataclass
 class Config:
     model: str = "data/arithmetic/base"  # folder or hub name
     bench: str = "data/arithmetic/eval.jsonl"  # with commas: names of data/benchmarks/<name>.jsonl, or JSONL files
-    k: int = 8  # samples a problem [AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
-    temperature: float = 0.6  # the paper's; `make train` evaluates its small model at 1.0
-    top_p: float = 0.95  # the paper's; 1.0 turns it off
-    max_prompt_tokens: int = 4096  # problems with longer prompts are dropped, and counted
-    max_response_tokens: int | None = None  # longer are cut [AIME: 32768]; None: 16384, or what the context leaves
+    k: t.Count = 8  # samples a problem [AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
+    temperature: t.NonNegative = 0.6  # the paper's; `make train` evaluates its small model at 1.0
+    top_p: t.Share = 0.95  # the paper's; 1.0 turns it off
+    max_prompt_tokens: t.Count = 4096  # problems with longer prompts are dropped, and counted
+    max_response_tokens: t.Count | None = None  # longer are cut [AIME: 32768]; None: 16384, or what the context leaves
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
     out: str = ""  # JSONL file of the responses; empty: out/eval/<model>.<benchmarks>.k<k>.jsonl
-    write_every: int = 512  # responses sampled between two writes: what a run that is killed may lose
-    gpu_memory_utilization: float = 0.9  # share of the GPU's memory for vLLM
-    cpu_kv_cache_gib: float = 1.0  # GiB for vLLM's cache, without a GPU
-    seed: int = 0
-    compare: tuple[str, str] | None = None  # two result files: what the second does better and worse than the first
-
-
-def evaluate(
-    engine: Engine,
-    problems: list[Problem],
-    k: int,
-    *,
-    max_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: object = False,
-    thinking: bool = False,
-) -> tuple[dict[str, float], list[list[Response]]]:
-    """Sample k responses a problem and score them.
-
-    Returns ({"<benchmark>/avg_at_k": mean accuracy over all samples, "<benchmark>/pass_at_k": share of problems with at
-    least one right among the k}, the responses with their rewards); a benchmark is what the rows call their source.
-    Once `stop` is true it gives up, and returns no metrics if that left groups without responses.
-    """
-    prompts = [problem.prompt_ids for problem in problems]
-    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
-    groups = engine.generate(prompts, k, **options)
-    if not all(groups):  # given up; `stop` may be true on another rank of the engine alone
-        return {}, groups
-    answers = [problem.answer for problem in problems for _ in range(k)]
-    responses = [response for group in groups for response in group]
-    for response, reward in zip(responses, score([r.text for r in responses], answers, thinking=thinking), strict=True):
-        response.reward = reward
-    rewards = [[response.reward for response in group] for group in groups]
-    return accuracy(list(zip([problem.source for problem in problems], rewards, strict=True))), groups
-
-
-def accuracy(graded: list[tuple[str, list[float]]]) -> dict[str, float]:
-    """avg@k and pass@k by benchmark, from (benchmark, rewards of the k samples) of each problem."""
-    metrics = {}
-    for source in dict.fromkeys(source for source, _ in graded):
-        rewards = [row for name, row in graded if name == source]
-        metrics[f"{source}/avg_at_k"] = sum(map(sum, rewards)) / sum(map(len, rewards))
-        metrics[f"{source}/pass_at_k"] = sum(max(row) > 0 for row in rewards) / len(rewards)
-    return metrics
+    write_every: t.Count = 512  # responses sampled between two writes: a killed run loses at most these
+    gpu_memory_utilization: t.Share = 0.9  # share of the GPU's memory for vLLM
+    cpu_kv_cache_gib: t.Positive = 1.0  # GiB for vLLM's cache, without a GPU
+    seed: t.Seed = 0
+    compare: tuple[str, str] | None = None  # two result files: where the second is better and worse than the first
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,20 +56,11 @@ def accuracy(graded: list[tuple[str, list[float]]]) -> dict[str, float]:
 def main(config: Config) -> None:
     if config.compare:
         return compare(*config.compare)
-    for name, valid in {
-        "k": config.k >= 1,
-        "temperature": config.temperature >= 0,
-        "top_p": 0 < config.top_p <= 1,
-        "max_response_tokens": config.max_response_tokens is None or config.max_response_tokens >= 1,
-        "write_every": config.write_every >= 1,
-    }.items():
-        if not valid:
-            raise UserError(
-                f"{name} = {getattr(config, name)}: k and lengths start at 1, temperature at 0, top_p is in (0, 1]"
-            )
+    check_ranges(config)
+    if config.temperature == 0 and config.k > 1:
+        raise UserError(f"temperature = 0 gives {config.k} equal samples; use k = 1")
     paths = [name if name.endswith(".jsonl") else f"data/benchmarks/{name}.jsonl" for name in config.bench.split(",")]
-    for path in paths:
-        check_file(path)  # before a large model is downloaded
+    check_files(*paths)  # before a large model is downloaded
     limit = context_of(config.model)
     tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     if config.thinking:
@@ -134,6 +87,7 @@ def main(config: Config) -> None:
     print(f"responses  {path}" + (f", {done} problems were there already" if done else ""), flush=True)
 
     if done < len(problems):
+        prepare_environment()
         engine = Engine(
             config.model,
             tokenizer,
@@ -147,15 +101,15 @@ def main(config: Config) -> None:
             if not rows:
                 file.write(json.dumps({"settings": settings, "problems": len(problems)}) + "\n")
             for number in tqdm(range(done // size, len(chunks)), unit="chunk", disable=None):
-                _, groups = evaluate(
+                groups = evaluate(
                     engine,
                     chunks[number],
                     config.k,
+                    score=partial(score, thinking=config.thinking),
                     max_tokens=max_tokens,
                     temperature=config.temperature,
                     top_p=config.top_p,
                     seed=random.Random(f"{config.seed} {number}").getrandbits(32),
-                    thinking=config.thinking,
                 )
                 new = rows_of(chunks[number], groups, number * size, config.thinking)
                 file.writelines(json.dumps(row) + "\n" for row in new)
@@ -166,7 +120,7 @@ def main(config: Config) -> None:
 
 
 def rows_of(problems: list[Problem], groups: list[list[Response]], first: int, thinking: bool) -> list[dict]:
-    """What is written of each response; `first` is the number of the first problem."""
+    """One row for each response; `first` is the number of the first problem."""
     return [
         {
             "problem": first + i,
@@ -175,7 +129,7 @@ def rows_of(problems: list[Problem], groups: list[list[Response]], first: int, t
             "question": problem.question,
             "answer": problem.answer,
             "extracted": extract_answer(response.text, thinking=thinking),
-            "correct": response.reward == 1.0,
+            "correct": response.verdict == 1.0,
             "tokens": len(response.response_ids),
             "truncated": response.truncated,
             "response": response.text,
@@ -197,8 +151,10 @@ def fingerprint(model: str) -> str:
 
 
 def default_out(config: Config, problems: list[Problem]) -> str:
-    model = config.model.strip("/").removeprefix("out/").replace("/", "-")
-    return f"out/eval/{model}.{'-'.join(dict.fromkeys(p.source for p in problems))}.k{config.k}.jsonl"
+    model = config.model.strip("/").removeprefix("out/").replace("/", "-")[-100:]
+    sources = list(dict.fromkeys(p.source.replace("/", "-") for p in problems))
+    names = "-".join(sources) if len("-".join(sources)) <= 100 else f"{len(sources)}-sources"
+    return f"out/eval/{model}.{names}.k{config.k}.jsonl"
 
 
 def read_results(path: Path) -> tuple[dict, list[dict]]:
@@ -239,14 +195,21 @@ def resumed(path: Path, settings: dict, chunk_rows: list[int]) -> list[dict]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the responses amount to
+# From responses to a table
 
 
-def by_problem(rows: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """source -> question -> its samples, in the order of the file."""
-    groups: dict[str, dict[str, list[dict]]] = {}
+def by_problem(rows: list[dict]) -> dict[str, dict[tuple[str, int], list[dict]]]:
+    """source -> problem -> its samples, in the order of the file. A problem is (question, how many before had the same).
+
+    The question is only the last message: several problems may have the same.
+    """
+    groups: dict[str, dict[tuple[str, int], list[dict]]] = {}
+    keys: dict[int, tuple[str, int]] = {}
     for row in rows:
-        groups.setdefault(row["source"], {}).setdefault(row["question"], []).append(row)
+        problems = groups.setdefault(row["source"], {})
+        if row["problem"] not in keys:
+            keys[row["problem"]] = row["question"], sum(question == row["question"] for question, _ in problems)
+        problems.setdefault(keys[row["problem"]], []).append(row)
     return groups
 
 
@@ -255,9 +218,9 @@ def rate(samples: list[dict]) -> float:
 
 
 def majority(samples: list[dict]) -> bool:
-    """Is the most frequent answer right? Equal answers vote together, whatever their spelling: the right ones, and
-    wrong ones that the verifier finds equal. Of classes with as many votes the one seen first wins; no box, no vote."""
-    votes: dict[str | bool, int] = {}  # True stands for the right answer; a wrong one for those equal to it
+    """Whether the most frequent answer is right. Equal answers in different spellings vote together, the right ones and
+    wrong ones that the verifier finds equal. Of equally frequent ones the first seen wins. No box, no vote."""
+    votes: dict[str | bool, int] = {}  # the right answer is True, a wrong one counts for all that equal it
     for sample in samples:
         answer = True if sample["correct"] else sample["extracted"]
         if answer is None:
@@ -271,7 +234,7 @@ def majority(samples: list[dict]) -> bool:
 
 
 def bootstrap(values: list[float], resamples: int = 10_000) -> tuple[float, float]:
-    """The 95 % interval of the mean of `values`, one a problem, over problems drawn again with replacement."""
+    """The 95 % interval of the mean of `values`, one per problem, over problems drawn again with replacement."""
     values, generator = np.array(values), np.random.default_rng(0)
     means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
     return tuple(np.quantile(means, [0.025, 0.975]).tolist())
@@ -312,25 +275,25 @@ def print_columns(lines: list[tuple[str, ...]]) -> None:
 
 
 def compare(first: str, second: str) -> None:
-    """How two result files differ, by benchmark and by question; the problems of both must be the same."""
+    """How two result files differ, by benchmark and by problem. Both must have the same problems."""
     results = []
     for path in (first, second):
         header, rows = read_results(Path(path))
         if len({row["problem"] for row in rows}) < header["problems"]:
-            raise UserError(f"{path}: not finished; give the command that made it again, and it goes on")
+            raise UserError(f"{path}: not finished; the command that made it continues it")
         results.append(by_problem(rows))
     a, b = results
-    keys = [{(source, question) for source in result for question in result[source]} for result in results]
+    keys = [{(source, *problem) for source in result for problem in result[source]} for result in results]
     if keys[0] != keys[1]:
-        source, question = min(keys[0] ^ keys[1])
+        source, question, _ = min(keys[0] ^ keys[1])
         raise UserError(
-            f"{first} and {second} have different problems, {len(keys[0] ^ keys[1])} in one alone, such as "
+            f"{first} and {second} have different problems, {len(keys[0] ^ keys[1])} in only one of them, such as "
             f"{question[:60]!r} of {source}"
         )
     lines = [("benchmark", "problems", "first", "second", "difference", "95 % interval", "gained", "lost")]
     changed = []
     for source in a:
-        pairs = [(rate(samples), rate(b[source][question])) for question, samples in a[source].items()]
+        pairs = [(rate(samples), rate(b[source][problem])) for problem, samples in a[source].items()]
         differences = [after - before for before, after in pairs]
         low, high = bootstrap(differences)
         means = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
@@ -345,7 +308,7 @@ def compare(first: str, second: str) -> None:
                 str(sum(difference < 0 for difference in differences)),
             )
         )
-        for question, (before, after) in zip(a[source], pairs, strict=True):
+        for (question, _), (before, after) in zip(a[source], pairs, strict=True):
             if before != after:
                 text = " ".join(question.split())[:80]
                 changed.append((after - before, f"{source}  {before:.3f} -> {after:.3f}  {text}"))
@@ -355,8 +318,4 @@ def compare(first: str, second: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except UserError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, Config, __doc__)

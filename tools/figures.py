@@ -1,13 +1,12 @@
-"""Curves of runs, from their metrics.jsonl alone.
+"""Curves of runs, from their metrics.jsonl.
 
-    python figures.py out/run-a out/run-b ... --out figures        or: make figures RUNS="out/run-a out/run-b"
+    python -m tools.figures out/run-a out/run-b ... --out figures        or: make figures RUNS="out/run-a out/run-b"
 
-Runs that differ only in their seed are one curve, the mean, with a band from the smallest to the largest. Writes
-curves.png and curves.svg: entropy, held-out accuracy, clip shares, and for each objective what pushes its entropy.
+Runs that differ only in their seed have one colour: a thin line each, and their mean as a thick one. Writes curves.png
+and curves.svg: entropy, held-out accuracy, clip shares, and for each group of runs the quadrants that move its entropy.
 """
 
 import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +15,16 @@ from typing import Annotated
 import matplotlib
 import tyro
 
-from prompts import UserError
-
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-QUADRANTS = {"pa_lp": "PA&LP", "na_hp": "NA&HP", "pa_hp": "PA&HP", "na_lp": "NA&LP"}  # the first two push entropy up
+from ce_gppo.config import command
+from ce_gppo.types import UserError
+
+QUADRANTS = {"pa_lp": "PA&LP", "na_hp": "NA&HP", "pa_hp": "PA&HP", "na_lp": "NA&LP"}  # the first two raise entropy
 QUADRANT_COLORS = {"pa_lp": "#2a9d8f", "na_hp": "#8ecae6", "pa_hp": "#f4a261", "na_lp": "#d62828"}
+NOT_SETTINGS = ("seed", "run_name", "out", "resume", "wandb_project")  # runs of one group may differ in these
 
 
 @dataclass
@@ -32,17 +33,30 @@ class Config:
     out: Path = field(default_factory=lambda: Path("figures"))  # folder to write to
 
 
-def load(folder: Path) -> tuple[str, list[dict]]:
-    """(label, rows) of a run; the label names the objective, and what else sets it apart."""
-    if not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder}: no metrics.jsonl there, so it is not the folder of a run")
-    config = json.loads((folder / "config.json").read_text())["config"]
-    label = config["objective"]
-    if label == "ce_gppo":
-        label += f" ({config['beta1']:g}, {config['beta2']:g})"
-    if config.get("entropy_coef"):
-        label += f", bonus {config['entropy_coef']:g}"
-    return label, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def load(folder: Path) -> tuple[dict, list[dict]]:
+    """(settings without the seed, rows) of a run."""
+    try:
+        config = json.loads((folder / "config.json").read_text())["config"]
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: not the folder of a run, with config.json and metrics.jsonl ({error})") from None
+    return {name: value for name, value in config.items() if name not in NOT_SETTINGS}, rows
+
+
+def group_runs(runs: list[tuple[dict, list[dict]]]) -> dict[str, list[list[dict]]]:
+    """label -> the runs with the same settings. A label has the objective, and each setting that groups differ in."""
+    groups: dict[str, list[list[dict]]] = defaultdict(list)
+    names = dict.fromkeys(name for config, _ in runs for name in config)
+    differing = [name for name in names if len({json.dumps(config.get(name)) for config, _ in runs}) > 1]
+    for config, rows in runs:
+        label = config["objective"]
+        if config.get("beta1") is not None:
+            label += f" ({config['beta1']:g}, {config['beta2']:g})"
+        others = [
+            name for name in differing if name not in ("objective", "beta1", "beta2") and config.get(name) is not None
+        ]
+        groups[", ".join([label, *(f"{name} {config[name]}" for name in others)])].append(rows)
+    return groups
 
 
 def series(runs: list[list[dict]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -53,89 +67,82 @@ def series(runs: list[list[dict]], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(axis, runs: list[list[dict]], name: str, **style) -> None:
+    """The mean of the runs as a thick line, and each run as a thin one where there are several."""
     steps, values = series(runs, name)
     if len(steps) == 0:
         return
-    axis.plot(steps, values.mean(0), **style)
-    if len(values) > 1:
-        axis.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
+    axis.plot(steps, values.mean(0), **{"linewidth": 2} | style)
+    for run in values if len(values) > 1 else ():
+        axis.plot(steps, run, **style | {"linewidth": 0.5, "alpha": 0.6, "label": None})
 
 
 def draw_velocity(axis, runs: list[list[dict]]) -> None:
-    """Stacked: what pushes entropy up above the line, what pushes it down below; black is the sum."""
-    up = down = 0.0
-    for quadrant, label in QUADRANTS.items():
-        steps, values = series(runs, f"velocity/{quadrant}")
-        if len(steps) == 0:
-            return
-        mean = values.mean(0)
-        base = np.where(mean >= 0, up, down)
-        axis.fill_between(steps, base, base + mean, color=QUADRANT_COLORS[quadrant], label=label, linewidth=0)
-        up, down = up + np.maximum(mean, 0), down + np.minimum(mean, 0)
-    steps, values = series(runs, "velocity/total")
-    axis.plot(steps, values.mean(0), color="black", linewidth=1, label="total")
+    """The quadrants, stacked: what raises entropy above the line, what lowers it below. Black is the sum."""
+    steps, _ = series(runs, "velocity/total")
+    if len(steps) == 0:
+        return
+    means = {quadrant: series(runs, f"velocity/{quadrant}")[1].mean(0) for quadrant in QUADRANTS}
+    for sign in (1, -1):
+        # A quadrant keeps its place in the stack; where it has the other sign, it has no height here.
+        heights = [np.maximum(sign * mean, 0) for mean in means.values()]
+        tops = sign * np.cumsum(heights, axis=0)
+        for quadrant, height, top in zip(means, heights, tops, strict=True):
+            label = QUADRANTS[quadrant] if sign == 1 else None
+            axis.fill_between(
+                steps, top - sign * height, top, color=QUADRANT_COLORS[quadrant], label=label, linewidth=0
+            )
+    axis.plot(steps, series(runs, "velocity/total")[1].mean(0), color="black", linewidth=1, label="total")
     axis.axhline(0, color="gray", linewidth=0.5)
 
 
 def figure(groups: dict[str, list[list[dict]]]) -> plt.Figure:
-    accuracy = sorted(
-        {key for runs in groups.values() for rows in runs for row in rows for key in row if "avg_at_k" in key}
-    )
-    columns = max(3, len(groups))
-    fig = plt.figure(figsize=(4 * columns, 7), layout="constrained")
+    names = sorted({name for runs in groups.values() for rows in runs for row in rows for name in row})
+    accuracy = next((name for name in names if name.endswith("/avg_at_k")), None)
+    fig = plt.figure(figsize=(4 * max(3, len(groups)), 7.5), layout="constrained")
     top, bottom = fig.subfigures(2, 1)
-    for axis, title, ylabel in zip(
-        top.subplots(1, 3),
-        (
-            "entropy",
-            f"held-out accuracy{', ' + accuracy[0].split('/')[1] if accuracy else ''}",
-            "tokens out of the clip interval",
-        ),
-        ("nats a token", "avg@k", "share"),
-        strict=True,
-    ):
-        axis.set(title=title, ylabel=ylabel, xlabel="step")
-        for i, (label, runs) in enumerate(groups.items()):
-            color = f"C{i}"
-            if title == "entropy":
-                draw(axis, runs, "entropy/mean", color=color, label=f"{label}, {len(runs)} run{'s' * (len(runs) > 1)}")
-            elif "accuracy" in title and accuracy:
-                draw(axis, runs, accuracy[0], color=color)
-            else:
-                draw(axis, runs, "clip/low", color=color, label="low (A < 0)" if i == 0 else None)
-                draw(axis, runs, "clip/high", color=color, linestyle="--", label="high (A > 0)" if i == 0 else None)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
+    entropy, held_out, clipped = top.subplots(1, 3)
+    entropy.set(title="entropy", ylabel="nats per token")
+    held_out.set(title="held-out accuracy" + (f", {accuracy.split('/')[1]}" if accuracy else ""), ylabel="avg@k")
+    clipped.set(title="tokens outside the clip interval", ylabel="share")
+    colors = plt.colormaps["tab10" if len(groups) <= 10 else "turbo"].resampled(max(10, len(groups)))
+    for i, (label, runs) in enumerate(groups.items()):
+        color = colors(i)
+        draw(
+            entropy, runs, "entropy/mean", color=color, label=label + (f", {len(runs)} seeds" if len(runs) > 1 else "")
+        )
+        if accuracy:
+            draw(held_out, runs, accuracy, color=color)
+        draw(clipped, runs, "clip/low", color=color)
+        draw(clipped, runs, "clip/high", color=color, linestyle="--")
+    clipped.plot([], [], color="gray", label="below, A < 0")
+    clipped.plot([], [], color="gray", linestyle="--", label="above, A > 0")
+    clipped.legend(frameon=False)
+    top.legend(*entropy.get_legend_handles_labels(), loc="outside upper left", frameon=False, ncols=min(4, len(groups)))
+    for axis in (entropy, held_out, clipped):
         axis.set_ylim(bottom=0)
-    for i, (axis, (label, runs)) in enumerate(
-        zip(bottom.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups.items(), strict=True)
-    ):
+        axis.set_xlabel("step")
+    below = bottom.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axis, (label, runs) in zip(below, groups.items(), strict=True):
         draw_velocity(axis, runs)
         axis.set(title=f"entropy velocity, {label}", xlabel="step")
-        if i == 0:
-            axis.set_ylabel("nats a token")
-            axis.legend(frameon=False, ncols=2)
-    for axis in fig.axes:
+    below[0].set_ylabel("nats per token")
+    below[0].legend(frameon=False, ncols=2)
+    for axis in (entropy, held_out, clipped, *below):
         axis.spines[["top", "right"]].set_visible(False)
     return fig
 
 
 def main(config: Config) -> None:
-    groups: dict[str, list[list[dict]]] = defaultdict(list)
-    for folder in config.runs:
-        label, rows = load(folder)
-        groups[label].append(rows)
-    fig = figure(groups)
-    config.out.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "svg"):
-        path = config.out / f"curves.{suffix}"
-        fig.savefig(path, dpi=110)
-        print(path)
+    fig = figure(group_runs([load(folder) for folder in config.runs]))
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        for suffix in ("png", "svg"):
+            path = config.out / f"curves.{suffix}"
+            fig.savefig(path, dpi=110)
+            print(path)
+    except OSError as error:
+        raise UserError(f"--out {config.out}: cannot be written ({error})") from None
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except UserError as error:
-        print(f"figures.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, Config, __doc__)

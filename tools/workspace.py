@@ -1,55 +1,19 @@
 """A view of a W&B project in this project's order: entropy first, then reward and evaluation, then the rest.
 
-    python workspace.py --project my-name/ce-gppo        or: make workspace PROJECT=my-name/ce-gppo
+    python -m tools.workspace --project my-name/ce-gppo        or: make workspace PROJECT=my-name/ce-gppo
 
 W&B sorts the sections of its default workspace by name, `clip` before `entropy`, and a run cannot set their order by
-what it logs. This saves a view beside it; it needs a key, and a project that has a run.
+its metrics. This saves a view beside it. It needs a key, and a project that has a run.
 """
 
-import sys
 from dataclasses import dataclass
 
-import tyro
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from prompts import UserError
-
-# Section: charts of one or more metrics each.
-SECTIONS = {
-    "Entropy": [
-        ["entropy/mean", "entropy/p10", "entropy/p90"],
-        ["velocity/pa_hp", "velocity/pa_lp", "velocity/na_hp", "velocity/na_lp", "velocity/total"],
-        ["velocity/clipped_low", "velocity/clipped_high"],
-        ["entropy/pa_hp", "entropy/pa_lp", "entropy/na_hp", "entropy/na_lp"],
-        ["entropy/delta", "velocity/total"],
-        ["tokens/pa_hp", "tokens/pa_lp", "tokens/na_hp", "tokens/na_lp"],
-    ],
-    "Reward and evaluation": [
-        ["reward/mean", "reward/pass_at_g"],
-        ["reward/group_solved_all", "reward/group_solved_none"],
-        [r"eval/.*/avg_at_k"],
-        [r"eval/.*/pass_at_k"],
-        ["response/length_mean", "response/length_max"],
-        ["response/truncated"],
-    ],
-    "Clipping": [
-        ["clip/low", "clip/high"],
-        ["clip/prob_low", "clip/prob_high"],
-        ["weight/low", "weight/high", "weight/inside"],
-        ["optim/beta1", "optim/beta2"],
-        ["ratio/min", "ratio/max"],
-        ["kl/old"],
-    ],
-    "Optimization": [["optim/loss"], ["optim/grad_norm"], ["optim/lr"], ["optim/skipped"], ["optim/updates"]],
-    "vLLM against trainer": [["mismatch/kl"], ["mismatch/ratio_p99", "mismatch/ratio_max"]],
-    "Speed": [
-        ["time/rollout", "time/reward", "time/old_logprobs", "time/update", "time/sync", "time/eval"],
-        ["perf/rollout_tokens_per_s", "perf/update_tokens_per_s"],
-        ["perf/mfu"],
-        ["perf/peak_memory_gib"],
-    ],
-}
+from ce_gppo.config import command
+from ce_gppo.metrics import METRICS
+from ce_gppo.types import UserError
 
 
 @dataclass
@@ -58,12 +22,15 @@ class Config:
 
 
 def workspace(entity: str, project: str) -> ws.Workspace:
+    """One section for each section of the list of metrics, one chart for each of its lines."""
     sections = []
-    for name, charts in SECTIONS.items():
+    for name, metrics in METRICS.items():
         panels = []
-        for metrics in charts:
-            pattern = {"metric_regex": metrics[0]} if "*" in metrics[0] else {"y": metrics}
-            panels.append(wr.LinePlot(title=", ".join(metrics), x="step", **pattern))
+        for metric in metrics:
+            if "<k>" in metric.names:
+                continue  # by update within the step: too many for charts
+            pattern = {"metric_regex": metric.pattern().pattern} if "<source>" in metric.names else {"y": metric.each()}
+            panels.append(wr.LinePlot(title=", ".join(metric.names.split()), x="step", **pattern))
         sections.append(ws.Section(name=name, panels=panels, is_open=name in ("Entropy", "Reward and evaluation")))
     return ws.Workspace(entity=entity, project=project, name="ce-gppo", sections=sections)
 
@@ -79,8 +46,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except UserError as error:
-        print(f"workspace.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, Config, __doc__)
