@@ -42,6 +42,8 @@ def score(
 ) -> list[float]:
     """1.0 or 0.0 for each response, in their order. `answers` are the true ones; LaTeX, $ and \\boxed{} are welcome.
 
+    Of several boxes in a response the last one counts, alone: they are not joined into a list.
+
     timeout   seconds math-verify may take for one answer; then its worker is killed and the answer scores 0
     workers   processes for math-verify, at most (default: up to 4); started when first needed, kept between calls
     budget    seconds of math-verify for the whole batch; answers not reached by then score 0, and a line says how many
@@ -243,15 +245,17 @@ def judge(pairs: list[tuple[str, str]], timeout: float, num_workers: int, budget
 def sympy_equal(answer: str, truth: str) -> bool:
     r"""math-verify on two scalars. Only in a worker.
 
-    Its pitfalls, and what is done: it compares floats to 6 places and drops differences under 1e-15 (decimals are made
-    fractions, 100 digits are compared); it strips one-letter variables as units, takes any number out of what it cannot
-    parse, and compares the raw strings then (all off); it does not know the imaginary unit i, only I; it drops primes
-    and the base of 101_2.
+    Its pitfalls, and what is done: it compares floats to 6 places and drops small differences (decimals are made
+    fractions, exact.py compares); it strips one-letter variables as units, takes any number out of what it cannot
+    parse, and compares the raw strings then (all off); it does not know the imaginary unit i, and
+    reads I^2 as I; it drops primes and the base of 101_2.
     """
     from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, parse
 
-    if answer.count("'") != truth.count("'") or re.search(r"\d_", answer):
+    import exact
+
+    if answer.count("'") != truth.count("'") or re.search(r"\d_", f"{answer} {truth}"):
         return False
     normalization = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
@@ -261,12 +265,11 @@ def sympy_equal(answer: str, truth: str) -> bool:
         text = re.sub(r"\d*\.\d+", lambda m: "{{\\frac{{{}}}{{{}}}}}".format(*Fraction(m[0]).as_integer_ratio()), text)
         text = re.sub(r"(\d+)\s*\^\\circ", r"{\\frac{\1\\pi}{180}}", text)
         if not re.search(r"\\(?:sum|prod)|_\{?i", text):
-            text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", "I", text)
+            text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", r"{\\sqrt{-1}}", text)
         modes = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
         parsed.append(parse(f"${text}$", [config], parsing_timeout=None, **modes))
     gold, target = parsed
-    options = {"numeric_precision": 100, "allow_set_relation_comp": True}
-    return bool(gold and target and verify(gold, target, timeout_seconds=None, **options))
+    return bool(gold and target and exact.equal(gold[0], target[0]))
 
 
 def serve():
