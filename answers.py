@@ -6,8 +6,8 @@ scalars that are no number, and sets of reals, are left to math-verify. How answ
     number      007 is 7; 1,234 and 1,\!234 are 1234; 8.7e8; 2 1/2; 0.1\overline{6} is 1/6; 37_8 is 31. Decimals are
                 exact: 0.333 is not 1/3. What follows \approx does not count: 36\pi \approx 113.1 is 36\pi.
     unit        A known unit may be left out, but not be a different one: 60 km/h is 60, not 60 mph. A number may also
-                be followed by the one plain plural noun that it counts: 5 apples is 5, not 5 pears. Any other words make
-                it another answer: `4 million`, `4 is wrong`. 50% is 50 and also 1/2; 45^\circ is 45 and also \pi/4.
+                be followed by the one plain plural noun that it counts: 5 apples is 5, not 5 pears. With other words it
+                is another answer: `4 million`, `4 is wrong`. 50% is 50 and also 1/2; 45^\circ is 45 and also \pi/4.
     list        1,2 or `1 and 2`, in any order, like the set \{1,2\}. \pm 1 is the list 1,-1.
     tuple       (1,2) has an order; [1,2) is an interval. So have the ratio 2:3 and the cells of a matrix.
     equation    `x = 3`, `f(2) = 3` and `1 + 2 = 3` answer 3: the left side is a name, or equal. `x^2 = 4` does not
@@ -78,7 +78,13 @@ def read(text: str) -> Node:
     text = text.strip()
     while text[:1] == "{" and enclosed(text):
         text = text[1:-1].strip()
-    for reader in (read_choice, read_region, read_list, read_equation, read_brackets, read_matrix, read_ratio):
+    if match := re.fullmatch(r"\\text ?\{([^{}]*)\}", text):
+        text = match[1].strip()
+    if choice := read_choice(text):
+        return choice
+    if (levels := depths(text)) and (min(levels) < 0 or levels[-1]):
+        return Node("scalar", "")  # equals nothing
+    for reader in (read_region, read_list, read_equation, read_brackets, read_matrix, read_ratio):
         if node := reader(text):
             return node
     return read_scalar(text)
@@ -113,7 +119,7 @@ def read_choice(text: str) -> Node | None:
         return None
     letter, value = match[1] or match[3], match[2] or ""
     words = re.findall(r"(?<!\\)\b[a-zA-Z]{2,}", value.replace("\\text", ""))
-    if re.search(r"\([A-Ja-j]\)", value) or len(words) > 1:  # other choices, or a sentence
+    if re.search(r"^[A-Ja-j](?:\)|[.:] )|\([A-Ja-j]\)", value) or len(words) > 1:  # other choices, or a sentence
         return None
     return Node("choice", text, (read(value),) if value else (), letter)
 
@@ -128,23 +134,27 @@ INTERVALS = {
 VARIABLE = re.compile(r"[a-zA-Z]|\\(?:alpha|beta|theta|lambda|phi|omega)")
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 REALS = re.compile(
-    r"(?i)\\mathbb ?\{? ?R ?\}?|(?:\\text ?\{)? ?all real(?:s| numbers| values)?(?: of| for)? ?\}? ?[a-z]? ?\}?"
+    r"(?i)(?:([a-z]) ?= ?)?(?:\\mathbb ?\{? ?R ?\}?|all real(?:s| numbers| values)?(?: of| for)? ?[a-z]?)"
 )
+EXCEPT = re.compile(r"(?i)(?:\\text ?\{)? ?all real(?:s| numbers) except(?: for)? ?\}? ?(?:[a-z] ?= ?)?(.+)")
 BUILDER = re.compile(r"\\\{ ?([a-z]|\\[a-z]+) ?(?:= ?\\mathbb ?\{? ?R ?\}? ?)?[|:](.*)\\\}")
 
 
 def read_region(text: str) -> Node | None:
     r"""Conditions on one variable as a set of reals in LaTeX: 1 < x \le 2, x \ne 1, joined by `and` and `or`."""
-    if REALS.fullmatch(text):
-        return Node("region", r"(-\infty,\infty)")
+    if match := REALS.fullmatch(text):
+        return Node("region", r"(-\infty,\infty)", mark=match[1] or "")
+    if match := EXCEPT.fullmatch(text):
+        gaps = [INTERVALS[r"\ne"].format(gap) for gap in split(match[1], ",", r"\land")[::2]]
+        return join_regions([Node("region", gap) for gap in gaps], r"\cap")
     if match := BUILDER.fullmatch(text):
         region = read_region(match[2].strip())
         return region if region and region.mark == match[1] else None
     for separator, joint in ((r"\lor", r"\cup"), (r"\land", r"\cap"), (",", r"\cap")):
         if len(pieces := split(text, separator)[::2]) > 1:
             # A comma may mean `and` or `or`: only before \ne it is clear.
-            clear = separator != "," or all("\\ne" in piece for piece in pieces[1:])
-            return join_regions([read_region(piece) for piece in pieces], joint) if clear else None
+            clear = separator != "," or all(split(piece, r"\ne")[1:] for piece in pieces[1:])
+            return join_regions([read_region(piece) or unbounded(piece) for piece in pieces], joint) if clear else None
     sides = split(text, *INTERVALS)
     if len(sides) == 5:  # 1 < x < 2
         both = [read_region("".join(part)) for part in (sides[:3], sides[2:])]
@@ -152,9 +162,9 @@ def read_region(text: str) -> Node | None:
     if len(sides) != 3:
         return None
     left, relation, right = sides
-    if VARIABLE.fullmatch(right) and not VARIABLE.fullmatch(left):
+    if VARIABLE.fullmatch(right):
         left, relation, right = right, FLIPPED[relation], left
-    if not VARIABLE.fullmatch(left) or not right or left in right or split(right, ",", "=")[1:]:
+    if not VARIABLE.fullmatch(left) or not right or VARIABLE.fullmatch(right) or left in right or split(right, "=")[1:]:
         return None
     return Node("region", INTERVALS[relation].format(right), mark=left)
 
@@ -162,7 +172,12 @@ def read_region(text: str) -> Node | None:
 def join_regions(regions: list[Node | None], joint: str) -> Node | None:
     if None in regions or len({region.mark for region in regions}) > 1:
         return None
-    return Node("region", joint.join(f"({region.text})" for region in regions), mark=regions[0].mark)
+    parts = tuple(regions) if joint == r"\cup" else ()
+    return Node("region", joint.join(f"({region.text})" for region in regions), parts, regions[0].mark)
+
+
+def unbounded(text: str) -> Node | None:
+    return Node("region", text) if enclosed(text) and r"\infty" in text else None
 
 
 def read_list(text: str) -> Node | None:
@@ -172,15 +187,36 @@ def read_list(text: str) -> Node | None:
 
 
 def variants(text: str) -> list[str]:
-    if "\\pm" not in text or text.startswith("\\{"):
+    """Both readings of \\pm; a set has it read in each element."""
+    if text.startswith("\\{") or not re.search(r"\\pm(?![a-z])", text):
         return [text]
-    return [text.replace("\\pm", plus).replace("\\mp", minus) for plus, minus in ("+-", "-+")]
+    return [re.sub(r"\\pm ?(?![a-z])", a, re.sub(r"\\mp ?(?![a-z])", b, text)) for a, b in ("+-", "-+")]
+
+
+# What may stand to the left of `= 3`: x_1, f(2), P(X=3), AB, m\angle ABC, \text{Area}, [ABC], a+b, V_1:V_2, \frac{a}{b}
+FUNCTION = r"(?:\\lim_\{[^{}]*\} ?|\\(?:sin|cos|tan) ?(?=[A-Z\\]))?(?:m? ?\\(?:measured)?angle|\\triangle)? ?"
+SYMBOL = (
+    r"(?:[a-zA-Z]|[A-Z]{2,4}|\\text ?\{[^{}]*\}|\([a-z] ?\\circ ?[a-z]\)"
+    r"|\\(?:overline|vec|bar|hat|overrightarrow|mathbb|mathcal) ?\{? ?[a-zA-Z]+ ?\}?"
+    r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|gcd|max|min|deg|det|Pr))"
+)
+INDEX = r"(?:_(?:\w|\{[^{}]*\}|\\[a-z]+))? ?'*(?:\^\{-1\})? ?"
+ARGUMENTS = r"(?:\((?:[^()]|\([^()]*\))*\)|\[[A-Z]\])? ?"
+SINGLE = r"(?!([a-z]) ?\([^()]*\1)" + FUNCTION + SYMBOL + INDEX + ARGUMENTS  # x(x+1) is a product
+NEXT = FUNCTION + SYMBOL + INDEX + ARGUMENTS
+OTHERS = r"[a-zA-Z ]{4,}|\([a-z](?:, ?[a-z])+\)|\[[A-Z]{3,}\]|\|(?:[A-Z]+|z|\\vec ?\{?[a-z]\}?)\|"
+NAME = rf"{SINGLE}(?:(?:[:/+-]|\\cdot)? ?{NEXT}){{0,4}}|-?\\frac ?\{{ ?{NEXT}\}} ?\{{ ?{NEXT}\}}|{OTHERS}"
+MAX_NAME = 80  # characters
+
+
+def is_name(text: str, pattern: str = NAME) -> bool:
+    return len(text) <= MAX_NAME and bool(re.fullmatch(pattern, text))
 
 
 def read_equation(text: str) -> Node | None:
     sides = split(text, "=", r"\approx")
     for i in range(1, len(sides), 2):
-        if sides[i] == r"\approx" and sides[i - 1] and not NAME.fullmatch(sides[i - 1]):
+        if sides[i] == r"\approx" and (sides[i - 1] == "e" or sides[i - 1] and not is_name(sides[i - 1])):
             sides = sides[:i]  # an exact value, followed by its approximation
             break
     return several("equation", text, [side for side in sides[::2] if side])
@@ -227,22 +263,6 @@ def read_scalar(text: str) -> Node:
 # ----------------------------------------------------------------------------------------------------------------------
 # Comparing
 
-SYMBOL = (
-    r"(?:[a-zA-Z]|[A-Z]{2,}|\\text ?\{[^{}]*\}"
-    r"|\\(?:overline|vec|bar|hat|overrightarrow|mathbb|mathcal) ?\{? ?[a-zA-Z]+ ?\}?"
-    r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|gcd|max|min|deg|det|Pr))"
-)
-ATOM = (
-    rf"(?:m? ?\\(?:measured)?angle|\\triangle|\\(?:sin|cos|tan)(?= ?[A-Z\\]))? ?{SYMBOL}"
-    r"(?:_(?:\w|\{[^{}]*\}|\\[a-z]+))? ?'*(?:\^\{-1\})? ?(?:\((?:[^()]|\([^()]*\))*\)|\[[A-Z]\])? ?"
-)
-NAME = (
-    re.compile(  # what may stand to the left of `= 3`: x, x_1, f(2), AB, \angle ABC, \text{Area}, [ABC], a+b, V_1:V_2
-        rf"(?!([a-z]) ?\([^()]*\1){ATOM}(?:(?:[:/+-]|\\cdot)? ?{ATOM}){{0,4}}|-?\\frac ?\{{ ?{ATOM}\}} ?\{{ ?{ATOM}\}}"
-        r"|[a-zA-Z ]{4,60}|\([a-z](?:, ?[a-z])+\)|\[[A-Z]{3,}\]|\|[A-Z]{2}\|"
-    )
-)
-
 SET_VALUED = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")
 
 
@@ -257,11 +277,13 @@ def equal(a: Node, b: Node, ask) -> bool:
         return same_equation(a, b, ask)
     if kinds <= {"list", "set"}:
         return same_unordered(list(a.parts), list(b.parts), ask)
+    if kinds == {"list", "region"}:  # x < 2, x > 3 is x < 2 or x > 3
+        return same_unordered(list(a.parts), list(b.parts), ask)
     if "region" in kinds or kinds == {"tuple", "scalar"}:
         return same_region(a, b, ask)
     if kinds == {"scalar"}:
         return same_scalar(a, b, ask)
-    if kinds == {"ratio", "scalar"}:
+    if "ratio" in kinds and kinds <= {"ratio", "scalar"}:
         return same_ratio(a, b, ask)
     if kinds == {"tuple", "list"}:
         return "()" in (a.mark, b.mark) and same_ordered(a, b, ask)
@@ -300,17 +322,17 @@ def same_equation(a: Node, b: Node, ask) -> bool:
         names = [node.parts[0].text for node in (a, b)]
         if squeeze(names[0]) == squeeze(names[1]):
             return all(equal(side, b.parts[-1], ask) for side in a.parts[1:])
-        if all(VARIABLE.fullmatch(name) for name in names) and names[0] not in b.text and names[1] not in a.text:
+        if all(is_name(name, SINGLE) for name in names) and names[0] not in b.text and names[1] not in a.text:
             return False  # x = 3 and y = 3
         return ask(a.text, b.text)
     return all(equal(x, y, ask) for x in values(a) for y in values(b))
 
 
 def values(node: Node) -> tuple[Node, ...]:
-    """The sides of an equation, without the name of what they are."""
+    """The sides of an equation, without the names of what they are."""
     if node.kind != "equation":
         return (node,)
-    return node.parts[1:] if NAME.fullmatch(node.parts[0].text) else node.parts
+    return tuple(side for side in node.parts if not is_name(side.text)) or node.parts[-1:]
 
 
 def same_region(a: Node, b: Node, ask) -> bool:
@@ -324,11 +346,16 @@ def same_region(a: Node, b: Node, ask) -> bool:
 
 
 def same_ratio(a: Node, b: Node, ask) -> bool:
-    """2:3 is also 2/3."""
-    ratio, other = (a, b) if a.kind == "ratio" else (b, a)
-    return len(ratio.parts) == 2 and equal(
-        read(r"\frac{{{}}}{{{}}}".format(*(p.text for p in ratio.parts))), other, ask
+    """2:3 is also 4:6 and 2/3."""
+    if a.kind == b.kind and len(a.parts) == len(b.parts) and all(map(equal, a.parts, b.parts, [ask] * len(a.parts))):
+        return True
+    if any(len(node.parts) not in (0, 2) or any(part.mark for part in node.parts) for node in (a, b)):
+        return False
+    a, b = (
+        read(r"\frac{{{}}}{{{}}}".format(*(part.text for part in node.parts))) if node.parts else node
+        for node in (a, b)
     )
+    return equal(a, b, ask)
 
 
 WORD = re.compile(r"(?<![\\{a-zA-Z])[a-zA-Z]{4,}|\\text ?\{[^{}]*[a-zA-Z]{2}[^{}]*\}")

@@ -25,7 +25,7 @@ SPELLINGS = r"""
 ≈ \simeq                                -> \approx
 ± -> \pm
 ∓ -> \mp
-° º \degree                             -> ^\circ
+° º ˚ \degree                             -> ^\circ
 % \% percent                            -> %
 √ sqrt                                  -> \sqrt
 π pi                                    -> \pi
@@ -42,7 +42,7 @@ SPELLINGS = r"""
 ∪ -> \cup
 ∩ -> \cap
 ∈ -> \in
-∖ -> \setminus
+∖ \backslash -> \setminus
 ∅ \varnothing                           -> \emptyset
 ℝ \R \reals                             -> \mathbb{R}
 ℤ -> \mathbb{Z}
@@ -74,9 +74,9 @@ ln                                      -> \ln
 \dbinom \tbinom                         -> \binom
 \textbf \textit \textrm \textsf \texttt \textsc \textup \textnormal \emph           -> \text
 \mathrm \mathbf \mathit \mathsf \mathtt \mathnormal \mbox \hbox \operatorname       -> \text
-\( \) \[ \] $ \! \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \limits ->
+\( \) \[ \] $ \! \left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr  ->
 \displaystyle \textstyle \tiny \small \normalsize \large \Large \huge \Huge         ->
-\underline \boldsymbol \bm \boxed \fbox \ensuremath                                 ->
+\underline \boldsymbol \bm \boxed \fbox \ensuremath \limits                                 ->
 """
 SPELLING = dict.fromkeys(["\\,", "\\;", "\\:", "\\>", "~", "\\ ", "\\quad", "\\qquad"], " ")
 for line in SPELLINGS.strip().splitlines():
@@ -92,7 +92,7 @@ BASED = r"(?<![\w.^\\])(\d[\dA-Z]*)(?:\.(\d+))?_(?:(\d)|\{ ?(?:base )?(\w+) ?\})
 
 def text_or_not(match: re.Match) -> str:
     r"""\text stays around words and units; what else people put there is read as if it stood outside."""
-    words = re.fullmatch(r"[a-zA-Z .'/-]*", match[1]) and not re.fullmatch(r" ?[A-J][.:]? ?", match[1])
+    words = re.fullmatch(r"[a-zA-Z .'/-]*", match[1]) and not re.fullmatch(r" ?[A-J][.:] ?", match[1])
     return match[0] if words and match[1].strip() or re.fullmatch("[a-zA-Z]", match[1]) else match[1]
 
 
@@ -116,12 +116,16 @@ def latex(value: Fraction) -> str:
 
 
 BEFORE_TOKENS = [  # in this order
+    (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
+    (r"[₀-₉₊₋ₙ]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}"),
+    (r"[^\x00-\x7f]", lambda m: to_ascii(m[0])),
     (r"\s+", " "),
     (r"\\(?:left|right)\.|\\(?:textcolor|color|colorbox|tag|label|phantom|hspace) ?\{[^{}]*\}", ""),
     (r"\{ ?\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])", r"\\text{"),
     (r"(?<=\d)(?:, ?\\! ?|\{,\} ?)(?=\d{3}(?!\d))", ""),
     (r"^ ?\*\*(.*)\*\* ?$", r"\1"),
     (r"\*\*", "^"),
+    (r"per cent\b", "percent"),
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
     (r"!=", r"\\ne "),
@@ -142,10 +146,11 @@ AFTER_TOKENS = [
     (r"(?<=[_^])(\d\d+|[+-]\d+)", r"{\1}"),
     (r"\((\d+)\)_", r"\1_"),
     (BASED, based),
-    (r"(\d*)\.(\d*)\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?", r"\1.\2\\overline{\3\4\5}"),
-    (r"(\d*)\.(\d*)\\(?:overline|bar) ?(?:\{ ?(\d+) ?\}|(\d))", repeating),
+    (r"(?<!\d)(\d*)\.(\d*)\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?", r"\1.\2\\overline{\3\4\5}"),
+    (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar) ?(?:\{ ?(\d+) ?\}|(\d))", repeating),
     (r"(?<!\d)(\d*)\.()\((\d+)\)()", repeating),
     (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac ?\{ ?\\text\{([^{}]*)\} ?\} ?\{ ?\\text\{([^{}]*)\} ?\}", r"\\text{\1/\2}"),
     (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
     (r"\\log_(?:e|\{e\})", r"\\ln "),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
@@ -174,7 +179,6 @@ def normalize(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def rewrite(text: str) -> str:
-    text = "".join(map(to_ascii, text))
     for pattern, replacement in BEFORE_TOKENS:
         text = pattern.sub(replacement, text)
     text = "".join(brace_arguments([spell(token) for token in TOKEN.findall(text)]))
@@ -184,9 +188,7 @@ def rewrite(text: str) -> str:
 
 
 def to_ascii(char: str) -> str:
-    """Superscripts, fractions, full-width forms, and what a keyboard writes instead of a command."""
-    if char.isascii():
-        return char
+    """Fractions, full-width forms, and what a keyboard writes instead of a command."""
     if char in SPELLING:
         return spell(char)
     if unicodedata.category(char) == "Cf":  # zero-width spaces and the like
@@ -195,8 +197,6 @@ def to_ascii(char: str) -> str:
     plain = unicodedata.normalize("NFKC", char)
     if how == "<fraction>" and plain[-1] != "⁄":
         return r"\frac{{{}}}{{{}}}".format(*plain.split("⁄"))
-    if how in ("<super>", "<sub>"):
-        return ("^" if how == "<super>" else "_") + "{" + plain.replace("−", "-") + "}"
     return spell(plain)
 
 

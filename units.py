@@ -1,8 +1,8 @@
 r"""What follows a number: 60 \text{ km/h} has a unit, `4 \text{ is wrong}` has none.
 
 A unit is made of the words below (km/h, cm^2, square feet, dollars per hour), or it is the one plain plural noun that
-the number counts: 5 apples, 12 people. Nothing else is a unit: no number word (million, dozens, thirds), no verb, no two
-words. Outside \text a single letter is a variable, and 5m a product.
+the number counts: 5 apples, 12 people. Nothing else is a unit: no number word (million, dozens, thirds), no verb, no
+other words. Outside \text a single letter is a variable, and 5m a product.
 """
 
 import re
