@@ -29,6 +29,8 @@ def score(
 ) -> list[float]:
     """1.0 or 0.0 for each response, in their order. `answers` are the true ones; LaTeX, $ and \\boxed{} are welcome.
 
+    Of several boxes in a response only the last one counts; they are not joined into a list.
+
     timeout   seconds math-verify may take for one answer; then its worker is killed and the answer scores 0
     workers   processes for math-verify, at most (default: up to 4); started when first needed, kept between calls
     budget    seconds of math-verify for the whole batch; answers not reached by then score 0, and a line says how many

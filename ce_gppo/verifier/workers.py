@@ -123,15 +123,17 @@ def judge(pairs: list[tuple[str, str]], timeout: float, num_workers: int, budget
 def sympy_equal(answer: str, truth: str) -> bool:
     r"""math-verify on two scalars. Only in a worker.
 
-    Its pitfalls, and what is done: it compares floats to 6 places and drops differences under 1e-15 (decimals are made
-    fractions, 100 digits are compared); it strips one-letter variables as units, takes any number out of what it cannot
-    parse, and compares the raw strings then (all off); it does not know the imaginary unit i, only I; it drops primes
-    and the base of 101_2.
+    Its pitfalls, and the remedies: it compares floats to 6 places and drops small differences (decimals become fractions,
+    and exact.py compares); it strips one-letter variables as units, takes any number out of text that it cannot parse,
+    and then compares the raw strings (all off); it has no imaginary unit i, and reads I^2 as I (i becomes the root of
+    -1); it drops primes and the base of 101_2 (such answers are not equal).
     """
     from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, parse
 
-    if answer.count("'") != truth.count("'") or re.search(r"\d_", answer):
+    from ce_gppo.verifier import exact  # here, as it imports sympy
+
+    if answer.count("'") != truth.count("'") or re.search(r"\d_", f"{answer} {truth}"):
         return False
     normalization = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
@@ -141,12 +143,11 @@ def sympy_equal(answer: str, truth: str) -> bool:
         text = re.sub(r"\d*\.\d+", lambda m: "{{\\frac{{{}}}{{{}}}}}".format(*Fraction(m[0]).as_integer_ratio()), text)
         text = re.sub(r"(\d+)\s*\^\\circ", r"{\\frac{\1\\pi}{180}}", text)
         if not re.search(r"\\(?:sum|prod)|_\{?i", text):
-            text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", "I", text)
+            text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", r"{\\sqrt{-1}}", text)
         modes = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
         parsed.append(parse(f"${text}$", [config], parsing_timeout=None, **modes))
     gold, target = parsed
-    options = {"numeric_precision": 100, "allow_set_relation_comp": True}
-    return bool(gold and target and verify(gold, target, timeout_seconds=None, **options))
+    return bool(gold and target and exact.equal(gold[0], target[0]))
 
 
 def serve():

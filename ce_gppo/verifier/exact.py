@@ -1,0 +1,87 @@
+"""Whether two sympy objects are equal, exactly. Only in a worker: sympy may take any time and memory.
+
+math-verify drops differences below its precision: to it 3/2^2023 is 5/2^2023, and e^-1000 is e^-2000. Here rationals
+are compared as rationals, and other numbers to as many digits as their largest and smallest parts lie apart, and more.
+"""
+
+from math_verify import grader
+from sympy import (
+    Add,
+    Basic,
+    Expr,
+    MatrixBase,
+    Rational,
+    S,
+    Set,
+    expand,
+    log,
+    nan,
+    oo,
+    preorder_traversal,
+    simplify,
+    zoo,
+)
+
+MAX_DIGITS = 40_000  # more are not computed: such numbers differ
+
+
+def equal(truth: Basic | MatrixBase, answer: Basic | MatrixBase) -> bool:
+    if all(isinstance(value, Expr | MatrixBase) for value in (truth, answer)):
+        return equal_values(truth, answer)
+    truth, answer = (value.doit() if isinstance(value, Set) else value for value in (truth, answer))
+    options = {"timeout_seconds": None, "allow_set_relation_comp": True}
+    return grader.verify([truth], [answer], **options)
+
+
+def equal_values(a: Expr | MatrixBase, b: Expr | MatrixBase) -> bool:
+    a, b = a.doit(), b.doit()
+    if isinstance(a, MatrixBase) and isinstance(b, MatrixBase):
+        return a.shape == b.shape and all(map(equal_values, a.flat(), b.flat()))
+    if a.has(nan, zoo) or b.has(nan, zoo):
+        return False
+    if a == b:
+        return True
+    if a.has(oo, -oo) or b.has(oo, -oo):
+        return False
+    if a.is_number and b.is_number:
+        return equal_numbers(a, b)
+    return equal_coefficients(a, b) or simplify(a - b).is_zero is True
+
+
+# What math-verify compares inside sets, intervals and equations.
+grader.sympy_numeric_eq = lambda a, b, *_: equal_values(a, b)
+grader.sympy_symbolic_eq = lambda a, b: False
+
+
+def equal_numbers(a: Expr, b: Expr) -> bool:
+    if a.is_Rational and b.is_Rational:
+        return a == b
+    terms = [*Add.make_args(a), *Add.make_args(-b)]
+    for digits in (50, 100 + spread(terms)):  # most differ in the first 50
+        if digits > MAX_DIGITS:
+            return False
+        values = [term.evalf(digits, maxn=2 * digits) for term in terms]
+        if abs(sum(values)) > max(map(abs, values)) * S(10) ** (10 - digits):
+            return False
+    return True
+
+
+def spread(terms: list[Expr]) -> int:
+    """Digits that suffice to see the smallest part of a sum, a power or a fraction beside the largest."""
+    digits = 0
+    for part in (part for term in terms for part in preorder_traversal(term)):
+        if isinstance(part, Rational):
+            digits += len(bin(part.p)) + len(bin(part.q))  # of base 2, which is three times too many
+        elif isinstance(part, Expr) and part.is_number and (size := abs(part.evalf(15))):
+            digits += abs(int(log(size, 10).evalf(15)))
+    return digits
+
+
+def equal_coefficients(a: Expr, b: Expr) -> bool:
+    """Whether what a and b multiply each product of variables with is equal."""
+    difference = expand(a - b)
+    sums: dict[Expr, Expr] = {}
+    for term in Add.make_args(difference):
+        coefficient, variables = term.as_independent(*difference.free_symbols, as_Add=False)
+        sums[variables] = sums.get(variables, S.Zero) + coefficient
+    return all(total.is_number and equal_numbers(total, S.Zero) for total in sums.values())

@@ -1,0 +1,219 @@
+r"""One spelling for what people and models write in many ways: the first stage of reading an answer.
+
+\dfrac12, ½, 0.5 written 1/2, x**2 and x², 1,\!234, 8.7e8, 37_8, 0.\dot3, \textbf{(C)}: Unicode first, then token for
+token (SPELLING), then what takes more than one token (AFTER_TOKENS). To teach it a new spelling, add a pair to a table.
+"""
+
+import re
+import unicodedata
+from fractions import Fraction
+from functools import lru_cache
+
+LONGEST = 1_000  # characters that are read
+
+TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+|[a-zA-Z]+|.", re.DOTALL)
+
+SPELLINGS = r"""
+− – — ‐ ‑                               -> -
+× · ⋅ ∙ • * \times                      -> \cdot
+÷ ∕ ⁄ \div                              -> /
+≤ ⩽ \leq \leqslant                      -> \le
+≥ ⩾ \geq \geqslant                      -> \ge
+≠ \neq                                  -> \ne
+\lt                                     -> <
+\gt                                     -> >
+≈ \simeq                                -> \approx
+± -> \pm
+∓ -> \mp
+° º ˚ \degree                             -> ^\circ
+% \% percent                            -> %
+√ sqrt                                  -> \sqrt
+π pi                                    -> \pi
+θ theta                                 -> \theta
+α -> \alpha
+β -> \beta
+γ -> \gamma
+λ -> \lambda
+μ -> \mu
+φ -> \phi
+ω -> \omega
+Δ -> \Delta
+∞ \infinity infinity                    -> \infty
+∪ -> \cup
+∩ -> \cap
+∈ -> \in
+∖ \backslash -> \setminus
+∅ \varnothing                           -> \emptyset
+ℝ \R \reals                             -> \mathbb{R}
+ℤ -> \mathbb{Z}
+ℚ -> \mathbb{Q}
+ℕ -> \mathbb{N}
+ℂ -> \mathbb{C}
+∠ -> \angle
+△ -> \triangle
+∶ \colon                                -> :
+∣ \mid \vert                            -> |
+’ ′                                     -> '
+; 、                                    -> ,
+。                                      -> .
+⟨ \langle                               -> (
+⟩ \rangle                               -> )
+\lbrace                                 -> \{
+\rbrace                                 -> \}
+∨ \vee or                               -> \lor
+∧ \wedge and                            -> \land
+sin                                     -> \sin
+cos                                     -> \cos
+tan \tg                                 -> \tan
+arcsin asin                             -> \arcsin
+arccos acos                             -> \arccos
+arctan atan                             -> \arctan
+log                                     -> \log
+ln                                      -> \ln
+\dfrac \tfrac \cfrac                    -> \frac
+\dbinom \tbinom                         -> \binom
+\textbf \textit \textrm \textsf \texttt \textsc \textup \textnormal \emph           -> \text
+\mathrm \mathbf \mathit \mathsf \mathtt \mathnormal \mbox \hbox \operatorname       -> \text
+\( \) \[ \] $ \! \left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr  ->
+\displaystyle \textstyle \tiny \small \normalsize \large \Large \huge \Huge         ->
+\underline \boldsymbol \bm \boxed \fbox \ensuremath \limits                                 ->
+"""
+SPELLING = dict.fromkeys(["\\,", "\\;", "\\:", "\\>", "~", "\\ ", "\\quad", "\\qquad"], " ")
+for line in SPELLINGS.strip().splitlines():
+    tokens, spelling = line.split("->")
+    SPELLING |= dict.fromkeys(tokens.split(), spelling.strip())
+
+NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+NUMERALS = {word: value for value, word in enumerate(NUMERALS.split())}
+CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
+INNER = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces, with two levels of braces in it
+BASED = r"(?<![\w.^\\])(\d[\dA-Z]*)(?:\.(\d+))?_(?:(\d)|\{ ?(?:base )?(\w+) ?\})"
+
+
+def text_or_not(match: re.Match) -> str:
+    r"""\text stays around words and units; what else people put there is read as if it stood outside."""
+    words = re.fullmatch(r"[a-zA-Z .'/-]*", match[1]) and not re.fullmatch(r" ?[A-J][.:] ?", match[1])
+    return match[0] if words and match[1].strip() or re.fullmatch("[a-zA-Z]", match[1]) else match[1]
+
+
+def based(match: re.Match) -> str:
+    """The value of a numeral in a base from 2 to 36, as it stands where it is none."""
+    whole, part, base = match[1], match[2] or "", match[3] or match[4]
+    base = int(base) if re.fullmatch("[0-9]{1,2}", base) else NUMERALS.get(base.lower(), 0)
+    try:
+        return latex(Fraction(int(whole + part, base), base ** len(part))) if base > 1 else match[0]
+    except ValueError:  # 5_2, 3_{40}
+        return match[0]
+
+
+def repeating(match: re.Match) -> str:
+    whole, once, again = match[1], match[2], match[3] or match[4]
+    return latex(Fraction(f"0{whole}.{once}0") + Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once)))
+
+
+def latex(value: Fraction) -> str:
+    return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+BEFORE_TOKENS = [  # in this order
+    (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
+    (r"[₀-₉₊₋ₙ]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}"),
+    (r"[^\x00-\x7f]", lambda m: to_ascii(m[0])),
+    (r"\s+", " "),
+    (r"\\(?:left|right)\.|\\(?:textcolor|color|colorbox|tag|label|phantom|hspace) ?\{[^{}]*\}", ""),
+    (r"\{ ?\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])", r"\\text{"),
+    (r"(?<=\d)(?:, ?\\! ?|\{,\} ?)(?=\d{3}(?!\d))", ""),
+    (r"^ ?\*\*(.*)\*\* ?$", r"\1"),
+    (r"\*\*", "^"),
+    (r"per cent\b", "percent"),
+    (r"<=", r"\\le "),
+    (r">=", r"\\ge "),
+    (r"!=", r"\\ne "),
+    (r"(?<![\w.])exp ?\(", "e^("),
+    (r"(?<=\d)[eE]([+-]?\d+)(?!\w)", r"\\cdot 10^{\1}"),
+    (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
+]
+AFTER_TOKENS = [
+    (r" +", " "),
+    (r"(?<!\\)((?:\\\\)*)\\? *$", r"\1"),  # the space of a last `\ ` has been stripped
+    (r"(?:\\\\| )+$|^ ", ""),
+    (rf"\\text ?\{{({INNER})\}}", text_or_not),
+    (r" ?([_^]) ?", r"\1"),
+    (r"\\mu ?\\text\{ ?", r"\\text{u"),
+    (r"_\\text\{", "_{"),
+    (r"_\{\\text\{([^{}]*)\}\}", r"_{\1}"),
+    (r"(?<=\w) ?(?:\\text\{ ?(?:in )?base ?\}|base) ?(\d+)", r"_{\1}"),
+    (r"(?<=[_^])(\d\d+|[+-]\d+)", r"{\1}"),
+    (r"\((\d+)\)_", r"\1_"),
+    (BASED, based),
+    (r"(?<!\d)(\d*)\.(\d*)\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?", r"\1.\2\\overline{\3\4\5}"),
+    (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar) ?(?:\{ ?(\d+) ?\}|(\d))", repeating),
+    (r"(?<!\d)(\d*)\.()\((\d+)\)()", repeating),
+    (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac ?\{ ?\\text\{([^{}]*)\} ?\} ?\{ ?\\text\{([^{}]*)\} ?\}", r"\\text{\1/\2}"),
+    (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
+    (r"\\log_(?:e|\{e\})", r"\\ln "),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\\\{ ?\\\}", r"\\emptyset "),
+    (r"\^\{ ?\\circ ?\}", r"^\\circ "),
+    (r"\\in(?![a-zA-Z])", "="),
+    (r", ?(?=\\l(?:or|and)\b)", ""),
+    # 1,234 or 1 234, where nothing else in the string makes it a list or a tuple
+    (
+        r"^([^\d,()\[\]{}]*[1-9]\d{0,2})((?:[, ]\d{3})+)(?![\d,])(?=[^,()\[\]]*$)",
+        lambda m: m[1] + re.sub("[, ]", "", m[2]),
+    ),
+    (r"(?<![\d/])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),
+    (r"(?<=\d)(?<![_^]\d) +(?=\d)", ","),  # `4 5` is two numbers; math-verify would add them up
+    (r"(?<!\.)\. ?$", ""),
+    (r"(\\\$|[€£¥₹]) ?(-?(?:\d+\.?\d*|\.\d+))(?! ?(?:\\frac|[/^\d]))", lambda m: rf"{m[2]}\text{{{CURRENCIES[m[1]]}}}"),
+    (r"\\\$|[€£¥₹]", ""),
+]
+BEFORE_TOKENS = [(re.compile(pattern), replacement) for pattern, replacement in BEFORE_TOKENS]
+AFTER_TOKENS = [(re.compile(pattern), replacement) for pattern, replacement in AFTER_TOKENS]
+
+
+def normalize(text: str) -> str:
+    return rewrite(text) if len(text) <= LONGEST else text.strip()
+
+
+@lru_cache(maxsize=4096)
+def rewrite(text: str) -> str:
+    for pattern, replacement in BEFORE_TOKENS:
+        text = pattern.sub(replacement, text)
+    text = "".join(brace_arguments([spell(token) for token in TOKEN.findall(text)]))
+    for pattern, replacement in AFTER_TOKENS:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def to_ascii(char: str) -> str:
+    """Fractions, full-width forms, and what a keyboard writes instead of a command."""
+    if char in SPELLING:
+        return spell(char)
+    if unicodedata.category(char) == "Cf":  # zero-width spaces and the like
+        return ""
+    how, _, codes = unicodedata.decomposition(char).partition(" ")
+    plain = unicodedata.normalize("NFKC", char)
+    if how == "<fraction>" and plain[-1] != "⁄":
+        return r"\frac{{{}}}{{{}}}".format(*plain.split("⁄"))
+    return spell(plain)
+
+
+def spell(token: str) -> str:
+    spelling = SPELLING.get(token, token)
+    return spelling + " " if spelling != token and "\\" in spelling else spelling
+
+
+def brace_arguments(tokens: list[str]) -> list[str]:
+    r"""sqrt(2) and x^(1/2) as \sqrt{2} and x^{1/2}."""
+    written, closing = [], []
+    for token in tokens:
+        if token == "(":
+            before = "".join(written[-2:]).rstrip()
+            closing.append("}" if before.endswith(("\\sqrt", "^", "_")) else ")")
+            token = "{" if closing[-1] == "}" else "("
+        elif token == ")" and closing:
+            token = closing.pop()
+        written.append(token)
+    return written
