@@ -10,39 +10,42 @@ CHECK_PYTHON = test -n "$(PYTHON)" || \
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
 
-.PHONY: help setup data train eval figures workspace bench reproduce test torture lint clean
+.PHONY: help setup data train eval figures workspace bench reproduce test test-fast torture lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
 
 train: setup $(if $(RECIPE),,data)  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), or RECIPE=<name>; GPUS=8
 	@.venv/bin/$(if $(GPUS),torchrun --standalone --nproc_per_node $(GPUS),python) train.py $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)
 
 eval: setup $(if $(and $(MODEL),$(BENCH)),,data)  ## evaluate: MODEL=out/<run>/checkpoint-000040 BENCH=aime24,aime25 K=32
-	@.venv/bin/python evaluate.py $(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(if $(K),--k $(K)) $(ARGS)
+	@.venv/bin/python -m tools.evaluate $(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(if $(K),--k $(K)) $(ARGS)
 
 figures: setup  ## draw curves of runs: RUNS="out/a out/b"
-	@.venv/bin/python figures.py $(RUNS) $(ARGS)
+	@.venv/bin/python -m tools.figures $(RUNS) $(ARGS)
 
 workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
-	@.venv/bin/python workspace.py --project $(PROJECT)
+	@.venv/bin/python -m tools.workspace --project $(PROJECT)
 
 bench: setup data  ## measure updates, rollouts, rewards and the entropy accounting: ten minutes on two cores
-	@.venv/bin/python bench/update.py
-	@.venv/bin/python bench/update.py --equal
-	@.venv/bin/python bench/update.py --equal --shared-prompt
-	@.venv/bin/python bench/rollout.py
-	@.venv/bin/python bench/reward.py
-	@.venv/bin/python bench/attribution.py --repeats 7
+	@.venv/bin/python -m bench.update
+	@.venv/bin/python -m bench.update --equal
+	@.venv/bin/python -m bench.update --equal --shared-prompt
+	@.venv/bin/python -m bench.rollout
+	@.venv/bin/python -m bench.reward
+	@.venv/bin/python -m bench.attribution --repeats 7
 
 reproduce: RESULTS = results/$(if $(QUICK),quick,reproduction).jsonl
 reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: three hours on two cores; QUICK=1: a few minutes; RESULTS=<file>
-	@.venv/bin/python results/sweep.py --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
-	@.venv/bin/python results/claims.py $(RESULTS)
+	@.venv/bin/python -m results.sweep --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
+	@.venv/bin/python -m results.claims $(RESULTS)
 
 test: setup data  ## run the tests
 	@.venv/bin/python -m pytest $(ARGS)
+
+test-fast: setup  ## run the tests that need neither vLLM nor the base policy: a minute and a half
+	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
 
 torture: setup data  ## twelve steps killed twenty times are twelve steps: takes five minutes
 	@KILLS=20 .venv/bin/python -m pytest tests/test_faults.py -k torture -s $(ARGS)
@@ -53,10 +56,10 @@ lint: setup  ## check style
 data: setup $(DEFAULT_DATA) $(DEFAULT_BASE)  ## make the default data set and its base policy
 
 data/arithmetic/train.jsonl data/arithmetic/eval.jsonl &: data/arithmetic/prepare.py | setup
-	@.venv/bin/python data/arithmetic/prepare.py
+	@.venv/bin/python -m data.arithmetic.prepare
 
 $(DEFAULT_BASE): data/arithmetic/base.py data/arithmetic/prepare.py | setup
-	@.venv/bin/python data/arithmetic/base.py
+	@.venv/bin/python -m data.arithmetic.base
 
 setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 

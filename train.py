@@ -26,7 +26,7 @@ from ce_gppo.config import command, parse
 from ce_gppo.entropy import betas_of_step, steer
 from ce_gppo.evaluation import evaluate_policy
 from ce_gppo.forward import Batch, Policy, accumulate_gradients, compute_old_logprobs, own_share
-from ce_gppo.metrics import step_metrics
+from ce_gppo.metrics import check_mismatch, step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.problems import check_files, load_sets, problems_of_step, seed_of_step
@@ -107,7 +107,6 @@ class Config:
 
 
 ADAM_BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.1
-MAX_MISMATCH = 0.05  # nats; beyond this mean gap between the logprobs of vLLM and trainer the run ends
 MAX_SKIPPED_UPDATES = 5  # in a row, before the run ends
 MAX_NO_SIGNAL = 20  # rollouts in a row in which every group has equal rewards, before the run ends
 
@@ -300,11 +299,7 @@ def report(
     metrics = step_metrics(groups, updates, state.entropy) | {"optim/lr": lr}
     if objective.beta1 is not None:
         metrics |= {"optim/beta1": objective.beta1, "optim/beta2": objective.beta2}
-    if not metrics["mismatch/mean"] <= MAX_MISMATCH:
-        raise RunEnded(
-            f"the logprobs of vLLM and trainer differ by {metrics['mismatch/mean']:.3g} nats on average, more than "
-            f"{MAX_MISMATCH}: they do not have the same weights, or not in the same precision"
-        )
+    check_mismatch(metrics)
     state.step, state.entropy = state.step + 1, metrics["entropy/mean"]
     state.no_signal = 0 if mini_batches else state.no_signal + 1
     if config.entropy_target:

@@ -70,7 +70,7 @@ def set_accounting(everything: bool, originals=(entropy._fold, forward.token_sum
 def step(policy, optimizer, groups, config: train.Config, folder: Path, meter: Meter, everything: bool) -> None:
     """The trainer's work in a step."""
     groups, mini_batches = train.select(groups, config)  # new responses, which have no old logprobs yet
-    state = State()
+    state = State(wandb_id="")
     objective = train.objective_of_step(config, 1, state.control)
     updates = train.learn(policy, optimizer, groups, mini_batches, objective, 0.0, state, config, folder, meter)
     if everything:

@@ -12,7 +12,9 @@ import torch
 
 from ce_gppo import dist
 from ce_gppo.entropy import QUADRANTS, add_sums, sums_to_metrics
-from ce_gppo.types import Response, Update
+from ce_gppo.types import Response, RunEnded, Update
+
+MAX_MISMATCH = 0.05  # nats
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The list
@@ -231,6 +233,15 @@ def rollout_metrics(
     if previous_entropy is not None:
         metrics["entropy/delta"] = metrics["entropy/mean"] - previous_entropy
     return metrics
+
+
+def check_mismatch(metrics: dict[str, float]) -> None:
+    """RunEnded where vLLM and trainer, which have the same weights, give the sampled tokens other logprobs."""
+    if not metrics["mismatch/mean"] <= MAX_MISMATCH:
+        raise RunEnded(
+            f"the logprobs of vLLM and trainer differ by {metrics['mismatch/mean']:.3g} nats on average, more than "
+            f"{MAX_MISMATCH}: they do not have the same weights, or not in the same precision"
+        )
 
 
 def own_values(groups: list[list[Response]]) -> dict[str, torch.Tensor]:

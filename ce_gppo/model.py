@@ -38,7 +38,7 @@ def load_model(
     check_model(path)
     device = "cpu" if shard and dist.world_size() > 1 else device
     disable_progress_bar()
-    AttentionInterface.register("packed", packed_attention)
+    register_attention()
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="packed", use_safetensors=True, trust_remote_code=False
     ).to(device)
@@ -54,6 +54,11 @@ def load_model(
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
     return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def register_attention() -> None:
+    """Make attn_implementation "packed" known to transformers."""
+    AttentionInterface.register("packed", packed_attention)
 
 
 def check_model(path: str) -> PretrainedConfig:

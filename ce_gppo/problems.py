@@ -15,7 +15,7 @@ def check_file(path: str) -> None:
         script = Path(path).parent / "prepare.py"
         how = "a JSONL file of problems is needed (data/*/prepare.py make them)"
         if script.is_file():
-            how = f"make it with .venv/bin/python {script} (--help lists what it makes)"
+            how = f"make it with .venv/bin/python -m data.{script.parent.name}.prepare (--help lists what it makes)"
         raise UserError(f"{path}: no such file; {how}")
 
 

@@ -1,13 +1,13 @@
-r"""From mathematics as others publish it to the project's rows: what data/math and data/benchmarks have in common.
+r"""From published mathematics to the project's rows: the common part of data/math and data/benchmarks.
 
 A row may have any of these schemas, from the hub or from a local .parquet, .json or .jsonl file:
 
     problem   a list of messages {"role", "content"} under "prompt" (verl's schema), or a string under "problem",
               "question" or "prompt"
     answer    {"ground_truth": ...} under "reward_model" (verl's schema), or else "final_answer", "answer", or the last
-              \boxed{} of "solution"; of an answer with "####" (GSM8K) what follows the last one
+              \boxed{} of "solution"; if the answer has "####" (GSM8K), the text after the last one
 
-Nothing that is downloaded is run or unpickled: `datasets` reads parquet and JSON, and has no loading scripts any more.
+Downloaded files are neither run nor unpickled: `datasets` reads parquet and JSON, and no longer has loading scripts.
 """
 
 import argparse
@@ -19,9 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from prompts import UserError
+from ce_gppo.types import UserError
 from reward import extract_answer
 
 
@@ -30,13 +28,13 @@ class Source:
     """A data set on the hub."""
 
     hub: str  # owner/name
-    revision: str  # commit; who else pins it is in the readme
+    revision: str  # commit
     split: str
-    rows: int | None  # of that commit, repeated ones included; None: not known exactly
+    rows: int | None  # at that commit, repeated ones included; None: not known exactly
     configs: tuple[str | None, ...] = (None,)  # read one after another
 
 
-# What DAPO-Math-17k wraps around each problem. Its "Answer:" would compete with the box that the verifier reads.
+# The text around each problem of DAPO-Math-17k. It asks for "Answer:", but the verifier reads the last box.
 WRAPPER = re.compile(
     r"Solve the following math problem step by step\. The last line of your response should be of the form Answer: "
     r"\$Answer \(without quotes\) where \$Answer is the answer to the problem\.\s*(.*?)\s*"
@@ -46,7 +44,7 @@ WRAPPER = re.compile(
 
 
 def arguments(description: str, known: dict[str, Source], default: list[str], out: Path) -> argparse.ArgumentParser:
-    """The command line that both scripts have."""
+    """The command line of both scripts."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = f"known: {', '.join(known)} (default: {' '.join(default)})"
     parser.add_argument("names", nargs="*", default=default, metavar="NAME", help=names)
@@ -57,7 +55,7 @@ def arguments(description: str, known: dict[str, Source], default: list[str], ou
 
 
 def prepare(name: str, known: dict[str, Source], args: argparse.Namespace) -> list[dict]:
-    """The rows of a known data set, or of a local file; says on the way what was read, and what was left out."""
+    """The rows of a known data set, or of a local file. Prints what was read, and how much was left out."""
     if (args.file or args.revision) and len(args.names) != 1:
         raise UserError("--file and --revision are about one data set; give exactly one name")
     if args.file:
@@ -65,7 +63,7 @@ def prepare(name: str, known: dict[str, Source], args: argparse.Namespace) -> li
     elif name in known:
         where, raw = known[name].hub, read_hub(known[name], args.revision or known[name].revision)
     else:
-        raise UserError(f"data set '{name}' is unknown; known: {', '.join(known)}; with --file any name is free")
+        raise UserError(f"data set '{name}' is unknown; known: {', '.join(known)}; with --file any name will do")
     rows, repeated, unanswered = convert(raw, where, name)
     print(f"{name}: {len(rows)} problems, {repeated} repeated rows and {unanswered} without an answer left out")
     read = len(rows) + repeated + unanswered
@@ -75,7 +73,7 @@ def prepare(name: str, known: dict[str, Source], args: argparse.Namespace) -> li
 
 
 def convert(raw: Iterable[dict], where: str, name: str) -> tuple[list[dict], int, int]:
-    """(rows, how many repeated a problem, how many had no answer). Of rows with the same problem the first is kept."""
+    """(rows, number of repeated problems, number of rows without an answer). The first of equal problems is kept."""
     rows: dict[str, dict] = {}
     repeated = unanswered = 0
     for number, row in enumerate(raw, start=1):
@@ -116,14 +114,14 @@ def messages_of(row: dict, where: str) -> list[dict[str, str]]:
 
 
 def answer_of(row: dict) -> str | None:
-    """The true answer as a string, None where there is none."""
+    """The true answer as a string; None if the row has none."""
     reward_model = row.get("reward_model")
     given = [reward_model.get("ground_truth") if isinstance(reward_model, dict) else None]
     given += [row.get("final_answer"), row.get("answer")]
     answer = next((a for a in given if a is not None and a != []), None)
     if answer is None:
         return extract_answer(row["solution"]) if isinstance(row.get("solution"), str) else None
-    parts = answer if isinstance(answer, list) else [answer]  # OlympiadBench lists what a problem with several asks for
+    parts = answer if isinstance(answer, list) else [answer]  # OlympiadBench: the answers to the parts of a problem
     return ", ".join(str(part).rpartition("####")[2].strip() for part in parts) or None
 
 
@@ -132,7 +130,7 @@ def answer_of(row: dict) -> str | None:
 
 
 def read_file(path: str) -> Iterator[dict]:
-    """Rows of a local .parquet, .jsonl or .json file; the last may be a list, or an object a line as verl writes it."""
+    """Rows of a local .parquet, .jsonl or .json file. A .json file is one list, or one object per line (verl)."""
     suffix = Path(path).suffix
     if suffix not in (".parquet", ".json", ".jsonl"):
         raise UserError(f"{path}: its name must end in .parquet, .json or .jsonl")
@@ -154,27 +152,28 @@ def read_file(path: str) -> Iterator[dict]:
             rows = json.loads(line) if line.strip() else []
         except ValueError as error:
             raise UserError(
-                f"{path}, line {number}: not JSON ({error}); an object a line, or one list, is needed"
+                f"{path}, line {number}: not JSON ({error}); one object per line, or one list, is needed"
             ) from None
         yield from rows if isinstance(rows, list) else [rows]
 
 
 def read_hub(source: Source, revision: str) -> Iterator[dict]:
+    """Rows of a data set at this commit, branch or tag. UserError if the hub does not give it."""
     import datasets
     import huggingface_hub
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # five retries, each with its warning
+    huggingface_hub.utils.logging.set_verbosity_error()  # or each of five retries gives a warning
     try:
-        if not re.fullmatch("[0-9a-f]{40}", revision):  # a branch: which commit is it today?
+        if not re.fullmatch("[0-9a-f]{40}", revision):  # a branch or tag: find its commit
             revision = huggingface_hub.HfApi().dataset_info(source.hub, revision=revision).sha
         print(f"{source.hub}: commit {revision}, split {source.split}", flush=True)
         parts = [
             datasets.load_dataset(source.hub, config, split=source.split, revision=revision)
             for config in source.configs
         ]
-    except Exception as error:  # from five libraries, which raise what they like
+    except Exception as error:  # five libraries have their own errors
         raise UserError(
-            f"{source.hub} at {revision} cannot be had from the hub ({type(error).__name__}: "
+            f"{source.hub} at {revision} cannot be read from the hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); give a local copy with --file, a mirror with HF_ENDPOINT=<address>, or "
             "HF_HUB_OFFLINE=1 if an earlier download is in the cache"
         ) from None
@@ -184,7 +183,7 @@ def read_hub(source: Source, revision: str) -> Iterator[dict]:
 
 
 def write(rows: list[dict], path: Path) -> None:
-    """One object a line; prints the count and the checksum, which tells whether two machines have the same data."""
+    """Write one object per line. Prints the count and a checksum, to compare the data of two machines."""
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text)

@@ -1,49 +1,46 @@
 """Figures, table and verdicts from the runs of a sweep.
 
-    python results/claims.py results/reproduction.jsonl                 writes reproduction.md, and pictures beside it
-    python results/claims.py results/reproduction.jsonl --steps 40      of the first 40 steps: reproduction-40.md
+    .venv/bin/python -m results.claims results/reproduction.jsonl              writes reproduction.md and two figures
+    .venv/bin/python -m results.claims results/reproduction.jsonl --steps 40   of the first 40 steps: reproduction-40.md
 
-A claim is decided by intervals over seeds: Student's t, 95 %, of differences between runs of the same seed, which share
-the order of the problems. "held": every interval that the claim needs lies on the right side. "not held": one lies on
-the wrong side. "undecided": neither; the runs cannot tell. The rules were written before the runs were made.
+Start it from the repository root. A claim is decided by 95 % intervals over seeds: Student's t, of differences between
+runs of the same seed, which share the order of the problems. "held": all intervals of the claim are on the right side.
+"not held": one is on the wrong side. "undecided": neither. The rules were written before the runs were made.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
+from scipy.stats import t as student
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from ce_gppo.config import command
+from ce_gppo.types import UserError
+from results.sweep import SETTINGS, read
+from tools import figures
+from tools.figures import plt
 
-import figures
-from figures import plt
-from prompts import UserError
-from sweep import SETTINGS, read
-
-LAST = 10  # steps that an end is averaged over
+LAST = 10  # steps; "the end" of a run is their mean
 EARLY = 15  # first steps, for claim 3
-IDLE = 0.05  # share of responses cut at the limit, at the end, from which on a run counts as idle
-MARGIN = 0.02  # accuracy that still counts as "at least"
+IDLE = 0.05  # a run is idle from this share of responses that are cut at the limit, at its end
+MARGIN = 0.02  # "at least" allows for so much less accuracy
 CE = ("ce_gppo (0, 1)", "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)", "ce_gppo (1, 0.5)")  # by beta2 - beta1, falling
 LOW_BETA, DEFAULT = "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)"
 WEAK, STRONG = "grpo, bonus 0.01", "grpo, bonus 0.03"
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond ten the last one serves, a little too wide.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-SIGNS = {"pa_lp": 1, "na_hp": 1, "pa_hp": -1, "na_lp": -1}  # of the velocities, in theory
+SIGNS = {"pa_lp": 1, "na_hp": 1, "pa_hp": -1, "na_lp": -1}  # of the velocities, by the theory
 
 
 @dataclass
 class Config:
-    results: Annotated[Path, tyro.conf.Positional]  # file that sweep.py made
-    steps: int | None = None  # look at the first ones alone, as if the runs had ended there; None: all
-    without_idle: bool = False  # leave out runs that end their responses at the limit
+    results: Annotated[Path, tyro.conf.Positional]  # JSONL file that results.sweep made
+    steps: int | None = None  # use only so many, as if the runs had ended there; None: all
+    without_idle: bool = False  # without the runs that stopped to end their responses
 
 
 class Sweep:
-    """Values by setting and seed; each method returns {seed: number}."""
+    """The runs by setting and seed. Each method that takes a setting returns {seed: number}."""
 
     def __init__(self, rows: list[dict]):
         self.rows = {(row["setting"], row["seed"]): row for row in rows}
@@ -65,7 +62,7 @@ class Sweep:
         return self.of(setting, lambda s: np.mean(s["entropy/mean"][:EARLY]))
 
     def entropy_spread(self, setting: str) -> dict[int, float]:
-        """Standard deviation around the run's own smooth course, a cubic, so that a steady fall is not variation."""
+        """Standard deviation around a cubic fitted to the run: a steady fall is then not variation."""
         return self.of(setting, lambda s: np.std(residual(s["entropy/mean"])))
 
     def accuracy(self, setting: str) -> dict[int, float]:
@@ -89,7 +86,7 @@ def mean_of(values: list[float | None]) -> float:
 
 
 def cut(series: dict[str, list]) -> float:
-    """The share of the responses that ended at the limit, in the last steps."""
+    """The share of responses that were cut at the limit, at the end."""
     return np.mean(series["response/truncated"][-LAST:])
 
 
@@ -98,11 +95,11 @@ def cut(series: dict[str, list]) -> float:
 
 
 def interval(values: dict[int, float]) -> tuple[float, float, float]:
-    """(mean, lower, upper) of a 95 % t interval over seeds; without bounds for one seed."""
+    """(mean, lower, upper) of a 95 % t interval over seeds. One seed gives infinite bounds."""
     x = np.array([value for value in values.values() if np.isfinite(value)])
     if len(x) < 2:
         return (float(x.mean()) if len(x) else float("nan")), -np.inf, np.inf
-    half = STUDENT[min(len(x) - 1, len(STUDENT)) - 1] * x.std(ddof=1) / np.sqrt(len(x))
+    half = student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
     return x.mean(), x.mean() - half, x.mean() + half
 
 
@@ -118,7 +115,7 @@ def text(values: dict[int, float], digits: int = 3, sign: bool = False) -> str:
 
 
 def decide(*tests: tuple[dict[int, float], float]) -> str:
-    """Of (values that the claim says are above the bound, bound)."""
+    """The verdict, from (values, bound) pairs: the claim says that all values are above their bounds."""
     intervals = [(*interval(values), bound) for values, bound in tests]
     if any(high < bound for _, _, high, bound in intervals):
         return "not held"
@@ -126,7 +123,7 @@ def decide(*tests: tuple[dict[int, float], float]) -> str:
 
 
 def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
-    """(claim, verdict, numbers) in the order of docs/evidence.md; claims whose runs are missing are left out."""
+    """(claim, verdict, numbers) in the order of docs/evidence.md, without claims whose runs are missing."""
     found = []
 
     def claim(name: str, needs: tuple[str, ...], function) -> None:
@@ -177,7 +174,7 @@ def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
         return decide(*((values, 0) for values in over)), f"pass@8 at the end over that at the start: {kept}"
 
     def sensitive():
-        # Log entropy by log coefficient, so that a threefold coefficient and a beta1 half as large again compare.
+        # Log entropy by log coefficient: makes a threefold bonus and a beta1 of 1.5 times comparable.
         def slope(a, b, factor):
             return {s: abs(np.log(a[s] / b[s])) / np.log(factor) for s in a if s in b}
 
@@ -228,10 +225,11 @@ def claims(sweep: Sweep) -> list[tuple[str, str, str]]:
 
 
 def table(sweep: Sweep) -> str:
-    """Means and intervals over seeds. "Over grpo": differences between runs of the same seed. Clipped tokens: below and
-    above the interval, their share and their part in the velocity.
+    """Means and 95 % intervals over seeds, in Markdown.
 
-    In runs where `cut` is not 0 the policy has forgotten how to end, and its entropy is that of an idle loop.
+    over grpo: differences between runs of the same seed. of clipped tokens, their %: their part of the velocity, and
+    their share of all tokens, each below and above the clip interval. cut: if it is not 0, runs have forgotten how to
+    end a response, and their entropy is mostly that of the repetition.
     """
     lines = [
         "| setting | runs | entropy at the end | over grpo | accuracy, avg@8 | over grpo | pass@8 "
@@ -254,14 +252,14 @@ def table(sweep: Sweep) -> str:
 
 
 def begin(run: dict, steps: int) -> dict:
-    """The run's row, had it ended after so many steps; no setting of the sweep depends on how many there will be."""
+    """The row of a run that ended after so many steps. (No setting of the sweep depends on the number of steps.)"""
     eval_steps = [step for step in run["eval_steps"] if step <= steps]
     series = {n: v[: len(eval_steps) if n.startswith("eval/") else steps] for n, v in run["series"].items()}
     return run | {"eval_steps": eval_steps, "series": series}
 
 
 def rows_of(run: dict) -> list[dict]:
-    """A run's series as the rows of its metrics.jsonl, which figures.py draws."""
+    """A run's series as rows of a metrics.jsonl, which tools/figures.py draws."""
     rows = {0: {"step": 0}}
     for name, values in run["series"].items():
         steps = run["eval_steps"] if name.startswith("eval/") else range(1, len(values) + 1)
@@ -271,36 +269,62 @@ def rows_of(run: dict) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
+COLORS = {  # one for each setting of the sweep; those of ce_gppo go from blue to red as beta2 - beta1 falls
+    "grpo": "black",
+    "dapo": "#e69f00",
+    "gppo": "#2ca02c",
+    "cispo": "#7b3294",
+    "gspo": "#17becf",
+    "ce_gppo (0, 1)": "#1f4e9c",
+    "ce_gppo (0.5, 1)": "#5fa8e6",
+    "ce_gppo (0.75, 1)": "#e6398b",
+    "ce_gppo (1, 0.5)": "#b2182b",
+    "grpo, bonus 0.01": "#b8b800",
+    "grpo, bonus 0.03": "#7a5c00",
+    "ce_gppo, target 0.11": "#00897b",
+}
+ROWS = {  # of panels: title -> settings
+    "objectives": ("grpo", "dapo", "gppo", "cispo", "gspo", DEFAULT),
+    "betas of ce_gppo": ("grpo", *CE),
+    "entropy bonus and target": ("grpo", WEAK, STRONG, "ce_gppo, target 0.11"),
+}
+
+
 def curves(groups: dict[str, list[list[dict]]]) -> plt.Figure:
-    """Entropy and accuracy: objectives above, settings of CE-GPPO and what is compared with them below."""
-    objectives = [name for name in groups if name in ("grpo", "dapo", "gppo", "cispo", "gspo", DEFAULT)]
-    others = [name for name in groups if name not in objectives or name in ("grpo", DEFAULT)]
-    fig, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    for (left, right), names in zip(axes, (objectives, others), strict=True):
+    """Entropy and accuracy: a row each for the objectives, for the betas, and for the other ways to more entropy."""
+    rows = {title: [name for name in names if name in groups] for title, names in ROWS.items()}
+    rows = {title: names for title, names in rows.items() if set(names) - {"grpo"}} or {"objectives": list(groups)}
+    fig, axes = plt.subplots(
+        len(rows), 2, figsize=(9, 0.4 + 3 * len(rows)), sharey="col", squeeze=False, layout="constrained"
+    )
+    for (left, right), (title, names) in zip(axes, rows.items(), strict=True):
         for name in names:
-            style = {"color": "black" if name == "grpo" else f"C{list(SETTINGS).index(name)}", "linewidth": 1.5}
-            figures.draw(left, groups[name], "entropy/mean", label=name, **style)
-            figures.draw(right, groups[name], "eval/arithmetic/avg_at_k", **style)
-        left.set(ylabel="entropy, nats a token", xlabel="step")
-        right.set(ylabel="held-out accuracy, avg@8", xlabel="step")
-        left.legend(frameon=False)
+            figures.draw(left, groups[name], "entropy/mean", color=COLORS[name])
+            figures.draw(right, groups[name], "eval/arithmetic/avg_at_k", label=name, color=COLORS[name])
+        left.set(title=f"entropy: {title}", xlabel="step", ylabel="nats per token")
+        right.set(title=f"held-out accuracy: {title}", xlabel="step", ylabel="avg@8")
+        left.set_ylim(bottom=0)
+        right.legend(loc="lower right", frameon=False)  # of both panels; the accuracies leave room there
+    seeds = max(map(len, groups.values()))
+    fig.suptitle(f"thick lines: mean of {seeds} seeds; thin lines: each seed" if seeds > 1 else "one seed")
     return finish(fig)
 
 
 def velocities(groups: dict[str, list[list[dict]]]) -> plt.Figure:
-    columns = min(4, len(groups))
+    """The parts of the quadrants in the entropy velocity, a panel for each setting."""
+    columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     fig, axes = plt.subplots(
-        rows, columns, figsize=(4 * columns, 3 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(3 * columns, 2.4 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (name, runs) in zip(axes.flat, groups.items(), strict=False):
         figures.draw_velocity(axis, runs)
         axis.set_title(name)
     for axis in axes.flat[len(groups) :]:
-        axis.set_visible(False)
+        axis.remove()
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=5)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("velocity, nats a token")
+    fig.supxlabel("step")
+    fig.supylabel("entropy velocity, nats per token, mean of the seeds")
     return finish(fig)
 
 
@@ -333,13 +357,9 @@ def main(config: Config) -> None:
     for suffix, figure in (("", curves(groups)), ("-velocity", velocities(groups))):
         for kind in ("png", "svg"):
             path = config.results.with_name(f"{name}{suffix}.{kind}")
-            figure.savefig(path, dpi=110)
+            figure.savefig(path, dpi=150)
             print(path)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except UserError as error:
-        print(f"claims.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, Config, __doc__)

@@ -1,10 +1,11 @@
 """The sweep behind docs/evidence.md: every objective from the same base policy, on the arithmetic task.
 
-    python results/sweep.py              60 runs of 80 steps: under three hours on two cores
-    python results/sweep.py --quick      12 runs of 5 steps: a few minutes
+    .venv/bin/python -m results.sweep              60 runs of 80 steps: under three hours on two cores
+    .venv/bin/python -m results.sweep --quick      12 runs of 5 steps: a few minutes
 
-Every core (or GPU) has one run at a time. A run that ends adds a line to the results at once; started again, the sweep
-goes on with what is missing, runs that were interrupted included. results/claims.py makes figures and tables of it.
+Start it from the repository root. Every core (or GPU) has one run at a time. A run that ends adds a line to the results
+at once. The same command again continues the sweep: it does the missing runs, and resumes interrupted ones.
+results/claims.py makes figures and tables of the results.
 """
 
 import json
@@ -17,18 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from prompts import UserError
+from ce_gppo.config import command
+from ce_gppo.metrics import ALL
+from ce_gppo.types import RunEnded, UserError
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 
-# Chosen once for all (docs/evidence.md): train.py's learning rate, eight updates a rollout. At twice that rate more is
-# clipped, and the policies that keep most of the clipped gradients unlearn the task. The rest is train.py's defaults.
+# Chosen once for all settings (docs/evidence.md): train.py's learning rate, and eight updates per rollout. At twice
+# that rate more tokens are clipped, and the policies that keep most of the clipped gradients unlearn the task.
+# Everything else is train.py's default.
 COMMON = {
     "lr": 1e-4,
     "prompts_per_step": 48,
@@ -37,7 +38,6 @@ COMMON = {
     "eval_every": 20,
     "eval_samples": 8,
     "keep_checkpoints": 1,
-    "max_silent_rollouts": 1000,  # a policy that has unlearned the task is a result, too
 }
 SETTINGS = {
     "grpo": {"objective": "grpo"},
@@ -53,25 +53,19 @@ SETTINGS = {
     "grpo, bonus 0.03": {"objective": "grpo", "entropy_coef": 0.03},
     "ce_gppo, target 0.11": {"entropy_target": 0.11},
 }
-# What is kept of metrics.jsonl, as lists by step. Five significant digits: 60 runs are a few hundred kilobytes.
-SERIES = (
-    "entropy/mean", "reward/mean", "response/length_mean", "response/truncated",
-    "clip/low", "clip/high", "clip/prob_low", "clip/prob_high", "kl/old", "ratio/max",
-    "velocity/pa_lp", "velocity/na_hp", "velocity/pa_hp", "velocity/na_lp", "velocity/total",
-    "velocity/clipped_low", "velocity/clipped_high", "optim/beta1", "optim/beta2",
-    "eval/arithmetic/avg_at_k", "eval/arithmetic/pass_at_k",
-)  # fmt: skip
+# The series that are kept of metrics.jsonl, as lists by step, in five significant digits: about a megabyte for 60 runs.
+SERIES = [name.replace("<source>", "arithmetic") for metric in ALL if metric.swept for name in metric.each()]
 
 
 @dataclass
 class Config:
-    quick: bool = False  # one seed and 5 steps: whether it works, not what is true
+    quick: bool = False  # one seed and 5 steps: shows that it works, not which claims hold
     results: str = ""  # file that the runs are added to; empty: results/reproduction.jsonl, or results/quick.jsonl
     seeds: int | None = None  # runs of each setting, from seed 0; None: 5, quick: 1
     steps: int | None = None  # of each run; None: 80, quick: 5
-    settings: tuple[str, ...] = field(default_factory=lambda: tuple(SETTINGS))  # which to run
+    settings: tuple[str, ...] = field(default_factory=lambda: tuple(SETTINGS))  # the ones to run
     out: Path = REPOSITORY / "out" / "reproduce"  # folder of the runs themselves
-    lanes: int | None = None  # runs at a time; None: one a GPU, else one a core as far as the memory goes
+    lanes: int | None = None  # runs at a time; None: one per GPU, or one per core and 5 GiB of memory
 
 
 def main(config: Config) -> None:
@@ -87,7 +81,7 @@ def main(config: Config) -> None:
     lanes = lanes_of_this_machine()[: config.lanes]
     print(f"{results}: {len(wanted) - len(waiting)} of {len(wanted)} runs are there; {len(lanes)} at a time")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; start again to go on"))  # by way of `finally`
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; start again to continue"))  # runs `finally`
     running, failed = {}, []
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(waiting), unit="run", disable=not sys.stderr.isatty())
     try:
@@ -107,19 +101,19 @@ def main(config: Config) -> None:
                     failed.append(run)
                     bar.write(f"{run.setting} seed {run.seed} FAILED: see {run.log}", file=sys.stderr)
     except KeyboardInterrupt:
-        for run in running.values():  # Ctrl-C has reached them too; they save, and go on when they are started again
+        for run in running.values():  # Ctrl-C reached them too: they save, and can be resumed
             run.process.wait()
-        sys.exit("\nstopped; start again to go on")
+        sys.exit("\nstopped; start again to continue")
     finally:
         bar.close()
         for run in running.values():
             run.process.terminate()
     if failed:
-        sys.exit(f"sweep.py: {len(failed)} of {len(wanted)} runs failed; start again to try them again")
+        raise RunEnded(f"{len(failed)} of {len(wanted)} runs failed; start again to try them again")
 
 
 class Run:
-    """One run of train.py, on one lane: variables of the environment that confine it to a core or a GPU."""
+    """One run of train.py, on one lane: a core or a GPU."""
 
     def __init__(self, setting: str, seed: int, steps: int, out: Path, lane: tuple[str, int]):
         self.setting, self.seed = setting, seed
@@ -133,13 +127,22 @@ class Run:
         if kind == "gpu":
             environment["CUDA_VISIBLE_DEVICES"] = str(index)
         else:
-            environment["OMP_NUM_THREADS"] = "1"  # two processes that share cores slow each other down many times
-        finished = (self.folder / f"checkpoint-{steps:06d}").exists()  # its row was not written
-        command = ["true"] if finished else [sys.executable, "train.py", *self.arguments.split()]
-        command += [] if finished else ["--out", str(out.resolve()), "--run-name", name]
+            environment["OMP_NUM_THREADS"] = "1"  # processes that share cores slow each other down many times
+        finished = (
+            self.folder / f"checkpoint-{steps:06d}"
+        ).exists()  # but the sweep was killed before it wrote the row
+        training = [
+            sys.executable,
+            "train.py",
+            *self.arguments.split(),
+            "--out",
+            str(out.resolve()),
+            "--run-name",
+            name,
+        ]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command,
+                ["true"] if finished else training,
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=log,
@@ -157,14 +160,19 @@ class Run:
             "seed": self.seed,
             "arguments": self.arguments,
             "commit": json.loads((self.folder / "config.json").read_text())["git_commit"],
-            "minutes": round(sum(row["time/step"] for row in metrics if row["step"]) / 60, 2),  # but for the start
+            "minutes": round(sum(map(seconds, metrics)) / 60, 2),
             "eval_steps": [row["step"] for row in evaluations],
             "series": series,
         }
 
 
+def seconds(row: dict) -> float:
+    """Of a row of metrics.jsonl: its step, its evaluation, or both."""
+    return row.get("time/step", 0.0) + row.get("time/eval", 0.0)
+
+
 def arguments(setting: str, seed: int, steps: int) -> str:
-    """train.py's command line for a run."""
+    """The arguments of train.py for a run."""
     options = COMMON | SETTINGS[setting] | {"steps": steps, "seed": seed}
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
@@ -177,14 +185,14 @@ def lanes_of_this_machine() -> list[tuple[str, int]]:
 
 
 def read(path: Path) -> list[dict]:
-    """The runs in a file of results, none if there is no file. UserError for a line that is not one."""
+    """The runs in a file of results; none if there is no file. UserError for a line that is not a run."""
     rows = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
             rows.append(json.loads(line))
             rows[-1]["setting"], rows[-1]["seed"], rows[-1]["arguments"]
         except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}:{number}: not a run, which sweep.py writes as one line; remove the line") from None
+            raise UserError(f"{path}:{number}: not a run as sweep.py writes it; remove this line") from None
     return rows
 
 
@@ -207,8 +215,4 @@ def shorten(value: float | None) -> float | None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except UserError as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main, Config, __doc__)

@@ -9,8 +9,12 @@ import json
 import pytest
 import torch
 
-import packing  # noqa: F401, it registers the attention
-from base import make_model, make_tokenizer
+from ce_gppo.model import register_attention
+from data.arithmetic.base import make_model, make_tokenizer
+from rollout import prepare_environment
+
+prepare_environment()
+register_attention()
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +55,7 @@ def write_rows(tmp_path):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A finished run of four steps, with W&B offline: (folder, what it printed)."""
-    from test_train import SMALL, run
+    from helpers import SMALL, run
 
     out = tmp_path_factory.mktemp("out")
     return out / "whole", run(out, "--run-name", "whole", *SMALL, mode="offline")

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import policy
+from ce_gppo import checkpoint
+from ce_gppo.checkpoint import State
+from ce_gppo.model import load_model
 
 
 def train_a_step(model, optimizer, seed: int) -> None:
@@ -24,14 +25,14 @@ def test_round_trip(tiny_model, tokenizer, optimizer, tmp_path):
     """Weights and optimizer come back bit for bit, and transformers loads the folder as it is."""
     train_a_step(tiny_model, optimizer, 0)
     folder = tmp_path / "checkpoint-000007"
-    state = {"step": 7, "control": (0.25, -0.1), "entropy": None, "wandb_id": "abc"}
+    state = State("abc", step=7, control=(0.25, -0.1), entropy=0.3, no_signal=2)
     checkpoint.save(folder, tiny_model, tokenizer, optimizer, state)
     assert not list(tmp_path.glob("*.partial")) and checkpoint.damage(folder) is None
 
     saved = {name: p.clone() for name, p in tiny_model.named_parameters()}
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(again.get_input_embeddings().weight, saved["model.embed_tokens.weight"])
-    model, _ = policy.load_model(str(folder))
+    model, _ = load_model(str(folder))
     for name, p in model.named_parameters():
         assert torch.equal(p, saved[name]), name
 
@@ -45,11 +46,11 @@ def test_round_trip(tiny_model, tokenizer, optimizer, tmp_path):
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(tiny_model, tokenizer, optimizer, tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint-000001"
-    checkpoint.save(folder, tiny_model, tokenizer, optimizer, {"step": 1})
+    checkpoint.save(folder, tiny_model, tokenizer, optimizer, State("id", 1))
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="checkpoint-000001: disk full"):
-        checkpoint.save(folder, tiny_model, tokenizer, optimizer, {"step": 2})
-    assert torch.load(folder / "trainer.pt", weights_only=True)["state"] == {"step": 1}
+        checkpoint.save(folder, tiny_model, tokenizer, optimizer, State("id", 2))
+    assert torch.load(folder / "trainer.pt", weights_only=True)["state"]["step"] == 1
     assert checkpoint.damage(folder) is None and checkpoint.all_of(tmp_path) == [folder]
     assert not list(tmp_path.glob("*.partial")), "it would take the room that is missing"
 
@@ -76,7 +77,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 ):
     folders = [tmp_path / f"checkpoint-{step:06d}" for step in (5, 10)]
     for folder in folders:
-        checkpoint.save(folder, tiny_model, tokenizer, optimizer, {"step": 0})
+        checkpoint.save(folder, tiny_model, tokenizer, optimizer, State("id", 0))
     assert checkpoint.newest(tmp_path) == folders[1]
     damage(folders[1])
     assert checkpoint.newest(tmp_path) == folders[0]
@@ -86,16 +87,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 
 
 def test_what_a_killed_save_left_behind_is_no_checkpoint(tiny_model, tokenizer, optimizer, tmp_path):
-    checkpoint.save(tmp_path / "checkpoint-000002", tiny_model, tokenizer, optimizer, {"step": 2})
+    checkpoint.save(tmp_path / "checkpoint-000002", tiny_model, tokenizer, optimizer, State("id", 2))
     (tmp_path / "checkpoint-000003.partial").mkdir()
     (tmp_path / "checkpoint-000003.partial" / "model.safetensors").write_bytes(b"half")
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-000002"
-    checkpoint.save(tmp_path / "checkpoint-000003", tiny_model, tokenizer, optimizer, {"step": 3})
+    checkpoint.save(tmp_path / "checkpoint-000003", tiny_model, tokenizer, optimizer, State("id", 3))
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-000003"
 
 
 def test_the_newest_are_kept(tiny_model, tokenizer, optimizer, tmp_path):
     for step in (1, 2, 3, 11):
-        checkpoint.save(tmp_path / f"checkpoint-{step:06d}", tiny_model, tokenizer, optimizer, {"step": step})
+        checkpoint.save(tmp_path / f"checkpoint-{step:06d}", tiny_model, tokenizer, optimizer, State("id", step))
         checkpoint.prune(tmp_path, keep=2)
     assert [folder.name for folder in checkpoint.all_of(tmp_path)] == ["checkpoint-000003", "checkpoint-000011"]

@@ -1,4 +1,4 @@
-r"""Other people's schemas, from small files as the hub has them, to the project's rows. No network."""
+r"""From the hub's schemas, in small files, to the project's rows. No network."""
 
 import hashlib
 import json
@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import convert
-from prompts import UserError, load_rows
+from ce_gppo.problems import load_rows
+from ce_gppo.types import UserError
+from data import convert
 
 ROOT = Path(__file__).parents[1]
 AIME = r"Let $x$ be real. Find $\dfrac{x}{2}$, if $x = 3.5$."
@@ -30,8 +31,8 @@ def verl(problem, answer):
 
 
 def run(script: str, *arguments, **environment) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "data" / script / "prepare.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    command = [sys.executable, "-m", f"data.{script}.prepare", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
 
 
 def converted(*raw):
@@ -63,7 +64,7 @@ def test_a_system_message_stays():
     assert converted({"prompt": messages, "answer": "2"})[0][0]["prompt"] == messages
 
 
-def test_what_dapo_wraps_around_a_problem_goes():
+def test_the_text_around_a_problem_of_dapo_is_removed():
     wrapped = (
         "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
         "$Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is\n\n$1+1$?\n\n"
@@ -148,7 +149,7 @@ def test_training_problems_that_a_benchmark_has_are_dropped_and_counted(tmp_path
     ]
     done = run("math", *arguments)
     assert done.returncode == 0, done.stderr
-    assert "mine: 3 dropped that a benchmark has too (aime24 3)" in done.stdout
+    assert "mine: 3 dropped because a benchmark has them (aime24 3)" in done.stdout
     rows = load_rows(str(tmp_path / "mine.jsonl"))
     assert [row["prompt"][0]["content"] for row in rows] == other and {row["source"] for row in rows} == {"mine"}
     assert hashlib.sha256((tmp_path / "mine.jsonl").read_bytes()).hexdigest() in done.stdout
@@ -161,9 +162,9 @@ def test_training_problems_that_a_benchmark_has_are_dropped_and_counted(tmp_path
         ("math", ["gsm9k", "--unchecked"], "'gsm9k' is unknown; known: klear, dapo, gsm8k, math"),
         ("benchmarks", ["aime23"], "'aime23' is unknown; known: aime24"),
         ("benchmarks", ["aime24", "aime25", "--file", "a.json"], "give exactly one name"),
-        ("math", ["gsm8k", "--benchmarks", "nowhere"], "nowhere has no benchmarks .* data/benchmarks/prepare.py"),
-        ("benchmarks", ["aime24"], "HuggingFaceH4/aime_2024 at 2fe88a2.* cannot be had .*--file.*HF_ENDPOINT"),
-        ("benchmarks", ["aime24", "--revision", "main"], "at main cannot be had from the hub"),
+        ("math", ["gsm8k", "--benchmarks", "nowhere"], "nowhere has no benchmarks .* -m data.benchmarks.prepare"),
+        ("benchmarks", ["aime24"], "HuggingFaceH4/aime_2024 at 2fe88a2.* cannot be read .*--file.*HF_ENDPOINT"),
+        ("benchmarks", ["aime24", "--revision", "main"], "at main cannot be read from the hub"),
     ],
 )
 def test_mistakes_and_a_hub_out_of_reach(tmp_path, script, arguments, message):

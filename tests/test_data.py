@@ -6,9 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-import prepare
+from ce_gppo.types import UserError
+from data.arithmetic import prepare
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(module: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"data.{module}.prepare", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_workings_are_right_and_many():
@@ -33,8 +42,15 @@ def test_splits_do_not_overlap_and_repeat_exactly():
     assert train != prepare.splits(1, terms=5, largest=9, train=500, held_out=100)[0]
 
 
+def test_more_problems_than_there_are(tmp_path):
+    with pytest.raises(UserError, match="there are no 20 distinct sums of 2 terms up to 2"):
+        prepare.splits(0, terms=2, largest=2, train=15, held_out=5)
+    refused = run("arithmetic", "--out", tmp_path, "--terms", "2", "--largest", "2")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not list(tmp_path.glob("*.jsonl"))
+
+
 def test_the_saved_tokenizer_fits_the_model(tiny_folder, tokenizer):
-    """What AutoTokenizer makes of the folder has the same ids, and none past the embedding."""
+    """AutoTokenizer reads the same ids from the folder, and none beyond the embedding."""
     loaded = AutoTokenizer.from_pretrained(tiny_folder)
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert len(loaded) == AutoConfig.from_pretrained(tiny_folder).vocab_size
@@ -44,9 +60,8 @@ def test_the_saved_tokenizer_fits_the_model(tiny_folder, tokenizer):
 
 
 def test_command_writes_both_files(tmp_path):
-    script = Path(prepare.__file__)
-    command = [sys.executable, script, "--out", tmp_path, "--train", "50", "--held-out", "20"]
-    subprocess.run(command, check=True, capture_output=True)
+    done = run("arithmetic", "--out", tmp_path, "--train", "50", "--held-out", "20")
+    assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 50 and len((tmp_path / "eval.jsonl").read_text().splitlines()) == 20
     for row in rows:
@@ -56,9 +71,9 @@ def test_command_writes_both_files(tmp_path):
 
 
 def test_sums_in_words(tmp_path):
-    """Right answers, nothing held out that is trained on, and no problem that the examples give away."""
-    script = Path(prepare.__file__).parents[1] / "words" / "prepare.py"
-    subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
+    """Right answers, no held-out problem in training, and no problem among the worked examples."""
+    done = run("words", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
     numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     rows = {}
     for name in ("train", "eval"):

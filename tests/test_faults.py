@@ -1,6 +1,6 @@
 """What goes wrong in long runs: kills, full disks, gradients that are not finite. Whole runs, real vLLM."""
 
-import json
+import errno
 import math
 import os
 import random
@@ -13,24 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_policy import responses_of
-from test_train import ROOT, SMALL, metrics_of, run, start, without_timings
 
-import policy
-import settings
 import train
-from prompts import UserError
+from ce_gppo import runs
+from ce_gppo.forward import Policy
+from ce_gppo.types import UserError
+from helpers import ROOT, SMALL, environment, metrics_of, resolved, responses_of, run, start, without_timings
 
-# A program that does what train.py does, but for the line in the middle.
+# train.py with a few lines of fault in the middle.
 PROGRAM = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import checkpoint, loss, policy, rollout, torch, train
+import os, signal
+import loss, rollout, torch, train
+from ce_gppo.config import command
 count = 0
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 {line}
-train.main()
+command(train.main)
 """
 KILLED = {
     "mid-rollout": """
@@ -66,9 +65,9 @@ torch.save = dying
 
 def run_program(folder: Path, line: str, *arguments: str) -> tuple[int, str]:
     script = folder / "program.py"
-    script.write_text(PROGRAM.format(root=str(ROOT), line=line))
+    script.write_text(PROGRAM.format(line=line))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    env = os.environ | {"WANDB_MODE": "disabled"}
+    env = environment()
     done = subprocess.run([sys.executable, str(script), *arguments], cwd=ROOT, env=env, timeout=300, **pipes)
     return done.returncode, done.stdout
 
@@ -133,7 +132,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path):
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 0 and "Traceback" not in output, output
-    assert "stopped by SIGINT after step 0" in output and not list(tmp_path.glob("early/checkpoint*"))
+    assert "stopped after step 0" in output and not list(tmp_path.glob("early/checkpoint*"))
 
 
 FULL_DISK = """
@@ -155,10 +154,12 @@ def test_a_full_disk_costs_a_checkpoint(finished, tmp_path):
     assert_same_run(tmp_path / "full", finished[0], "checkpoint-000004")
 
 
-def test_or_the_run_if_one_likes(tmp_path):
-    arguments = [*SMALL, "--out", str(tmp_path), "--on-failed-checkpoint", "stop"]
-    code, output = run_program(tmp_path, FULL_DISK, *arguments)
-    assert code == 1 and "train.py: checkpoint not written" in output and "Traceback" not in output, output
+def test_a_run_whose_last_checkpoint_is_lost_does_not_end_well(tmp_path):
+    always = FULL_DISK.replace("if count == 1: ", "")
+    code, output = run_program(tmp_path, always, *SMALL, "--steps", "2", "--out", str(tmp_path), "--run-name", "full")
+    assert code == 1 and "train.py" not in output.split("program.py:")[0], output
+    assert "the checkpoint of step 2 could not be written" in output and "Traceback" not in output, output
+    assert "curves" in output, "the table at the end is printed all the same"
 
 
 NOT_FINITE = """
@@ -173,9 +174,9 @@ loss.policy_loss = broken
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_end_the_run_when_there_are_many(tmp_path):
-    arguments = ["--out", str(tmp_path), "--run-name", "nan", "--max-skipped-updates", "3"]
+    arguments = ["--out", str(tmp_path), "--run-name", "nan"]
     code, output = run_program(tmp_path, NOT_FINITE, *SMALL, *arguments, "--checkpoint-every", "1")
-    assert code == 1 and "3 updates in a row had no finite gradient" in output and "Traceback" not in output, output
+    assert code == 1 and "5 updates in a row had no finite gradient" in output and "Traceback" not in output, output
     rows = metrics_of(tmp_path / "nan")
     assert rows[1]["optim/skipped"] == 1
     saved = torch.load(tmp_path / "nan" / "skipped" / "step-000001-update-2-rank-0.pt", weights_only=True)
@@ -190,15 +191,40 @@ def test_a_skipped_update_changes_nothing(tiny_model):
     responses[0].advantage = math.inf
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
     before = {name: p.clone() for name, p in tiny_model.named_parameters()}
-    config = settings.resolve(train.Config())
-    done = train.update(policy.Policy(tiny_model), optimizer, responses, 1e-2, 0.75, 1.0, config, "cpu")
-    assert done["skipped"] and not optimizer.state
+    config = resolved()
+    objective = train.objective_of_step(config, 1, (0.5, 0.0))
+    done = train.update(Policy(tiny_model), optimizer, responses, objective, 1e-2, config, "cpu")
+    assert done.skipped and not optimizer.state
     assert all(torch.equal(p, before[name]) for name, p in tiny_model.named_parameters())
 
 
-def test_one_run_a_folder(tmp_path):
-    settings.claim(tmp_path / "mine")
+def test_one_run_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = resolved(out=str(tmp_path))
+    runs.claim(tmp_path / "mine", config, "")
     with pytest.raises(UserError, match="another process is training there"):
-        settings.claim(tmp_path / "mine")
-    (tmp_path / "mine" / "config.json").write_text(json.dumps({"config": {}}))
-    assert settings.interrupted(settings.resolve(train.Config(out=str(tmp_path)))) is None
+        runs.claim(tmp_path / "mine", config, "")
+    assert runs.interrupted(config) is None
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    runs.claim(tmp_path / "mine", resolved(), "")
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["/dev/full", "closed pipe"])
+def test_output_that_cannot_be_written_costs_nothing(finished, tmp_path, output):
+    command = [sys.executable, "train.py", *SMALL, "--out", str(tmp_path), "--run-name", "mute"]
+    if output == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(output, os.O_WRONLY)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=writer, stderr=writer, timeout=300)
+    os.close(writer)
+    assert done.returncode == 0
+    assert_same_run(tmp_path / "mute", finished[0], "checkpoint-000004")

@@ -4,28 +4,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import head
 import loss
-import packing
-import policy
-import settings
 import train
-from prompts import UserError
-from rollout import Response
-
-
-def responses_of(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int = 200) -> list[Response]:
-    """Random responses with prompts; (prompt tokens, response tokens) each."""
-    g = torch.Generator().manual_seed(seed)
-    out = []
-    for i, (P, R) in enumerate(lengths):
-        ids = torch.randint(vocabulary, (P + R,), generator=g).tolist()
-        response = Response(ids[:P], ids[P:], -torch.rand(R, generator=g), False, "")
-        response.old_logprobs = -5 - torch.rand(R, generator=g)
-        response.entropy = torch.rand(R, generator=g)
-        response.advantage = (-1.0) ** i * (1 + i)
-        out.append(response)
-    return out
+from ce_gppo import forward, perf
+from ce_gppo.entropy import token_statistics
+from ce_gppo.forward import Policy
+from ce_gppo.model import load_model
+from ce_gppo.types import Response, UserError
+from helpers import group_of, resolved, responses_of
 
 
 def naive(hidden, weight, targets, temperature):
@@ -45,7 +31,7 @@ def test_head_matches_naive_float64_forward_and_backward(width, temperature):
     targets = torch.randint(53, (24,), generator=g)
     to_logprobs, to_entropy = torch.randn(24, generator=g), torch.randn(24, generator=g)
     results = []
-    for compute, args in ((head.head_logprobs, (temperature, width)), (naive, (temperature,))):
+    for compute, args in ((token_statistics, (temperature, width)), (naive, (temperature,))):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropy, S = compute(h, w, targets, *args)
         ((logprobs * to_logprobs).sum() + (entropy * to_entropy).sum()).backward()
@@ -60,9 +46,9 @@ def test_head_with_one_gradient_only(which):
     hidden, weight = torch.randn(5, 8, generator=g), torch.randn(11, 8, generator=g)
     targets = torch.randint(11, (5,), generator=g)
     grads = []
-    for compute in (head.head_logprobs, naive):
+    for compute in (token_statistics, naive):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        args = (1.0, 2) if compute is head.head_logprobs else (1.0,)
+        args = (1.0, 2) if compute is token_statistics else (1.0,)
         compute(h, w, targets, *args)[which].sum().backward()
         grads.append((h.grad, w.grad))
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
@@ -72,7 +58,7 @@ def test_head_survives_extreme_logits():
     """Probabilities that underflow, and a certain token: no NaN, entropy 0."""
     hidden = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
-    logprobs, entropy, S = head.head_logprobs(hidden, weight, torch.tensor([0, 0]))
+    logprobs, entropy, S = token_statistics(hidden, weight, torch.tensor([0, 0]))
     (logprobs.sum() + entropy.sum()).backward()
     for values in (logprobs, entropy, S, hidden.grad, weight.grad):
         assert values.isfinite().all()
@@ -95,7 +81,7 @@ def test_head_never_allocates_tokens_by_vocabulary():
     N, D, V, width = 512, 8, 300, 32
     hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     with Watch():
-        logprobs, entropy, _ = head.head_logprobs(hidden, weight, torch.zeros(N, dtype=torch.long), 1.0, width)
+        logprobs, entropy, _ = token_statistics(hidden, weight, torch.zeros(N, dtype=torch.long), 1.0, width)
         (logprobs.sum() + entropy.sum()).backward()
     assert largest <= max(N * width, N * D, V * D)
 
@@ -104,9 +90,9 @@ def test_forward_matches_transformers_on_each_sequence_alone(tiny_model):
     """Packed without padding, a shared prompt once, targets shifted by one, only response tokens."""
     responses = responses_of([(3, 5), (1, 1), (7, 2), (2, 9)])
     responses[2].prompt_ids = responses[1].prompt_ids
-    batch = packing.collate(responses)
+    batch = forward.collate(responses)
     assert len(batch.input_ids) == 3 + 1 + 2 + 5 + 1 + 2 + 9
-    logprobs, entropy, _ = policy.forward(tiny_model, batch, temperature=0.7)
+    logprobs, entropy, _ = Policy(tiny_model)(batch, 0.7)
     assert batch.response_mask.sum() == 5 + 1 + 2 + 9
     assert (logprobs[~batch.response_mask] == 0).all()
     for i, r in enumerate(responses):
@@ -124,30 +110,22 @@ def test_mask_comes_from_lengths_not_from_token_ids(tokenizer):
         Response([5, pad], [7, eos], torch.zeros(2), False, ""),
         Response([eos], [pad] * 4, torch.zeros(4), True, ""),
     ]
-    batch = packing.collate(responses)
+    batch = forward.collate(responses)
     assert batch.response_mask.tolist() == [[True, True, False, False], [True, True, True, True]]
-
-
-def group_of(prompt: int, lengths: list[int], seed: int = 0) -> list[Response]:
-    """Responses to one prompt."""
-    responses = responses_of([(prompt, length) for length in lengths], seed)
-    for r in responses:
-        r.prompt_ids = responses[0].prompt_ids
-    return responses
 
 
 def test_micro_batches_hold_everything_once_within_the_budget():
     responses = [r for i in range(10) for r in group_of(i % 5 + 3, [(7 * i + j) % 13 + 1 for j in range(4)], seed=i)]
-    batches = packing.micro_batches(responses, max_tokens=50)
+    batches = forward.micro_batches(responses, max_tokens=50)
     assert [i for batch in batches for i in batch] == list(range(40))
-    sizes = [len(packing.collate([responses[i] for i in batch]).input_ids) for batch in batches]
+    sizes = [len(forward.collate([responses[i] for i in batch]).input_ids) for batch in batches]
     assert max(sizes) <= 50 and sum(sizes) / len(sizes) > 35
-    assert packing.micro_batches(responses_of([(3, 90), (2, 90)]), max_tokens=50) == [[0], [1]]
+    assert forward.micro_batches(responses_of([(3, 90), (2, 90)]), max_tokens=50) == [[0], [1]]
 
 
 def test_padding_in_attention_is_bounded_and_all_other_is_none():
     responses = responses_of([(5, n) for n in (1, 2, 4, 8, 16, 17, 18, 19, 20, 40, 80)])
-    batch = packing.collate(responses)
+    batch = forward.collate(responses)
     real = sum(5 + len(r.response_ids) for r in responses)
     assert len(batch.input_ids) == real and len(batch.targets) == real - 5 * len(responses)
     assert real <= len(batch.packing.order) <= real / 0.85
@@ -166,10 +144,10 @@ def test_gradient_checkpointing_changes_memory_alone(tiny_folder):
     responses = group_of(6, [3, 9, 1, 5])
     gradients, saved = [], []
     for checkpointing in (False, True):
-        model, _ = policy.load_model(str(tiny_folder), gradient_checkpointing=checkpointing)
+        model, _ = load_model(str(tiny_folder), gradient_checkpointing=checkpointing)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
-            policy.forward(model, packing.collate(responses), 1.0)
+            Policy(model)(forward.collate(responses), 1.0)
         saved.append(sum(sizes))
         gradients.append(update_gradient(model, responses)[0])
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-6)
@@ -198,8 +176,8 @@ def test_packed_attention_in_other_architectures(name):
     model = AutoModelForCausalLM.from_config(config).eval()
     model.set_attn_implementation("packed")
     responses = [*responses_of([(3, 9)]), *group_of(5, [7, 2], seed=1)]
-    batch = packing.collate(responses)
-    logprobs, _, _ = policy.forward(model, batch, 1.0)
+    batch = forward.collate(responses)
+    logprobs, _, _ = Policy(model)(batch, 1.0)
     for i, r in enumerate(responses):
         expected = torch.log_softmax(naive_logits(model, r), -1).gather(1, torch.tensor(r.response_ids)[:, None])[:, 0]
         torch.testing.assert_close(logprobs[i][batch.response_mask[i]], expected, atol=1e-5, rtol=1e-5)
@@ -207,9 +185,10 @@ def test_packed_attention_in_other_architectures(name):
 
 def update_gradient(model, responses: list[Response], **changes) -> tuple[torch.Tensor, dict]:
     """The gradient that train.update applies, all parameters in a row, before clipping; and what it returns."""
-    config = settings.resolve(train.Config(max_grad_norm=1e9, **changes))
-    actor = policy.Policy(model)
-    one = train.update(actor, torch.optim.SGD(model.parameters(), lr=0.0), responses, 0.0, 0.75, 1.0, config, "cpu")
+    config = resolved(max_grad_norm=1e9, **changes)
+    objective = train.objective_of_step(config, 1, (0.5, 0.0))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    one = train.update(Policy(model), sgd, responses, objective, 0.0, config, "cpu")
     return torch.cat([p.grad.flatten() for p in model.parameters()]), one
 
 
@@ -258,7 +237,7 @@ def test_gradient_does_not_depend_on_the_cut(tiny_model, aggregation):
     for budget in (10_000, 14):
         gradient, one = update_gradient(tiny_model, responses, max_micro_batch_tokens=budget, aggregation=aggregation)
         gradients.append(gradient)
-        cuts.append((len(packing.micro_batches(responses, budget)), one["loss"]))
+        cuts.append((len(forward.micro_batches(responses, budget)), one["loss"]))
     assert cuts[0][0] == 1 and cuts[1][0] >= 9 and cuts[0][1] == pytest.approx(cuts[1][1], rel=1e-6)
     assert gradients[0].abs().max() > 1e-3
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
@@ -268,16 +247,16 @@ def test_measure_fills_in_every_response(tiny_model):
     responses = responses_of([(2, 3), (5, 8), (1, 1)])
     for r in responses:
         r.old_logprobs = r.entropy = None
-    policy.measure(policy.Policy(tiny_model), responses, 1.0, 12, "cpu")
+    forward.compute_old_logprobs(Policy(tiny_model), responses, 1.0, 12, "cpu")
     for r in responses:
-        logprobs, entropy, _ = policy.forward(tiny_model, packing.collate([r]), 1.0)
+        logprobs, entropy, _ = Policy(tiny_model)(forward.collate([r]), 1.0)
         torch.testing.assert_close(r.old_logprobs, logprobs[0].detach(), atol=1e-5, rtol=0)
         torch.testing.assert_close(r.entropy, entropy[0].detach(), atol=1e-5, rtol=0)
 
 
 def test_float32_master_weights_take_small_steps(tiny_folder):
     """At the paper's learning rate a bfloat16 weight would not move at all."""
-    model, _ = policy.load_model(str(tiny_folder))
+    model, _ = load_model(str(tiny_folder))
     weight = model.get_input_embeddings().weight
     assert weight.dtype == torch.float32
     before = weight.detach().clone()
@@ -290,15 +269,15 @@ def test_float32_master_weights_take_small_steps(tiny_folder):
 
 def test_what_is_no_model_is_refused(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        policy.load_model(str(tmp_path / "nowhere"))
+        load_model(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"no config\.json"):
-        policy.load_model(str(tmp_path))
+        load_model(str(tmp_path))
     (tiny_folder / "model.safetensors").rename(tiny_folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors"):
-        policy.load_model(str(tiny_folder))
+        load_model(str(tiny_folder))
     (tiny_folder / "config.json").write_text("{broken")
     with pytest.raises(UserError, match="cannot read its config"):
-        policy.load_model(str(tiny_folder))
+        load_model(str(tiny_folder))
 
 
 def test_heads_that_would_be_wrong_are_refused(tiny_model, tokenizer, tmp_path):
@@ -306,7 +285,7 @@ def test_heads_that_would_be_wrong_are_refused(tiny_model, tokenizer, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="final_logit_softcapping = 30"):
-        policy.load_model(str(tmp_path))
+        load_model(str(tmp_path))
 
 
 def test_flops_are_those_of_the_matrix_products(tiny_model):
@@ -317,5 +296,5 @@ def test_flops_are_those_of_the_matrix_products(tiny_model):
     tiny_model.set_attn_implementation("sdpa")
     with FlopCounterMode(display=False) as counter:
         tiny_model(input_ids=ids).logits.sum().backward()
-    ours = policy.flops(tiny_model, prompt_and_response=66, response=66, squares=2 * 33**2)
+    ours = perf.flops(tiny_model, prompt_and_response=66, response=66, squares=2 * 33**2)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.15)

@@ -5,7 +5,7 @@ import copy
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from prompts import UserError, check_thinking, load_problems, load_rows
+from ce_gppo.problems import UserError, check_thinking, load_problems, load_rows
 
 GOOD = {"prompt": [{"role": "user", "content": "1+2=?"}], "answer": "3", "source": "test"}
 
@@ -38,7 +38,7 @@ def test_a_bad_row_is_named_by_file_and_line(write_rows, bad, message):
 def test_missing_and_empty_files(write_rows, tmp_path):
     with pytest.raises(UserError, match=r"nothing\.jsonl: no such file"):
         load_rows(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(UserError, match=r"klear\.jsonl: no such file; make it with .*data/math/prepare\.py"):
+    with pytest.raises(UserError, match=r"klear\.jsonl: no such file; make it with .*-m data\.math\.prepare"):
         (tmp_path / "data" / "math").mkdir(parents=True)
         (tmp_path / "data" / "math" / "prepare.py").touch()
         load_rows(str(tmp_path / "data" / "math" / "klear.jsonl"))

@@ -1,43 +1,41 @@
 """Two processes against one: gradients, shards, checkpoints, metrics, and one that fails. Gloo, real vLLM."""
 
+import json
 import math
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_policy import group_of
-from test_train import ROOT, metrics_of, run, without_timings
 
-import checkpoint
-import loss
-import policy
+from ce_gppo import checkpoint, dist
+from ce_gppo.entropy import QUADRANTS
+from ce_gppo.model import load_model
+from helpers import group_of, metrics_of, run, torchrun, without_timings
 
 # An update on fixed responses, of which the ranks have the shares given; writes the gradient and a checkpoint.
 ONE_UPDATE = """
-import sys, torch
-sys.path[:0] = [ROOT, ROOT + "/tests", ROOT + "/data/arithmetic"]
-import checkpoint, policy, ranks, settings, train
+import json, sys, torch, train
+from ce_gppo import checkpoint, dist
+from ce_gppo.forward import Policy
+from ce_gppo.model import load_model
+from helpers import resolved
 from pathlib import Path
 from test_ranks import responses_of_shares
-folder, shard, shares = Path(sys.argv[1]), sys.argv[2] == "shard", eval(sys.argv[3])
-ranks.start()
-model, tokenizer = policy.load_model(str(folder / "tiny"))
-actor = policy.distribute(model, shard)
+folder, shard, shares, name = Path(sys.argv[1]), sys.argv[2] == "shard", json.loads(sys.argv[3]), sys.argv[4]
+dist.init()
+model, tokenizer = load_model(str(folder / "tiny"), shard=shard)
+policy = dist.distribute(Policy(model), shard, model._no_split_modules)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-config = settings.resolve(train.Config(max_micro_batch_tokens=24, entropy_coef=0.01, positive_nll_coef=0.1))
-done = train.update(actor, optimizer, responses_of_shares(shares)[ranks.rank()], 1e-3, 0.5, 1.0, config, "cpu")
-gradients = {}
-for name, parameter in model.named_parameters():
-    gradient = parameter.grad.full_tensor() if shard else parameter.grad
-    gradients[name] = gradient.clone()
-done = {key: ranks.total(done[key])[0] if key == "loss" else done[key] for key in ("loss", "grad_norm", "skipped")}
-checkpoint.save(folder / f"checkpoint-{sys.argv[4]}", model, tokenizer, optimizer, {"step": 1})
-if ranks.is_main():
-    torch.save({"gradients": gradients, "done": done}, folder / f"result-{sys.argv[4]}.pt")
+config = resolved(max_micro_batch_tokens=24, entropy_coef=0.01, positive_nll_coef=0.1)
+objective = train.objective_of_step(config, 1, (0.5, 0.0))
+responses = responses_of_shares(shares)[dist.rank()]
+done = train.update(policy, optimizer, responses, objective, 1e-3, config, "cpu")
+gradients = {name: dist.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
+checkpoint.save(folder / f"checkpoint-{name}", model, tokenizer, optimizer, checkpoint.State("id", 1))
+done = {"loss": dist.all_sum(done.loss)[0], "grad_norm": done.grad_norm, "skipped": done.skipped}
+if dist.is_main():
+    torch.save({"gradients": gradients, "done": done}, folder / f"result-{name}.pt")
 """
 
 
@@ -47,24 +45,17 @@ def responses_of_shares(shares: list[list[int]]) -> list[list]:
     return [[response for i in share for response in groups[i]] for share in shares]
 
 
-def torchrun(processes: int, *arguments: str, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    env = os.environ | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, **pipes | options)
-
-
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
     """The same mini-batch by one process, and by two in several ways. {name: (gradients and what update returned)}"""
-    from base import make_model, make_tokenizer
+    from data.arithmetic.base import make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("ranks")
     torch.manual_seed(0)
     make_model(make_tokenizer(), hidden_size=64, num_layers=2).save_pretrained(folder / "tiny")
     make_tokenizer().save_pretrained(folder / "tiny")
     script = folder / "one_update.py"
-    script.write_text(f"ROOT = {str(ROOT)!r}\n" + ONE_UPDATE)
+    script.write_text(ONE_UPDATE)
     cases = {
         "000001": (1, "copy", [[0, 1, 2, 3, 4, 5]]),
         "000002": (2, "copy", [[0, 2, 4], [1, 3, 5]]),
@@ -74,7 +65,7 @@ def updates(tmp_path_factory):
         "000006": (2, "shard", [[], [0, 1, 2, 3, 4, 5]]),
     }
     for name, (processes, how, shares) in cases.items():
-        process = torchrun(processes, str(script), str(folder), how, repr(shares), name)
+        process = torchrun(processes, str(script), str(folder), how, json.dumps(shares), name)
         output = process.communicate(timeout=100)[0]
         assert process.returncode == 0, output
     return folder, {name: torch.load(folder / f"result-{name}.pt", weights_only=True) for name in cases}
@@ -103,9 +94,9 @@ def test_checkpoints_are_the_same_whoever_wrote_them(updates, case):
         torch.testing.assert_close(weights[name], expected_weights[name], atol=1e-5, rtol=0)
     moments = []
     for path in (ours, expected):
-        model, _ = policy.load_model(str(path))
+        model, _ = load_model(str(path))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-        assert checkpoint.load(path, model, optimizer) == {"step": 1}
+        assert checkpoint.load(path, model, optimizer) == checkpoint.State("id", 1)
         moments.append([optimizer.state[p]["exp_avg"] for p in model.parameters()])
     for a, b in zip(*moments, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -126,7 +117,7 @@ def test_two_ranks_train_and_one_goes_on(tmp_path):
     process.terminate()  # torchrun passes it on
     output = process.communicate(timeout=100)[0]
     before = metrics_of(tmp_path / "two")
-    assert "finishing what is in hand" in output and len(before) < 4, output
+    assert "finishing the update" in output and len(before) < 4, output
     assert checkpoint.newest(tmp_path / "two").name == f"checkpoint-{before[-1]['step']:06d}"
 
     run(tmp_path, "--resume", str(tmp_path / "two"))
@@ -137,7 +128,7 @@ def test_two_ranks_train_and_one_goes_on(tmp_path):
     for row in rows[1:]:
         assert row["reward/mean"] * 120 == pytest.approx(round(row["reward/mean"] * 120)), "all 15 groups are counted"
         assert math.log(row["mismatch/ratio_max"]) < 1e-4, "shards arrive in vLLM as whole weights"
-        assert sum(row[f"tokens/{q}"] for q in loss.QUADRANTS) == pytest.approx(1)
+        assert sum(row[f"tokens/{q}"] for q in QUADRANTS) == pytest.approx(1)
         assert row["update_1/ratio_max"] == pytest.approx(1, abs=1e-4)
 
 
@@ -155,18 +146,18 @@ def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path):
     """They must leave the engine's loop together, or one waits for the other's half of a matrix product for ever."""
     script = tmp_path / "stops.py"
     script.write_text(
-        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import ranks, rollout, train\n"
+        "import os, signal\n"
+        "import rollout, train\nfrom ce_gppo import dist\nfrom ce_gppo.config import command\n"
         "calls, generate = 0, rollout.Engine.generate\n"
         "def stopping(engine, *args, **options):\n"
         "    global calls\n"
         "    calls += 1\n"
-        "    if calls == 3 and ranks.rank() == 0:\n"  # after the first evaluation and rollout
+        "    if calls == 3 and dist.rank() == 0:\n"  # after the first evaluation and rollout
         "        inner = engine.llm.llm_engine.step\n"
         "        engine.llm.llm_engine.step = lambda: (os.kill(os.getpid(), signal.SIGTERM), inner())[1]\n"
         "    return generate(engine, *args, **options)\n"
         "rollout.Engine.generate = stopping\n"
-        "train.main()\n"
+        "command(train.main)\n"
     )
     arguments = [*SMALL, "--out", str(tmp_path), "--run-name", "tp", "--rollout-tp", "2"]
     process = torchrun(2, str(script), *arguments)
@@ -174,21 +165,29 @@ def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path):
         output = process.communicate(timeout=100)[0]
     finally:
         process.kill()
-    assert process.returncode == 0 and "stopped by SIGTERM after step 1" in output, output
+    assert process.returncode == 0 and "stopped after step 1" in output, output
     assert [path.name for path in tmp_path.glob("tp/checkpoint*")] == ["checkpoint-000001"]
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_tokens_are_dealt_evenly(ranks):
+    """Long-tailed lengths: no rank has over 2 % more than the mean."""
+    sizes = (200 + torch.distributions.LogNormal(6.0, 0.8).sample((40 * ranks,)).clamp(max=8000)).long().tolist()
+    owners = dist.largest_first(sizes, ranks)
+    loads = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(ranks)]
+    assert max(loads) <= 1.02 * max(sum(sizes) / ranks, max(sizes))
 
 
 def test_a_rank_that_fails_ends_all_with_its_message(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import ranks, settings, train\n"
-        "from report import rollout_values\n"
-        "def fail(rewards, responses):\n"
-        "    if ranks.rank() == 1: raise RuntimeError('the disk of rank 1 is on fire')\n"
-        "    return rollout_values(rewards, responses)\n"
-        "train.rollout_values = fail\n"
-        "train.main()\n"
+        "import train\nfrom ce_gppo import dist, metrics\nfrom ce_gppo.config import command\n"
+        "own_values = metrics.own_values\n"
+        "def fail(groups):\n"
+        "    if dist.rank() == 1: raise RuntimeError('the disk of rank 1 is on fire')\n"
+        "    return own_values(groups)\n"
+        "metrics.own_values = fail\n"
+        "command(train.main)\n"
     )
     start = time.monotonic()
     process = torchrun(2, str(script), *SMALL, "--out", str(tmp_path))

@@ -9,12 +9,11 @@ import pytest
 import torch
 import wandb
 
-import figures
-import report
-import settings
-import train
-from prompts import Problem, UserError
-from rollout import Response
+from ce_gppo import metrics, report
+from ce_gppo.types import Problem, Response, UserError
+from helpers import resolved
+from reward import extract_answer
+from tools import figures
 
 
 def groups_of(P: int = 6, G: int = 4, seed: int = 0) -> tuple[list[list[Response]], torch.Tensor]:
@@ -30,7 +29,8 @@ def groups_of(P: int = 6, G: int = 4, seed: int = 0) -> tuple[list[list[Response
             r = Response([1, 2], list(range(R)), -torch.rand(R, generator=g), R == 8, f"\\boxed{{{p}}}")
             r.old_logprobs = (r.rollout_logprobs + 0.1 * torch.randn(R, generator=g)).clamp(max=0)
             r.entropy = torch.rand(R, generator=g)
-            r.reward, r.advantage = rewards[p, i].item(), (rewards[p, i] - rewards[p].mean()).item()
+            r.reward = r.verdict = rewards[p, i].item()
+            r.advantage = (rewards[p, i] - rewards[p].mean()).item()
             group.append(r)
         groups.append(group)
     return groups, rewards
@@ -40,8 +40,8 @@ def test_rollout_metrics_against_loops():
     groups, rewards = groups_of()
     responses = [r for group in groups for r in group]
     cuts = [(0, 1), (1, 4), (4, 6)]  # three ranks with different shares
-    parts = [report.rollout_values(rewards[a:b], [r for g in groups[a:b] for r in g]) for a, b in cuts]
-    metrics = report.rollout_metrics(parts, previous_entropy=0.25)
+    parts = [metrics.own_values(groups[a:b]) for a, b in cuts]
+    found = metrics.rollout_metrics(groups, parts, previous_entropy=0.25)
     entropy = np.concatenate([r.entropy.numpy() for r in responses]).astype(np.float64)
     gap = np.concatenate([(r.old_logprobs - r.rollout_logprobs).numpy() for r in responses]).astype(np.float64)
     expected = {
@@ -60,33 +60,25 @@ def test_rollout_metrics_against_loops():
         "response/length_mean": np.mean([len(r.response_ids) for r in responses]),
     }
     for name, value in expected.items():
-        assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
+        assert found[name] == pytest.approx(float(value), rel=1e-5), name
 
 
 def test_histograms_hold_every_trained_token_once():
     groups, _ = groups_of()
     kept = [r for group in groups[2:] for r in group]
-    histograms = report.histograms(kept)
+    histograms = report.probability_histograms(kept)
     tokens = sum(len(r.response_ids) for r in kept if r.advantage != 0)
     assert sum(len(values) for values in histograms.values()) == tokens
     assert all(((values > 0) & (values <= 1)).all() for values in histograms.values())
-    assert report.histograms([]) == {}
+    assert report.probability_histograms([]) == {}
 
 
 def test_sample_rows_show_what_was_scored():
     groups, _ = groups_of()
     problems = [Problem(f"prompt {p}", [1, 2], str(p), "test") for p in range(6)]
-    rows = report.sample_rows({i: groups[i] for i in (1, 3, 4, 5)}, problems, 3, thinking=False)
-    assert [row["extracted"] for row in rows] == ["1", "3", "4"] == [row["answer"] for row in rows]
+    rows = report.sample_rows(groups, problems, extract_answer)
+    assert [row["extracted"] for row in rows] == ["0", "1", "2", "3"] == [row["answer"] for row in rows]
     assert json.loads(json.dumps(rows)) == rows
-
-
-def test_spearman():
-    assert report.spearman([(1, 10), (2, 20), (3, 40), (4, 45)]) == pytest.approx(1)
-    assert report.spearman([(1, 4), (2, 3), (3, 2), (4, 1)]) == pytest.approx(-1)
-    pairs = [(0.3, 5), (0.1, 2), (0.9, 1), (0.4, 9), (0.8, 3)]
-    ranks = [[sorted(column).index(x) for x in column] for column in zip(*pairs, strict=True)]
-    assert report.spearman(pairs) == pytest.approx(np.corrcoef(ranks)[0, 1])
 
 
 def test_a_resumed_report_drops_the_steps_that_will_be_done_again(tmp_path):
@@ -94,8 +86,8 @@ def test_a_resumed_report_drops_the_steps_that_will_be_done_again(tmp_path):
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "entr'  # the disk was full, say
     (tmp_path / "metrics.jsonl").write_text(text)
     (tmp_path / "samples.jsonl").write_text(text)
-    again = report.Report(tmp_path, types.SimpleNamespace(steps=10), {"step": 3, "wandb_id": "x"})
-    again.log(4, {"entropy/mean": 0.5}, [], {})
+    again = report.Report(tmp_path, types.SimpleNamespace(steps=10), 3, "x")
+    again.log(4, {"entropy/mean": 0.5})
     again.close([])
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -125,7 +117,7 @@ def test_without_a_network_it_logs_offline_into_the_same_run(monkeypatch, tmp_pa
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_MODE", "online")
-    report.start_wandb(tmp_path, settings.resolve(train.Config()), "abc")
+    report.start_wandb(tmp_path, resolved(), "abc")
     assert [(call["mode"], call["id"]) for call in calls] == [("online", "abc"), ("offline", "abc")]
     assert "no route to host" in capsys.readouterr().err
 
@@ -137,7 +129,7 @@ class BrokenWandb:
 
 def test_what_fails_in_reporting_does_not_end_the_run(tmp_path, capsys, monkeypatch):
     """W&B that breaks, and a disk that is full for a while: metrics.jsonl ends up whole."""
-    log = report.Report(tmp_path, types.SimpleNamespace(steps=10), {"step": 0, "wandb_id": "x"})
+    log = report.Report(tmp_path, types.SimpleNamespace(steps=10), 0, "x")
     log.wandb = BrokenWandb()
     log.log(0, {"entropy/mean": 0.5}, [], {})
     assert log.wandb is None and "the network is gone" in capsys.readouterr().err
@@ -155,10 +147,10 @@ def test_what_fails_in_reporting_does_not_end_the_run(tmp_path, capsys, monkeypa
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
 
-def write_run(folder, objective: str, seed: int):
+def write_run(folder, seed: int, **settings):
     """A run's folder with the metrics that the figures need."""
     folder.mkdir()
-    config = {"objective": objective, "beta1": 0.75, "beta2": 1.0, "seed": seed}
+    config = {"objective": "ce_gppo", "beta1": 0.75, "beta2": 1.0, "seed": seed, "run_name": folder.name} | settings
     (folder / "config.json").write_text(json.dumps({"config": config}))
     rng = np.random.default_rng(seed)
     with (folder / "metrics.jsonl").open("w") as file:
@@ -173,22 +165,42 @@ def write_run(folder, objective: str, seed: int):
             file.write(json.dumps(row) + "\n")
 
 
-def test_figures_draw_from_metrics_alone(tmp_path):
-    runs = []
-    for objective in ("ce_gppo", "grpo"):
-        for seed in (0, 1):
-            runs.append(tmp_path / f"{objective}{seed}")
-            write_run(runs[-1], objective, seed)
-    figures.main(figures.Config(tuple(runs), out=tmp_path / "figures"))
-    assert (tmp_path / "figures" / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    svg = (tmp_path / "figures" / "curves.svg").read_text()
-    assert svg.startswith("<?xml")
-    label, rows = figures.load(runs[0])
-    assert label == "ce_gppo (0.75, 1)"
-    steps, values = figures.series([rows, figures.load(runs[1])[1]], "eval/test/avg_at_k")
-    assert steps.tolist() == [0, 5, 10] and values.shape == (2, 3)
+def test_figures_group_runs_by_all_settings_except_the_seed(tmp_path):
+    variants = {"a": {}, "b": {}, "lr": {"lr": 1e-3}, "grpo": {"objective": "grpo", "beta1": None, "beta2": None}}
+    for seed, (name, settings) in enumerate(variants.items()):
+        write_run(tmp_path / name, seed, **settings)
+    groups = figures.group_runs([figures.load(tmp_path / name) for name in variants])
+    assert {label: len(runs) for label, runs in groups.items()} == {
+        "ce_gppo (0.75, 1)": 2,
+        "ce_gppo (0.75, 1), lr 0.001": 1,
+        "grpo": 1,
+    }
+    entropy, accuracy, clipped, *velocities = figures.figure(groups).axes
+    thick = [line for line in entropy.lines if line.get_linewidth() == 2]
+    assert len({line.get_color() for line in thick}) == len(thick) == 3 and len(entropy.lines) == 3 + 2
+    runs = groups["ce_gppo (0.75, 1)"]
+    expected = [np.mean([rows[step]["entropy/mean"] for rows in runs]) for step in range(1, 11)]
+    np.testing.assert_allclose(thick[0].get_ydata(), expected)
+    assert all(axis.get_title() and axis.get_xlabel() == "step" for axis in (entropy, accuracy, clipped, *velocities))
+    assert entropy.get_ylim()[0] == accuracy.get_ylim()[0] == 0
+    figures.main(figures.Config(tuple(tmp_path / name for name in variants), out=tmp_path / "figures"))
+    assert (tmp_path / "figures" / "curves.svg").exists()
+
+
+def test_a_quadrant_of_zero_stays_in_its_place_of_the_stack():
+    """Not on the other side: PA&LP raises entropy in steps 1 and 3, and is exactly 0 in step 2."""
+    up = {"pa_lp": [1.0, 0.0, 1.0], "na_hp": [2.0, 2.0, 2.0], "pa_hp": [-1.0, -1.0, -1.0], "na_lp": [-1.0, -1.0, -1.0]}
+    rows = [
+        {"step": i, "velocity/total": 0.0} | {f"velocity/{q}": values[i] for q, values in up.items()} for i in range(3)
+    ]
+    axis = figures.plt.figure().subplots()
+    figures.draw_velocity(axis, [rows])
+    extents = [collection.get_datalim(axis.transData) for collection in axis.collections]
+    above, below = extents[:4], extents[4:]
+    assert [(e.y0, e.y1) for e in above[:2]] == [(0, 1), (0, 3)] and [e.y0 for e in below[2:]] == [-1, -2]
+    assert all(e.y0 == e.y1 == 0 for e in below[:2]), "what raises entropy has no height below the line"
 
 
 def test_figures_name_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+    with pytest.raises(UserError, match=r"not the folder of a run.*config\.json"):
         figures.main(figures.Config((tmp_path,)))

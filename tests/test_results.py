@@ -1,26 +1,31 @@
-"""The sweep: what it runs, what it keeps, what it goes on with; and verdicts on runs whose truth is known."""
+"""The sweep: it runs, keeps and resumes the right things. Verdicts and figures of runs with known values."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
-import claims
-import sweep
+import loss
+import train
+from ce_gppo.config import parse
+from results import claims, sweep
+from tools.figures import QUADRANTS, plt
 
 ROOT = Path(__file__).parents[1]
 
 
 def script(name, *arguments):
     return subprocess.run(
-        [sys.executable, f"results/{name}.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", f"results.{name}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
 
 
-def test_a_sweep_keeps_what_ends_and_goes_on_with_the_rest(tmp_path):
+def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path):
     results = tmp_path / "results.jsonl"
     options = "--results", results, "--seeds", "1", "--steps", "2", "--out", tmp_path / "out"
     options += "--settings", "grpo", "ce_gppo (1, 0.5)"
@@ -32,12 +37,18 @@ def test_a_sweep_keeps_what_ends_and_goes_on_with_the_rest(tmp_path):
     assert first["grpo"] == first["ce_gppo (1, 0.5)"]  # the same base, the same first rollout
     metrics = (tmp_path / "out" / "grpo-2-0" / "metrics.jsonl").read_text().splitlines()
     for name, values in rows["grpo"]["series"].items():
-        assert values == [
-            pytest.approx(row.get(name), rel=1e-4)
-            for row in map(json.loads, metrics)
-            if (name in row if name.startswith("eval/") else row["step"])
-        ], name
+        there = [row for row in map(json.loads, metrics) if (name in row if name.startswith("eval/") else row["step"])]
+        expected = [row.get(name) for row in there]  # None for a step without it
+        assert [value is None for value in values] == [value is None for value in expected], name
+        pairs = [pair for pair in zip(values, expected, strict=True) if None not in pair]
+        assert all(value == pytest.approx(other, rel=1e-4) for value, other in pairs), name
     assert rows["grpo"]["eval_steps"] == [0, 2]
+    times = [row.get(f"time/{part}", 0) for row in map(json.loads, metrics) for part in ("step", "eval")]
+    assert rows["grpo"]["minutes"] == pytest.approx(sum(times) / 60, abs=0.01)
+    # A misspelled series would be None everywhere. Few tokens are clipped in two steps, and grpo has no betas.
+    always = set(sweep.SERIES) - {"clip/prob_low", "clip/prob_high", "optim/beta1", "optim/beta2"}
+    assert all(value is not None for name in always for value in rows["grpo"]["series"][name])
+    assert rows["ce_gppo (1, 0.5)"]["series"]["optim/beta1"] == [1.0, 1.0]
     assert "--objective grpo" in rows["grpo"]["arguments"]
     assert "--beta1 1.0 --beta2 0.5" in rows["ce_gppo (1, 0.5)"]["arguments"]
 
@@ -49,8 +60,8 @@ def test_a_sweep_keeps_what_ends_and_goes_on_with_the_rest(tmp_path):
     drawn = script("claims", results)
     assert drawn.returncode == 0, drawn.stderr
     assert "| grpo | 1 |" in results.with_suffix(".md").read_text()
-    assert results.with_suffix(".png").stat().st_size > 10_000
-    assert (tmp_path / "results-velocity.svg").stat().st_size > 10_000
+    assert plt.imread(results.with_suffix(".png")).shape[1] == 1350
+    assert (tmp_path / "results-velocity.svg").exists()
 
 
 def test_results_of_other_arguments_are_not_mixed(tmp_path):
@@ -67,21 +78,43 @@ def test_results_of_other_arguments_are_not_mixed(tmp_path):
 
 
 def test_every_setting_is_train_py_s():
-    import settings
-    import train
+    for name, options in sweep.SETTINGS.items():
+        config, recipe, resume = parse(train.Config, sweep.arguments(name, 3, 50).split(), loss.PUBLISHED)
+        assert (config.seed, config.steps, recipe, resume) == (3, 50, "", "")
+        for key, value in (sweep.COMMON | options).items():
+            assert getattr(config, key) == value
 
-    for name in sweep.SETTINGS:
-        settings.parse(train.Config, sweep.arguments(name, 3, 50).split())
+
+def test_series_are_those_of_the_list_of_metrics():
+    assert len(set(sweep.SERIES)) == len(sweep.SERIES) and not [name for name in sweep.SERIES if "<" in name]
+    rows = sweep.read(ROOT / "results" / "evidence.jsonl")  # made before some of the series were kept
+    assert set(rows[0]["series"]) < set(sweep.SERIES)
+
+
+def test_the_kept_runs_still_give_the_published_verdicts(tmp_path):
+    shutil.copy(ROOT / "results" / "evidence.jsonl", tmp_path)
+    for options, stem in ((), "evidence"), (("--steps", "40"), "evidence-40"):
+        drawn = script("claims", tmp_path / "evidence.jsonl", *options)
+        assert drawn.returncode == 0, drawn.stderr
+        cells = [
+            [line.split("|")[1:3] for line in (folder / f"{stem}.md").read_text().splitlines() if line.startswith("|")]
+            for folder in (tmp_path, ROOT / "results")
+        ]
+        assert cells[0] == cells[1] and len(cells[0]) == 2 + 12 + 2 + 11
 
 
 def test_interval_is_student_s():
     mean, low, high = claims.interval({0: 1.0, 1: 2.0, 2: 3.0})
     assert (mean, low, high) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-3)
     assert claims.interval({0: 1.0})[1:] == (-np.inf, np.inf)
+    for seeds, quantile in (2, 12.706), (11, 2.228), (31, 2.042):  # from a printed table
+        values = np.arange(seeds) / np.std(range(seeds), ddof=1) * np.sqrt(seeds)
+        mean, low, high = claims.interval(dict(enumerate(values)))
+        assert (mean - low, high - mean) == pytest.approx((quantile, quantile), abs=1e-3)
 
 
 def made_up(entropy, accuracy, seeds=5, noise=0.002):
-    """Runs whose entropy falls from 0.3 to what is given, by setting."""
+    """A sweep whose entropy falls from 0.3 to the given values, by setting."""
     rows = []
     for name in sweep.SETTINGS:
         for seed in range(seeds):
@@ -98,7 +131,7 @@ def made_up(entropy, accuracy, seeds=5, noise=0.002):
 
 
 def test_part_of_a_sweep(tmp_path):
-    """The first steps of all runs, as if they had ended there; and the runs that still end their responses."""
+    """Only the first steps of all runs, as if they had ended there; and only the runs that end their responses."""
     rows = list(made_up({}, {}, seeds=2).rows.values())
     for row in rows:
         row["eval_steps"], entropy = [0, 20, 50], row["series"]["entropy/mean"]
@@ -136,3 +169,71 @@ def test_verdicts_follow_the_runs():
 
     one_seed = claims.claims(made_up(like_the_paper, {}, seeds=1))
     assert {verdict for name, verdict, _ in one_seed if not name.startswith("6b")} == {"undecided"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def groups_of(sweep_):
+    """{setting: the runs' rows}, as `claims.main` draws them."""
+    return {name: [claims.rows_of(r) for (n, _), r in sweep_.rows.items() if n == name] for name in sweep_.settings}
+
+
+def test_every_setting_has_a_colour_of_its_own():
+    assert sorted(claims.COLORS) == sorted(sweep.SETTINGS)
+    assert len({to_hex(color) for color in claims.COLORS.values()}) == len(sweep.SETTINGS)
+    assert set(sweep.SETTINGS) == {name for names in claims.ROWS.values() for name in names}
+
+
+def test_curves_show_each_seed_and_the_mean():
+    made = made_up({"gspo": 0.2}, {}, seeds=3, noise=0.02)
+    figure = claims.curves(groups_of(made))
+    panels = np.reshape(figure.axes, (-1, 2))
+    for (title, names), (entropy, accuracy) in zip(claims.ROWS.items(), panels, strict=True):
+        for axis, metric in (entropy, "entropy/mean"), (accuracy, "eval/arithmetic/avg_at_k"):
+            assert title in axis.get_title() and axis.get_xlabel() == "step" and axis.get_ylabel()
+            thick = [line for line in axis.lines if line.get_linewidth() >= 2]
+            assert len(thick) == len(names) and len(axis.lines) == len(names) * (1 + 3)
+            assert len({to_hex(line.get_color()) for line in thick}) == len(names)
+            for name, line in zip(names, thick, strict=True):
+                runs = [row["series"][metric] for (other, _), row in made.rows.items() if other == name]
+                assert line.get_ydata() == pytest.approx(np.mean(runs, axis=0))
+                thin = [o for o in axis.lines if o is not line and to_hex(o.get_color()) == to_hex(line.get_color())]
+                assert sorted(o.get_ydata()[-1] for o in thin) == pytest.approx(sorted(run[-1] for run in runs))
+                assert all(o.get_linewidth() < 1 for o in thin)
+        assert entropy.get_ylim()[0] == 0
+        legend = accuracy.get_legend()
+        keys = {text.get_text(): key for text, key in zip(legend.get_texts(), legend.legend_handles, strict=True)}
+        assert {name: to_hex(key.get_color()) for name, key in keys.items()} == {
+            name: to_hex(claims.COLORS[name]) for name in names
+        }
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("names, titles", [(("grpo",), ["objectives"]), (("grpo", "ce_gppo (0, 1)"), ["betas"])])
+def test_curves_of_part_of_a_sweep_have_no_empty_panels(names, titles):
+    made = made_up({}, {}, seeds=1)
+    figure = claims.curves({name: runs for name, runs in groups_of(made).items() if name in names})
+    assert len(figure.axes) == 2 * len(titles)
+    for axis, title in zip(figure.axes[::2], titles, strict=True):
+        assert title in axis.get_title() and len(axis.lines) == len(names)
+    plt.close(figure)
+
+
+def test_velocities_have_a_panel_for_each_setting():
+    made = made_up({}, {}, seeds=2)
+    for row in made.rows.values():
+        row["series"]["velocity/pa_lp"] = [0.03 + 0.01 * row["seed"]] * 50
+        row["series"]["velocity/total"] = [0.002 * list(sweep.SETTINGS).index(row["setting"])] * 50
+    figure = claims.velocities(groups_of(made))
+    assert [axis.get_title() for axis in figure.axes] == list(sweep.SETTINGS)
+    assert figure.get_supxlabel() == "step" and "nats per token" in figure.get_supylabel()
+    for i, axis in enumerate(figure.axes):
+        total = axis.lines[0]
+        assert total.get_ydata() == pytest.approx([0.002 * i] * 50)
+        tops = [patch.get_paths()[0].vertices[:, 1] for patch in axis.collections]
+        assert (min(map(min, tops)), max(map(max, tops))) == pytest.approx((-0.02, 0.045))  # two quadrants either way
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*QUADRANTS.values(), "total"]
+    plt.close(figure)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 import reward
+from ce_gppo.verifier import workers
 from reward import BackgroundScorer, extract_answer, overlong_penalty, score
 
 TABLE = r"""
@@ -354,10 +355,10 @@ def test_verdict(row, rewards):
 
 def test_one_at_a_time_is_the_same_and_so_is_any_order(rewards):
     order = random.Random(0).sample(range(len(ROWS)), 120)
-    reward._cache.clear()
+    workers._cache.clear()
     shuffled = score([ROWS[i][1] for i in order], [ROWS[i][2] for i in order], workers=2, timeout=10)
     assert shuffled == [rewards[i] for i in order]
-    reward._cache.clear()
+    workers._cache.clear()
     assert [score([ROWS[i][1]], [ROWS[i][2]], workers=1, timeout=10)[0] for i in order[:40]] == shuffled[:40]
 
 
@@ -368,7 +369,7 @@ def test_lengths_must_agree():
 
 
 def test_plain_arithmetic_starts_no_worker(monkeypatch):
-    monkeypatch.setattr(reward.Worker, "start", lambda self: pytest.fail("a worker was started"))
+    monkeypatch.setattr(workers.Worker, "start", lambda self: pytest.fail("a worker was started"))
     responses = [rf"so \boxed{{{i}}}" for i in range(512)]
     assert score(responses, ["48"] * 512) == [float(i == 48) for i in range(512)]
 
@@ -386,7 +387,7 @@ def for_math_verify(n: int) -> tuple[str, str]:
 
 @pytest.fixture
 def no_cache():
-    reward._cache.clear()
+    workers._cache.clear()
 
 
 def test_three_hundred_hostile_answers(no_cache, capsys):
@@ -433,18 +434,18 @@ def test_what_the_budget_does_not_reach_is_reported(no_cache, capsys):
 
 def test_workers_killed_between_calls_are_replaced(no_cache):
     assert score(*([text] for text in for_math_verify(2)), workers=1) == [1.0]
-    killed = [worker.process.pid for worker in reward._workers if worker.process]
+    killed = [worker.process.pid for worker in workers._workers if worker.process]
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     pairs = [for_math_verify(n) for n in range(3, 11)]
     assert score(*map(list, zip(*pairs, strict=True)), workers=2) == [1.0] * 8
-    assert not {worker.process.pid for worker in reward._workers if worker.process} & set(killed)
+    assert not {worker.process.pid for worker in workers._workers if worker.process} & set(killed)
 
 
 def test_workers_killed_during_a_call_are_replaced(no_cache):
     pairs = [(rf"\boxed{{{HANGS}}}", "4")] + [for_math_verify(n) for n in range(2, 12)]
     score(*([text] for text in for_math_verify(99)), workers=1)  # so that a worker is up
-    (worker,) = [worker for worker in reward._workers if worker.process][:1]
+    (worker,) = [worker for worker in workers._workers if worker.process][:1]
     sniper = threading.Timer(1.0, lambda pid: os.kill(pid, signal.SIGKILL), [worker.process.pid])
     sniper.start()  # by then it is busy with what hangs, the longest and therefore the last of the batch
     assert score(*map(list, zip(*pairs, strict=True)), workers=1, timeout=3.0) == [0.0] + [1.0] * 10
@@ -452,8 +453,8 @@ def test_workers_killed_during_a_call_are_replaced(no_cache):
 
 
 def test_a_worker_that_cannot_start_is_an_error_not_a_zero(no_cache, monkeypatch):
-    reward._stop_workers()
-    monkeypatch.setattr(reward.sys, "executable", "/bin/false")
+    workers._stop_workers()
+    monkeypatch.setattr(workers, "COMMAND", ["/bin/false"])
     with pytest.raises(RuntimeError, match="does not start"):
         score(*([text] for text in for_math_verify(2)), workers=1)
 
@@ -510,10 +511,10 @@ def test_workers_end_with_their_parent(no_cache):
 
 PARENT = rf"""
 import reward
-reward._workers.extend([reward.Worker(), reward.Worker()])
-for worker in reward._workers:
+workers._workers.extend([workers.Worker(), workers.Worker()])
+for worker in workers._workers:
     worker.start()
-print(*[worker.process.pid for worker in reward._workers], flush=True)
+print(*[worker.process.pid for worker in workers._workers], flush=True)
 reward.score([r"\boxed{{{HANGS}}}"], ["4"], workers=1, timeout=1.5)
 """
 

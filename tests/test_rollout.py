@@ -1,23 +1,20 @@
 """Real vLLM: what it samples, what it says of it, and that the trainer's weights really arrive."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 import loss
-import packing
-import policy
-from prompts import load_problems
+from ce_gppo import forward
+from ce_gppo.forward import Policy, compute_old_logprobs
+from ce_gppo.model import load_model, named_weights
+from ce_gppo.problems import load_problems
+from helpers import BASE, DATA
 from rollout import Engine, decode, stop_token_ids
-
-BASE = str(Path(__file__).parents[1] / "data" / "arithmetic" / "base")
-DATA = str(Path(__file__).parents[1] / "data" / "arithmetic" / "eval.jsonl")
 
 
 @pytest.fixture(scope="module")
 def base():
-    return policy.load_model(BASE)
+    return load_model(BASE)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +33,7 @@ def prompts(base):
 def gap(model, groups, temperature) -> float:
     """Largest difference between vLLM's and the trainer's logprobs, nats."""
     responses = [response for group in groups for response in group]
-    policy.measure(policy.Policy(model), responses, temperature, 8192, "cpu")
+    compute_old_logprobs(Policy(model), responses, temperature, 8192, "cpu")
     return max((r.old_logprobs - r.rollout_logprobs).abs().max().item() for r in responses)
 
 
@@ -60,7 +57,7 @@ def test_groups(engine, base, prompts):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_sampling_distribution(engine, base, prompts, temperature):
-    engine.load_weights(policy.named_weights(base[0]))
+    engine.load_weights(named_weights(base[0]))
     assert gap(base[0], engine.generate(prompts, 8, max_tokens=48, temperature=temperature, seed=1), temperature) < 1e-4
 
 
@@ -73,14 +70,14 @@ def test_the_same_seed_gives_the_same_tokens(engine, prompts):
 @pytest.mark.parametrize("part", ["embed_tokens", "self_attn", "mlp", "norm"])
 def test_every_weight_arrives(engine, base, prompts, part):
     """The tied embedding too, of which vLLM keeps a packed copy for the head on a CPU."""
-    model, _ = policy.load_model(BASE)
+    model, _ = load_model(BASE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if part in name:
                 parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
-    engine.load_weights(policy.named_weights(base[0]))
+    engine.load_weights(named_weights(base[0]))
     before = gap(model, engine.generate(prompts, 4, max_tokens=48, temperature=1.0, seed=2), 1.0)
-    engine.load_weights(policy.named_weights(model))
+    engine.load_weights(named_weights(model))
     after = gap(model, engine.generate(prompts, 4, max_tokens=48, temperature=1.0, seed=2), 1.0)
     assert after < 1e-4 < before
 
@@ -88,38 +85,37 @@ def test_every_weight_arrives(engine, base, prompts, part):
 def test_rollout_correction_with_an_engine_that_disagrees(engine, base, prompts):
     """vLLM with perturbed weights stands for one of another precision. Truncated weights point the right way: over what
     vLLM samples, pi_old / pi_vllm is 1 on average, and its inverse is not."""
-    model, _ = policy.load_model(BASE)
+    model, _ = load_model(BASE)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=g))
-    engine.load_weights(policy.named_weights(model))
+    engine.load_weights(named_weights(model))
     groups = engine.generate(prompts, 64, max_tokens=48, temperature=1.0, seed=4)
     responses = [response for group in groups for response in group]
-    policy.measure(policy.Policy(base[0]), responses, 1.0, 8192, "cpu")
-    batch = packing.collate(responses)
+    compute_old_logprobs(Policy(base[0]), responses, 1.0, 8192, "cpu")
+    batch = forward.collate(responses)
     mask = batch.response_mask
     ratio = (batch.old_logprobs - batch.rollout_logprobs).exp()[mask]
     assert ratio.max() > 1.5 and abs(ratio.mean() - 1) < 0.02 < abs((1 / ratio).mean() - 1)
 
     old, rollout = batch.old_logprobs, batch.rollout_logprobs
-    tis = loss.rollout_correction(old, rollout, "tis", cap=1.2)[mask]
+    tis = loss.correction_weights(old, rollout, "tis", cap=1.2)[mask]
     torch.testing.assert_close(tis, torch.tensor([min(r, 1.2) for r in ratio.tolist()]))
-    kept = loss.rollout_correction(old, rollout, "mask", cap=1.2)[mask]
+    kept = loss.correction_weights(old, rollout, "mask", cap=1.2)[mask]
     assert kept.tolist() == [float(1 / 1.2 <= r <= 1.2) for r in ratio.tolist()] and 0.5 < kept.mean() < 1
-    assert loss.rollout_correction(old, rollout, "none", cap=1.2) is None
 
 
 def test_the_prefix_cache_is_forgotten_at_a_sync(engine, base, prompts):
     """A prompt of several cache blocks, seen before with other weights."""
     long = [sum(prompts, [])[:400]]
-    engine.load_weights(policy.named_weights(base[0]))
+    engine.load_weights(named_weights(base[0]))
     engine.generate(long, 2, max_tokens=16, temperature=1.0, seed=3)
-    model, _ = policy.load_model(BASE)
+    model, _ = load_model(BASE)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
-    engine.wake(policy.named_weights(model))
+    engine.wake(named_weights(model))
     assert gap(model, engine.generate(long, 2, max_tokens=16, temperature=1.0, seed=3), 1.0) < 1e-4
 
 

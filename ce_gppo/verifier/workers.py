@@ -123,8 +123,8 @@ def judge(pairs: list[tuple[str, str]], timeout: float, num_workers: int, budget
 def sympy_equal(answer: str, truth: str) -> bool:
     r"""math-verify on two scalars. Only in a worker.
 
-    Its pitfalls, and the remedies: it compares floats to 6 places and drops small differences (decimals become fractions,
-    and exact.py compares); it strips one-letter variables as units, takes any number out of text that it cannot parse,
+    Its pitfalls, and the remedies: it compares floats to 6 places and drops small differences (decimals become
+    fractions, and exact.py compares); it strips one-letter variables as units, takes any number out of text that it cannot parse,
     and then compares the raw strings (all off); it has no imaginary unit i, and reads I^2 as I (i becomes the root of
     -1); it drops primes and the base of 101_2 (such answers are not equal).
     """

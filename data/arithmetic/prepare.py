@@ -1,9 +1,9 @@
 """Data set `arithmetic`: sums of several signed terms, to be worked out step by step.
 
-    python data/arithmetic/prepare.py        writes train.jsonl and eval.jsonl beside this file
+    .venv/bin/python -m data.arithmetic.prepare        writes train.jsonl and eval.jsonl beside this file
 
-A problem is "3+8-2+9-4=?". A worked answer adds the terms one by one, in any order of the reader's choice, so that
-one problem has many right workings (5! = 120 of them for five terms), and boxes the total:
+Run it from the repository root. A problem is "3+8-2+9-4=?". A right working adds the terms one by one, in any order,
+and boxes the total. Five terms have 5! = 120 orders. One of them:
 
     8-4=4
     4+3=7
@@ -15,14 +15,16 @@ one problem has many right workings (5! = 120 of them for five terms), and boxes
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
+
+from ce_gppo.config import command
+from ce_gppo.types import UserError
 
 HERE = Path(__file__).parent
 
 
 def problem(rng: random.Random, terms: int, largest: int) -> list[int]:
-    """Signed terms, none 0; the first is positive, the others negative one time in three."""
+    """Random signed terms. None is 0; the first is positive, a third of the others are negative."""
     return [rng.choice((1, 1, -1 if i else 1)) * rng.randint(1, largest) for i in range(terms)]
 
 
@@ -32,7 +34,7 @@ def show(terms: list[int]) -> str:
 
 
 def working(rng: random.Random, terms: list[int]) -> str:
-    """One of the right workings, all orders being equally likely."""
+    """One of the right workings; all orders are equally likely."""
     order = rng.sample(terms, len(terms))
     total, lines = order[0], []
     for term in order[1:]:
@@ -46,10 +48,9 @@ def prompt(terms: list[int]) -> list[dict[str, str]]:
 
 
 def splits(seed: int, terms: int, largest: int, train: int, held_out: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Distinct problems, the same for the same arguments: (training, held-out), without overlap."""
+    """(training, held-out) problems, all distinct. The same arguments give the same problems."""
     if train + held_out > largest**terms * 2 ** (terms - 1) // 2:
-        print(f"prepare.py: no {train + held_out} distinct sums of {terms} terms up to {largest}", file=sys.stderr)
-        raise SystemExit(2)
+        raise UserError(f"there are no {train + held_out} distinct sums of {terms} terms up to {largest}")
     rng = random.Random(seed)
     distinct: dict[str, list[int]] = {}
     while len(distinct) < train + held_out:
@@ -59,19 +60,26 @@ def splits(seed: int, terms: int, largest: int, train: int, held_out: int) -> tu
     return problems[held_out:], problems[:held_out]
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 upwards, not {text}")
+    return int(text)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The command line that prepare.py and base.py share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: beside this file)")
-    parser.add_argument("--terms", type=int, default=5, help="terms of a sum")
-    parser.add_argument("--largest", type=int, default=9, help="largest absolute value of a term")
-    parser.add_argument("--train", type=int, default=8192, help="training problems")
-    parser.add_argument("--held-out", type=int, default=256, help="evaluation problems, none of them in training")
+    parser.add_argument("--terms", type=positive, default=5, help="terms of a sum")
+    parser.add_argument("--largest", type=positive, default=9, help="largest absolute value of a term")
+    parser.add_argument("--train", type=positive, default=8192, help="training problems")
+    parser.add_argument("--held-out", type=positive, default=256, help="evaluation problems; training has none of them")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 def main() -> None:
-    args = arguments().parse_args()
+    args = arguments(__doc__).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, problems in zip(
         ("train", "eval"), splits(args.seed, args.terms, args.largest, args.train, args.held_out), strict=True
@@ -83,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

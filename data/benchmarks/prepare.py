@@ -1,18 +1,16 @@
 """The paper's benchmarks, and OlympiadBench: evaluation only.
 
-python data/benchmarks/prepare.py                          the five that the paper averages over
-python data/benchmarks/prepare.py aime24 olympiadbench     these alone
-python data/benchmarks/prepare.py aime24 --file aime.json  from a local file; data/convert.py says of which schemas
+.venv/bin/python -m data.benchmarks.prepare                          the five that the paper averages over
+.venv/bin/python -m data.benchmarks.prepare aime24 olympiadbench     only these
+.venv/bin/python -m data.benchmarks.prepare aime24 --file aime.json  a local file; data/convert.py lists the schemas
 
-Writes <name>.jsonl beside this file for each. The readme says how many problems to expect.
+Run it from the repository root. Writes <name>.jsonl beside this file for each. The readme has the numbers to expect.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from convert import Source, UserError, arguments, prepare, write
+from ce_gppo.config import command
+from data.convert import Source, arguments, prepare, write
 
 KNOWN = {
     "aime24": Source("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train", 30),
@@ -32,8 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"data/benchmarks/prepare.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

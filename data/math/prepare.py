@@ -1,20 +1,19 @@
-r"""Mathematics to train on. Problems that a benchmark has too are dropped, and counted.
+r"""Mathematics to train on. Problems that are also in a benchmark are dropped, and counted.
 
-python data/math/prepare.py                        klear, what the paper trains on
-python data/math/prepare.py dapo gsm8k math        these
-python data/math/prepare.py mine --file mine.json  from a local file; data/convert.py says of which schemas
+.venv/bin/python -m data.math.prepare                        klear, the paper's training data
+.venv/bin/python -m data.math.prepare dapo gsm8k math        these three
+.venv/bin/python -m data.math.prepare mine --file mine.json  a local file; data/convert.py lists the schemas
 
-Writes <name>.jsonl beside this file for each. The readme says how many problems to expect.
+Run it from the repository root. Writes <name>.jsonl beside this file for each. The readme has the numbers to expect.
 """
 
 import json
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from convert import Source, UserError, arguments, prepare, write
+from ce_gppo.config import command
+from ce_gppo.types import UserError
+from data.convert import Source, arguments, prepare, write
 
 SUBJECTS = (
     *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
@@ -29,7 +28,7 @@ KNOWN = {
 
 
 def essence(problem: str) -> str:
-    """Equal essences are the same problem: without case, white space, dollars, LaTeX's spacing, and punctuation."""
+    """The problem without case, white space, dollars, LaTeX's spacing, and punctuation, for comparisons."""
     text = problem.casefold().replace("’", "'")
     text = re.sub(r"\\(?:left|right|displaystyle|qquad|quad)(?![a-z])|\\[,;:! ()\[\]]|\\?\$|~", "", text)
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
@@ -38,7 +37,7 @@ def essence(problem: str) -> str:
 
 
 def without_benchmarks(rows: list[dict], benchmarks: list[Path]) -> tuple[list[dict], dict[str, int]]:
-    """The rows whose problem is in none of the benchmark files, and how many each file took."""
+    """(rows whose problem is in none of the benchmark files, number of rows dropped because of each file)."""
     rows, taken = list(rows), {}
     for path in benchmarks:
         lines = path.read_text().splitlines()
@@ -55,24 +54,20 @@ def main() -> None:
     parser.add_argument(
         "--benchmarks", type=Path, default=here.parent / "benchmarks", help="folder of their JSONL files"
     )
-    parser.add_argument("--unchecked", action="store_true", help="do not look for benchmark problems")
+    parser.add_argument("--unchecked", action="store_true", help="keep benchmark problems")
     args = parser.parse_args()
     benchmarks = [] if args.unchecked else sorted(args.benchmarks.glob("*.jsonl"))
     if not benchmarks and not args.unchecked:
         raise UserError(
-            f"{args.benchmarks} has no benchmarks to compare with; make them with data/benchmarks/prepare.py, or keep "
-            "what may be in them with --unchecked"
+            f"{args.benchmarks} has no benchmarks to compare with; make them with .venv/bin/python -m "
+            "data.benchmarks.prepare, or train on their problems, too, with --unchecked"
         )
     for name in args.names:
         rows, taken = without_benchmarks(prepare(name, KNOWN, args), benchmarks)
         counts = ", ".join(f"{benchmark} {count}" for benchmark, count in taken.items())
-        print(f"{name}: {sum(taken.values())} dropped that a benchmark has too ({counts or 'not looked for'})")
+        print(f"{name}: {sum(taken.values())} dropped because a benchmark has them ({counts or 'not compared'})")
         write(rows, args.out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"data/math/prepare.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -1,8 +1,9 @@
 """Data set `words`: sums of two numbers in words, for a real language model that is too small for real mathematics.
 
-    python data/words/prepare.py        writes train.jsonl and eval.jsonl beside this file
+    .venv/bin/python -m data.words.prepare        writes train.jsonl and eval.jsonl beside this file
 
-"What is seven plus twelve?", after a few worked examples as turns of the same chat, which show how to answer:
+Run it from the repository root. A problem is "What is seven plus twelve?", after three worked examples in the same
+chat. They show the form of an answer:
 
     7 + 12 = 19
     \\boxed{19}
@@ -12,6 +13,8 @@ import argparse
 import json
 import random
 from pathlib import Path
+
+from ce_gppo.config import command
 
 HERE = Path(__file__).parent
 NAMES = (
@@ -36,7 +39,7 @@ def prompt(a: int, b: int) -> list[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: beside this file)")
-    parser.add_argument("--held-out", type=int, default=100, help="evaluation problems, none of them in training")
+    parser.add_argument("--held-out", type=int, default=100, help="evaluation problems; training has none of them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -50,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
