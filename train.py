@@ -25,7 +25,7 @@ from ce_gppo.checkpoint import State
 from ce_gppo.config import command, parse
 from ce_gppo.entropy import betas_of_step, steer
 from ce_gppo.evaluation import evaluate_policy
-from ce_gppo.forward import Batch, Policy, accumulate_gradients, compute_old_logprobs, own_share
+from ce_gppo.forward import Batch, Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
 from ce_gppo.metrics import check_mismatch, step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
@@ -61,9 +61,7 @@ class Config:
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
     mask_truncated: bool = False  # no update on truncated responses; they still count in their group's advantages
-    overlong_buffer: t.CountOrZero | None = (
-        None  # tokens before the limit over which DAPO's penalty grows to -1; 0: off
-    )
+    overlong_buffer: t.CountOrZero | None = None  # DAPO's penalty grows to -1 over this many last tokens; 0: off
 
     # Objective. See loss.py.
     objective: t.one_of(loss.OBJECTIVES) = "ce_gppo"  # ce_gppo, gppo, grpo, dapo, cispo or gspo
@@ -82,9 +80,7 @@ class Config:
     rollout_correction: t.one_of(loss.ROLLOUT_CORRECTIONS) = "none"  # or tis, mask: where vLLM and trainer differ
 
     # Updates.
-    mini_batch_prompts: t.Count = (
-        8  # groups per update; a rollout has max_kept_prompts / mini_batch_prompts at most [16]
-    )
+    mini_batch_prompts: t.Count = 8  # groups per update; at most max_kept_prompts / mini_batch_prompts updates [16]
     lr: t.Positive = 1e-4  # AdamW learning rate [1e-6]
     warmup_steps: t.CountOrZero = 5  # rollouts over which the learning rate grows to lr, then constant [10]
     max_grad_norm: t.Positive = 1.0  # gradients are clipped to this norm
@@ -164,9 +160,8 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
                 save()
             if hopeless:
                 raise RunEnded(
-                    f"{state.no_signal} rollouts in a row had no group with unequal rewards: nothing can be learned; "
-                    "use easier or harder problems, more responses_per_prompt, or look at samples.jsonl for right "
-                    "answers that the verifier does not find"
+                    f"{state.no_signal} rollouts in a row had no group with unequal rewards; use easier or harder "
+                    "problems, or look at samples.jsonl for right answers that the verifier does not find"
                 )
             evaluate(step)  # after saving: it may take long, and a resumed run makes up for it
         if state.step and not (folder / f"checkpoint-{state.step:06d}").exists() and not save():
@@ -264,10 +259,9 @@ def update(policy, optimizer, responses: list[Response], objective, lr: float, c
 
 
 def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
-    """The loss function for the micro-batches of a mini-batch, of which `responses` are this rank's share. Collective.
+    """The loss function for micro-batches of a mini-batch, of which `responses` are this rank's share. Collective.
 
-    It divides by the tokens (or responses) of the whole mini-batch. The gradient then does not depend on how that is
-    cut into ranks and micro-batches.
+    It divides by the tokens (or responses) of the whole mini-batch, in however many parts that is computed.
     """
     tokens, correct_tokens, sequences = dist.all_sum(
         sum(len(r.response_ids) for r in responses),
@@ -314,10 +308,6 @@ def objective_of_step(config: Config, step: int, control: tuple[float, float]) -
     beta1, beta2 = betas_of_step(config, step, control[0])
     fields = {name: getattr(config, name) for name in loss.Objective.__dataclass_fields__ if name != "name"}
     return loss.Objective(config.objective, **fields | {"beta1": beta1, "beta2": beta2})
-
-
-def flatten(groups):
-    return [item for group in groups for item in group]
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,10 @@ def accumulate_gradients(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Micro-batches
+
+
+def flatten(groups: Iterable[list]) -> list:
+    return [item for group in groups for item in group]
 
 
 def own_share(responses: list[Response]) -> list[Response]:

@@ -253,7 +253,7 @@ def test_compare(tmp_path, capsys):
 def test_what_cannot_be_compared(tmp_path):
     a = results(tmp_path / "a.jsonl", {0: ["4"], 1: ["3"]}, 2)
     b = results(tmp_path / "b.jsonl", {0: ["4"], 2: ["3"]}, 2)
-    with pytest.raises(UserError, match="have different problems, 2 in one alone, such as 'test 1"):
+    with pytest.raises(UserError, match="have different problems, 2 in only one of them, such as 'test 1"):
         evaluate.compare(a, b)
     unfinished = results(tmp_path / "c.jsonl", {0: ["4"]}, 2)
     with pytest.raises(UserError, match=r"c\.jsonl: not finished"):

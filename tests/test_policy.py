@@ -136,8 +136,7 @@ def test_gradient_through_a_shared_prompt_is_that_of_sequences_apart(tiny_model)
     """A group packed with its prompt once, against each response in a batch of its own."""
     responses = group_of(6, [3, 9, 1, 5])
     gradients = [update_gradient(tiny_model, responses, max_micro_batch_tokens=budget)[0] for budget in (10_000, 1)]
-    assert gradients[0].abs().max() > 1e-3
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-6 * gradients[0].abs().max()
 
 
 def test_gradient_checkpointing_changes_memory_alone(tiny_folder):
@@ -237,7 +236,7 @@ def test_gradient_does_not_depend_on_the_cut(tiny_model, aggregation):
     for budget in (10_000, 14):
         gradient, one = update_gradient(tiny_model, responses, max_micro_batch_tokens=budget, aggregation=aggregation)
         gradients.append(gradient)
-        cuts.append((len(forward.micro_batches(responses, budget)), one["loss"]))
+        cuts.append((len(forward.micro_batches(responses, budget)), one.loss))
     assert cuts[0][0] == 1 and cuts[1][0] >= 9 and cuts[0][1] == pytest.approx(cuts[1][1], rel=1e-6)
     assert gradients[0].abs().max() > 1e-3
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)

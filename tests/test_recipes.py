@@ -42,10 +42,11 @@ def test_published_settings(name):
     objective, beta1, eps_high, average = PAPER[name]
     assert (config.objective, config.eps_low, config.eps_high) == (objective, 0.2, eps_high)
     assert objective != "ce_gppo" or (config.beta1, config.beta2) == (beta1, 1.0)
-    assert config.recipe == name and ("7B" if "7b" in name else "1.5B") in config.model
+    assert ("7B" if "7b" in name else "1.5B") in config.model
     assert (config.prompts_per_step, config.max_kept_prompts, config.mini_batch_prompts) == (256, 128, 16)
     assert (config.responses_per_prompt, config.max_prompt_tokens, config.max_response_tokens) == (8, 4096, 16384)
-    assert (config.lr, config.warmup_steps, config.weight_decay, config.max_grad_norm) == (1e-6, 10, 0.1, 1.0)
+    assert (config.lr, config.warmup_steps, config.max_grad_norm) == (1e-6, 10, 1.0)
+    assert train.WEIGHT_DECAY == 0.1
     assert (config.aggregation, config.overlong_buffer, config.entropy_coef) == ("token-mean", 0, 0.0)
     assert (config.eval_samples, config.eval_temperature, config.eval_top_p, config.eval_every) == (32, 0.6, 0.95, 5)
 
@@ -122,7 +123,8 @@ from rollout import prepare_environment
 prepare_environment()
 options = sys.argv[1 : sys.argv.index("--")]
 for name in sys.argv[sys.argv.index("--") + 1 :]:
-    train.train(parse(["--recipe", name, "--run-name", name, *options]))
+    arguments = parse(train.Config, ["--recipe", name, "--run-name", name, *options], loss.PUBLISHED)
+    train.train(*arguments, stop=lambda: False)
 """
 
 

@@ -277,7 +277,7 @@ def test_truncated_responses_can_be_kept_out_of_the_update(tiny_model):
     """Their group's advantages count them; the gradient is that of the others, over the tokens of the others."""
     groups = [
         [response(5, False, 1.0, 3), response(9, True, 0.0, 3), response(7, False, 0.0, 3)],
-        [response(9, True, 0.0, 4), response(8, True, 1.0, 4)],
+        [response(9, True, 0.0, 4), response(8, True, 1.0, 4), response(6, True, 0.0, 4)],
     ]
     config = resolved(max_grad_norm=1e9, mask_truncated=True, beta1=0.5)
     groups, (kept,) = train.select(groups, config)

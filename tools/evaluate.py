@@ -199,7 +199,7 @@ def resumed(path: Path, settings: dict, chunk_rows: list[int]) -> list[dict]:
 
 
 def by_problem(rows: list[dict]) -> dict[str, dict[tuple[str, int], list[dict]]]:
-    """source -> problem -> its samples, in the order of the file. A problem is (question, number of earlier ones with it).
+    """source -> problem -> its samples, in the order of the file. A problem is (question, count of earlier equal ones).
 
     The question is only the last message: several problems may have the same.
     """

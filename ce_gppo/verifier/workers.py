@@ -124,9 +124,9 @@ def sympy_equal(answer: str, truth: str) -> bool:
     r"""math-verify on two scalars. Only in a worker.
 
     Its pitfalls, and the remedies: it compares floats to 6 places and drops small differences (decimals become
-    fractions, and exact.py compares); it strips one-letter variables as units, takes any number out of text that it cannot parse,
-    and then compares the raw strings (all off); it has no imaginary unit i, and reads I^2 as I (i becomes the root of
-    -1); it drops primes and the base of 101_2 (such answers are not equal).
+    fractions, and exact.py compares). It strips one-letter variables as units, takes any number out of text that it
+    cannot parse, and then compares the raw strings (all off). It has no imaginary unit i, and reads I^2 as I (i becomes
+    the root of -1). It drops primes and the base of 101_2 (such answers are not equal).
     """
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse

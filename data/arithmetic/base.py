@@ -162,9 +162,7 @@ def main() -> None:
             break
     progress.close()
     if excess > args.excess:
-        raise UserError(
-            f"excess of {excess:.2f} nats after {args.max_steps} steps, above {args.excess}; allow more steps"
-        )
+        raise UserError(f"excess of {excess:.2f} nats after {args.max_steps} steps, above {args.excess}; allow more")
 
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

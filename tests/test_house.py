@@ -1,0 +1,80 @@
+"""The structure: what may import what, and pages that are made from the code."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ce_gppo import metrics
+from helpers import ROOT
+from reward import score
+
+PACKAGE = [  # each may import those above it, and those on its own line
+    {"types", "verifier"},
+    {"dist", "entropy"},
+    {"forward", "problems", "checkpoint", "metrics"},
+    {"model", "perf", "config", "runs", "report", "evaluation"},
+]
+SCRIPTS = {"train", "rollout", "reward", "loss"}
+
+
+def imported(path) -> set[str]:
+    """Top-level modules and ce_gppo's modules that a file imports, wherever the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {
+                f"{node.module}.{alias.name}" if node.module == "ce_gppo" else node.module for alias in node.names
+            }
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("ce_gppo/**/*.py")), ids=lambda path: path.stem)
+def test_the_package_imports_downwards(path):
+    module = path.relative_to(ROOT / "ce_gppo").parts[0].removesuffix(".py")
+    names = imported(path)
+    assert not {name.partition(".")[0] for name in names} & (SCRIPTS | {"tools", "bench", "results", "data"})
+    used = {name.split(".")[1] for name in names if name.startswith("ce_gppo.")} - {module}
+    level = next((i for i, line in enumerate(PACKAGE) if module in line), len(PACKAGE))
+    assert used <= set().union(*PACKAGE[: level + 1])
+
+
+def test_loss_needs_torch_only():
+    assert {name.partition(".")[0] for name in imported(ROOT / "loss.py")} == {"torch", "dataclasses"}
+
+
+def test_a_step_is_short():
+    lines = {path: len((ROOT / path).read_text().splitlines()) for path in ("train.py", "rollout.py", "loss.py")}
+    assert lines["train.py"] < 320 and max(lines.values()) < 320
+    functions = [node for node in ast.parse((ROOT / "train.py").read_text()).body if isinstance(node, ast.FunctionDef)]
+    step = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
+    assert all(step[name] <= 40 for name in ("sample", "select", "learn", "report"))
+
+
+def test_nothing_happens_on_import():
+    """No vLLM, no W&B, no attention registered, no variables of the environment (those of torch apart)."""
+    code = (
+        "import os, sys; before = set(os.environ); import train\n"
+        "from transformers import AttentionInterface\n"
+        "assert 'packed' not in AttentionInterface().valid_keys()\n"
+        "assert not [name for name in set(os.environ) - before if not name.startswith('TORCH')]\n"
+        "assert not {'vllm', 'wandb', 'tyro'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_page_of_metrics_is_the_list():
+    assert (ROOT / "docs" / "metrics.md").read_text() == metrics.markdown(), (
+        "python -m ce_gppo.metrics > docs/metrics.md"
+    )
+
+
+def test_verdicts_that_other_graders_get_wrong():
+    rows = [json.loads(line) for line in (ROOT / "tests/cases/verifier.jsonl").read_text().splitlines()]
+    verdicts = score([rf"\boxed{{{row['prediction']}}}" for row in rows], [row["gold"] for row in rows], timeout=10.0)
+    assert len(rows) >= 56
+    assert not [row for row, verdict in zip(rows, verdicts, strict=True) if verdict != row["right"]]
