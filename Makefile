@@ -7,6 +7,8 @@ LOCK := requirements/$(PLATFORM).txt
 TORCH := $(shell grep '^torch==' $(LOCK))
 CHECK_PYTHON = test -n "$(PYTHON)" || \
 	{ echo "make: no Python 3.11 to 3.14 found; install one, or say make PYTHON=/path/to/python3" >&2; exit 2; }
+# So that `.venv/bin/python tools/evaluate.py` works as `-m tools.evaluate` does.
+FIND_PROJECT = echo "$(CURDIR)" > "$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/this-project.pth"
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
 
@@ -44,7 +46,7 @@ reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: three hours on
 test: setup data  ## run the tests
 	@.venv/bin/python -m pytest $(ARGS)
 
-test-fast: setup  ## run the tests that need neither vLLM nor the base policy: a minute and a half
+test-fast: setup data  ## run the tests that need no vLLM: a minute and a half
 	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
 
 torture: setup data  ## twelve steps killed twenty times are twelve steps: takes five minutes
@@ -72,6 +74,7 @@ setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 	@.venv/bin/python -m pip install --quiet --no-deps --retries 0 --timeout 15 $(TORCH) \
 		--index-url https://download.pytorch.org/whl/cpu 2>/dev/null || echo "PyTorch's index cannot be reached; going on without it"
 	@.venv/bin/python -m pip install --quiet --no-deps -r $<
+	@$(FIND_PROJECT)
 	@touch $@
 
 .venv/installed-cuda: requirements/cuda.txt
@@ -79,6 +82,7 @@ setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 	@echo "installing into .venv, for an NVIDIA GPU: several minutes, once"
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --no-deps -r $<
+	@$(FIND_PROJECT)
 	@touch $@
 
 clean:  ## remove .venv, the default data and base policy, and caches; runs in out/ are kept

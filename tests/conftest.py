@@ -52,6 +52,13 @@ def write_rows(tmp_path):
     return write
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of the finished run are slow, too."""
+    for item in items:
+        if "finished" in item.fixturenames:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A finished run of four steps, with W&B offline: (folder, what it printed)."""

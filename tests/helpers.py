@@ -31,7 +31,7 @@ def resolved(**settings) -> Config:
 
 def environment(**variables: str) -> dict[str, str]:
     """That of a child process, which finds the project whatever its script."""
-    return os.environ | {"WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)} | variables
+    return os.environ | {"WANDB_MODE": "disabled", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | variables
 
 
 def start(out: Path, *arguments: str, mode: str = "disabled") -> subprocess.Popen:

@@ -11,6 +11,8 @@ import torch
 from bench import attribution
 from ce_gppo import entropy, forward
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TINY = ["--layers", "2", "--hidden-size", "64", "--intermediate-size", "128", "--heads", "2", "--kv-heads", "1"]
 TINY += ["--vocabulary", "512"]

@@ -262,6 +262,7 @@ def test_what_cannot_be_compared(tmp_path):
         evaluate.compare(a, str(tmp_path / "d.jsonl"))
 
 
+@pytest.mark.slow
 def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, write_rows, capsys):
     questions = {"1+2=?": "3", "9-4+2=?": "7", "5+5-1+3+2=?": "14", "8-1-1-1-1=?": "4", "7+7=?": "14"}
     bench = write_rows(*(problem(question, answer, "sums") for question, answer in questions.items()))

@@ -20,6 +20,8 @@ from ce_gppo.forward import Policy
 from ce_gppo.types import UserError
 from helpers import ROOT, SMALL, environment, metrics_of, resolved, responses_of, run, start, without_timings
 
+pytestmark = pytest.mark.slow
+
 # train.py with a few lines of fault in the middle.
 PROGRAM = """
 import os, signal

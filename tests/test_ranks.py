@@ -13,6 +13,8 @@ from ce_gppo.entropy import QUADRANTS
 from ce_gppo.model import load_model
 from helpers import group_of, metrics_of, run, torchrun, without_timings
 
+pytestmark = pytest.mark.slow
+
 # An update on fixed responses, of which the ranks have the shares given; writes the gradient and a checkpoint.
 ONE_UPDATE = """
 import json, sys, torch, train

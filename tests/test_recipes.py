@@ -128,6 +128,7 @@ for name in sys.argv[sys.argv.index("--") + 1 :]:
 """
 
 
+@pytest.mark.slow
 def test_two_steps_of_each(tmp_path):
     """All in one process, which imports vLLM once."""
     held_out = (ROOT / "data" / "arithmetic" / "eval.jsonl").read_text().splitlines(keepends=True)[:32]

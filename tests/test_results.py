@@ -16,6 +16,8 @@ from ce_gppo.config import parse
 from results import claims, sweep
 from tools.figures import QUADRANTS, plt
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

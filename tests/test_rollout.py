@@ -11,6 +11,8 @@ from ce_gppo.problems import load_problems
 from helpers import BASE, DATA
 from rollout import Engine, decode, stop_token_ids
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base():

@@ -130,6 +130,7 @@ def test_evaluate_is_a_command(finished, tmp_path):
     assert all(row["correct"] == (row["extracted"] == row["answer"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_path):
     """Random weights: ids past the tokenizer's vocabulary, every group without signal, and the run goes on."""
     from data.arithmetic.base import make_model
@@ -302,6 +303,7 @@ def test_truncated_responses_can_be_kept_out_of_the_update(tiny_model):
         assert torch.allclose(parameter.grad, gradient, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_whose_responses_are_all_truncated(tmp_path):
     """Nothing is left to update on; the run goes on."""
     changed = ["--steps", "1", "--max-response-tokens", "2", "--mask-truncated", "--no-filter-groups"]
