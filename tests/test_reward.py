@@ -4,6 +4,8 @@ In the table, an answer stands for the response "... \boxed{answer}."; where
 the column starts with "response:", it is the whole response. A | inside a cell is written \|.
 """
 
+import contextlib
+import json
 import os
 import random
 import signal
@@ -11,12 +13,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import reward
-from ce_gppo.verifier import workers
+from ce_gppo.verifier import answers, workers
 from reward import BackgroundScorer, extract_answer, overlong_penalty, score
 
 TABLE = r"""
@@ -322,6 +325,454 @@ quoted prompt       | response: "Put it like this: \boxed{answer}." It is 4. | 4
 quoted prompt       | response: The example has \boxed{42}. Mine is \boxed{4}. | 42 | 0
 quoted prompt       | response: The example has \boxed{42}. Mine is \boxed{4}. | 4 | 1
 quoted prompt       | response: Is it 4? \boxed{\text{Is it 4?}} | 4 | 0
+exactness           | \frac{7}{3^{999}} | \frac{8}{3^{999}} | 0
+exactness           | e^{-1000} | e^{-2000} | 0
+exactness           | e^{-1000} | e^{-1000} | 1
+exactness           | \frac{1}{e^{1000}} | e^{-1000} | 1
+exactness           | 10^{-500} | 10^{-501} | 0
+exactness           | 10^{200}+1 | 10^{200} | 0
+exactness           | 10^{200}\sqrt{2}+1 | 10^{200}\sqrt{2} | 0
+exactness           | 10^{200}\sqrt{2}+1 | 1+\sqrt{2}\cdot 10^{200} | 1
+exactness           | \sqrt{2}-\frac{1}{2^{2024}} | \sqrt{2}-\frac{1}{2^{2023}} | 0
+exactness           | \sqrt{2}(1-\frac{1}{2^{2024}}) | \sqrt{2}(1-\frac{1}{2^{2023}}) | 0
+exactness           | \sqrt{2}(1-\frac{1}{2^{2024}}) | \sqrt{2}-\frac{\sqrt{2}}{2^{2024}} | 1
+exactness           | \frac{x}{2^{2023}} | \frac{3x}{2^{2023}} | 0
+exactness           | \frac{2x}{2^{2024}} | \frac{x}{2^{2023}} | 1
+exactness           | \pi\cdot 10^{-300} | 2\pi\cdot 10^{-300} | 0
+exactness           | \frac{3^{2024}-1}{2} | \frac{3^{2024}+1}{2} | 0
+exactness           | \frac{1}{100!} | \frac{1}{101!} | 0
+exactness           | \frac{100}{100!} | \frac{1}{99!} | 1
+exactness           | \binom{2000}{1000} | \binom{2000}{999} | 0
+exactness           | \left(\frac12\right)^{1000} | 0 | 0
+exactness           | [0, \frac{3}{2^{2023}}] | [0, \frac{5}{2^{2023}}] | 0
+exactness           | (-\infty,0)\cup(\frac{3}{2^{2023}},\infty) | (-\infty,0)\cup(\frac{5}{2^{2023}},\infty) | 0
+exactness           | x = \frac{3}{2^{2023}} | \frac{5}{2^{2023}} | 0
+exactness           | \{\frac{1}{2^{400}}, 1\} | \{\frac{1}{2^{401}}, 1\} | 0
+exactness           | y = \frac{3x}{2^{2023}} | y = \frac{5x}{2^{2023}} | 0
+exactness           | \sin(10^{-200}) | 10^{-200} | 0
+exactness           | \ln(1+10^{-150}) | 10^{-150} | 0
+exactness           | \frac{\sqrt{3}}{2^{500}} | \frac{3}{2^{500}\sqrt{3}} | 1
+exactness           | \begin{pmatrix}3/2^{2023}\\1\end{pmatrix} | \begin{pmatrix}5/2^{2023}\\1\end{pmatrix} | 0
+exactness           | 1-(1-\frac{1}{2^{10}})^{500} | 1-\left(\frac{1023}{1024}\right)^{500} | 1
+exactness           | \cos 36^\circ | \frac{1+\sqrt5}{4} | 1
+exactness           | \sqrt[3]{2+\sqrt5}+\sqrt[3]{2-\sqrt5} | 1 | 0
+bases               | -11111_2 | -31 | 1
+bases               | 37 | 37_8 | 0
+bases               | 31 | 37_8 | 1
+bases               | (37_8, 1) | (31, 1) | 1
+bases               | 37, 1 | 37_8, 1 | 0
+bases               | 2\cdot 37_8 | 62 | 1
+bases               | 2 \cdot 37 | 2\cdot 37_8 | 0
+bases               | \frac{10_2}{11_2} | \frac23 | 1
+bases               | \frac{10}{11} | \frac{10_2}{11_2} | 0
+bases               | 1A_{16} | 26 | 1
+bases               | 43_{\text{five}} | 23 | 1
+bases               | 43_{\text{six}} | 43_5 | 0
+bases               | 43_{\text{five}} | 43 | 0
+bases               | 43_{five} | 43_5 | 1
+bases               | 43_\text{5} | 43_5 | 1
+bases               | 0.1_2 | 0.1 | 0
+bases               | 0.1_2 | 0.5 | 1
+bases               | (101)_2 | 5 | 1
+bases               | x = 101_2 | 5 | 1
+bases               | -101_3 | -101_2 | 0
+bases               | 101_2 \text{ and } 11_2 | 5, 3 | 1
+bases               | \log_2 8 | 3 | 1
+bases               | \log_{10} 100 | 2 | 1
+bases               | 9_2 | 9 | 0
+bases               | 9 | 9_2 | 0
+units               | 4 \text{ is not the answer} | 4 | 0
+units               | 4 \text{ dozen} | 4 | 0
+units               | 4 \text{ dozens} | 4 | 0
+units               | 4 \text{ lakhs} | 4 | 0
+units               | 4 \text{ crore} | 4 | 0
+units               | 4 \text{ trillionths} | 4 | 0
+units               | 4 \text{ hundredths} | 4 | 0
+units               | 4 \text{ tenths} | 4 | 0
+units               | 4 \text{ halves} | 4 | 0
+units               | 4 \text{ maybe} | 4 | 0
+units               | 4 \text{ has} | 4 | 0
+units               | 4 \text{ was} | 4 | 0
+units               | 4 \text{ does not work} | 4 | 0
+units               | 4 \text{ squared} | 4 | 0
+units               | 4 \text{ cubed} | 4 | 0
+units               | 4 \text{ times} | 4 | 0
+units               | 4 \text{ minus} | 4 | 0
+units               | 4 \text{ factorial} | 4 | 0
+units               | 4 \text{ score} | 4 | 0
+units               | 4 \text{ wrong} | 4 | 0
+units               | 4 \text{ more than that} | 4 | 0
+units               | 4 \text{ quintillion} | 4 | 0
+units               | 4 million | 4 | 0
+units               | 4 is wrong | 4 | 0
+units               | \$4 \text{ million} | 4 | 0
+units               | 4 \text{ apples} | 4 \text{ pears} | 0
+units               | 4 \text{ apples} | 4 apples | 1
+units               | 4 \text{ people} | 4 | 1
+units               | 60 \text{ km/h} | 60\text{ km per hour} | 1
+units               | 60 \text{ mph} | 60 \text{ miles} | 0
+units               | 60 \text{ mph} | 60 | 1
+units               | 12\text{ cm}^2 | 12 \text{ sq cm} | 1
+units               | 12\text{ cm}^2 | 12\text{ cm}^3 | 0
+units               | 12\text{ cm}^2 | 12\text{ m}^2 | 0
+units               | 12\text{ feet} | 12\text{ square feet} | 0
+units               | 12\text{ cubic inches} | 12\text{ in}^3 | 1
+units               | 5 \text{ mm} | 5\text{ m} | 0
+units               | 5 \text{ mW} | 5\text{ MW} | 0
+units               | 5 \text{ kg} | 5\text{ g} | 0
+units               | 5 \text{ m/s} | 5\text{ m/s}^2 | 0
+units               | 5 \text{ m/s} | 5\text{ m} | 0
+units               | 5 \text{ s} | 5\text{ m} | 0
+units               | 5 \text{ seconds} | 5\text{ s} | 1
+units               | 5 \text{ hours} | 5\text{ minutes} | 0
+units               | 5 \text{ N} | 5 \text{ J} | 0
+units               | 5 km/h | 5 | 1
+units               | 2am | 2 | 0
+units               | 5 \text{ units} | 5 | 1
+units               | 5 \text{ foo} | 5 | 0
+units               | 5 \text{ foo} | 5 \text{ bar} | 0
+units               | 10\text{ dollars per hour} | \$10 | 0
+units               | £20 | \$20 | 0
+units               | 20€ | 20 | 1
+units               | \frac{\pi}{2} \text{ radians} | \frac{\pi}{2} | 1
+units               | 90 \text{ radians} | 90^\circ | 0
+units               | 2\pi \text{ cm} | 2\pi \text{ m} | 0
+units               | 3\sqrt{2}\text{ cm} | 3\sqrt2 | 1
+units               | 20^\circ\text{C} | 20^\circ\text{F} | 0
+units               | 5:30 \text{ pm} | 5:30 \text{ am} | 0
+units               | 5:30 \text{ p.m.} | 5:30 | 1
+units               | 5\% | 5\text{ cm} | 0
+units               | 3 \text{ hours and } 20 \text{ minutes} | 3 | 0
+units               | 5\mathrm{~km} | 5 | 1
+units               | 100 \text{ square meters} | 100\text{ m}^2 | 1
+units               | 1 \text{ hour} | 1 | 1
+thousands           | 1,\!000,\!000 | 1000000 | 1
+thousands           | \$32,\!348 | 32348 | 1
+thousands           | -1,\!234 | -1234 | 1
+thousands           | (1,\!234, 5) | (1234, 5) | 1
+thousands           | 1,\!23 | 123 | 0
+thousands           | 32,\! 349 | 32394 | 0
+thousands           | 1\;234 | 1234 | 1
+thousands           | 11,\! 111 | 11, 111 | 0
+left sides          | f(3)=12 | 12 | 1
+left sides          | f(2)=5 | f(3)=5 | 0
+left sides          | P(A \mid B)=\frac14 | \frac14 | 1
+left sides          | [ABC]=12 | 12 | 1
+left sides          | \text{Area of } \triangle ABC = 12 | 12 | 1
+left sides          | \|AB\| = 12 | 12 | 1
+left sides          | AB = 12 | 12 | 1
+left sides          | a_{10} = 55 | 55 | 1
+left sides          | S_5 = 55 | 55 | 1
+left sides          | \lambda_1 = 6 | 6 | 1
+left sides          | f'(2) = 6 | 6 | 1
+left sides          | f(g(2)) = 6 | 6 | 1
+left sides          | \sin\theta = \frac{3}{5} | \frac35 | 1
+left sides          | a:b = 2:3 | 2:3 | 1
+left sides          | \frac{AB}{CD} = \frac12 | \frac12 | 1
+left sides          | a+b = 5 | 5 | 1
+left sides          | AB:CD = 1:2 | 1:2 | 1
+left sides          | x^2 = 4 | 4 | 0
+left sides          | 2x = 4 | 4 | 0
+left sides          | x + 1 = 4 | 4 | 0
+left sides          | -x = 4 | 4 | 0
+left sides          | \sqrt{x} = 4 | 4 | 0
+left sides          | \|x\| = 4 | 4 | 0
+left sides          | \ln x = 4 | 4 | 0
+left sides          | e^x = 4 | 4 | 0
+left sides          | \frac{x}{2} = 4 | 4 | 0
+left sides          | x(x+1) = 6 | 6 | 0
+left sides          | f(2) = 6 | 5 | 0
+left sides          | \text{Area}=12 | 13 | 0
+left sides          | x_{\min} = 3 | 3 | 1
+left sides          | \mathbb{E}[X] = 3 | 3 | 1
+left sides          | N = 3 | 3 | 1
+left sides          | \angle A = 30^\circ | 30^\circ | 1
+left sides          | \det A = 5 | 5 | 1
+left sides          | 11:21 | V_1:V_2 = 21:11 | 0
+left sides          | \frac{1}{\sqrt{6}} | \frac{NO}{BO}=\frac{1}{\sqrt{5}} | 0
+left sides          | y' = 3 | 3 | 1
+left sides          | \lim_{x\to 0} \frac{\sin x}{x} = 1 | 1 | 1
+approximations      | 2\pi \approx 6.28 | 2\pi | 1
+approximations      | 2\pi \approx 6.28 | 3\pi | 0
+approximations      | 4 \approx 5 | 5 | 0
+approximations      | \approx 3.2 | 3.3 | 0
+approximations      | x \approx 3.2 | 3.2 | 1
+approximations      | x = \sqrt{2} \approx 1.414 | \sqrt2 | 1
+approximations      | \sqrt{2} \approx 1.414 | 1.414 | 0
+approximations      | 3\ln 2 \approx 2.08 | \ln 8 | 1
+approximations      | 45^\circ \approx 0.785 | 45 | 1
+approximations      | n! \approx 5 | 5 | 0
+plus-minus          | \pm 3, \pm 4 | 3, -3, 4, -4 | 1
+plus-minus          | \{\pm 1, 2\} | \{-1, 1, 2\} | 1
+plus-minus          | x = \pm\sqrt{3} | -\sqrt3, \sqrt3 | 1
+plus-minus          | \pm 1 | 1 | 0
+plus-minus          | \pm 1, \pm 2 | 1, 2 | 0
+plus-minus          | \pm 1, 2 | 1, -1, -2 | 0
+plus-minus          | \frac{1\pm\sqrt{5}}{2} | \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2} | 1
+plus-minus          | ±2 | 2, -2 | 1
+plus-minus          | (\pm 1, 2) | (1,2), (-1,2) | 1
+regions             | x \le -1 \text{ or } x \ge 1 | (-\infty,-1]\cup[1,\infty) | 1
+regions             | x < -1 \text{ or } x \ge 1 | (-\infty,-1]\cup[1,\infty) | 0
+regions             | x>2 \text{ and } x\le 3 | (2,3) | 0
+regions             | \{x \mid x > 3\} | (3,\infty) | 1
+regions             | \{x \mid x \ge 3\} | (3,\infty) | 0
+regions             | \{x \in \mathbb{R} \mid x \ne 1\} | (-\infty,1)\cup(1,\infty) | 1
+regions             | \{x \| 1 < x < 2\} | 1<x<2 | 1
+regions             | x \neq 1 | \mathbb{R}\setminus\{1\} | 1
+regions             | x \ge 2, x \ne 3 | [2,3)\cup(3,\infty) | 1
+regions             | \mathbb{R} | (-\infty,\infty) | 1
+regions             | \text{All reals} | \mathbb{R} | 1
+regions             | \text{all integers} | \mathbb{R} | 0
+regions             | -2<x<3 | (-2,3) | 1
+regions             | \|x\|<2 | (-2,2) | 1
+regions             | x>2 \text{ or } x<3 | (2,3) | 0
+regions             | x < 2 \text{ or } x > 3 | x<2, x>3 | 1
+regions             | x<2 \text{ or } y>3 | (-\infty,2)\cup(3,\infty) | 0
+regions             | (-\infty,2) \text{ or } (3,\infty) | (-\infty,2)\cup(3,\infty) | 1
+regions             | y > 3 | x > 3 | 0
+regions             | 0 < x \le 5 | (0,5) | 0
+regions             | x \in (-\infty,2)\cup(3,\infty) | x<2 \text{ or } x>3 | 1
+regions             | x > 3, x > 4 | x > 3 | 0
+regions             | x>3 | 3, \infty | 0
+regions             | (2,3) | (3,2) | 0
+regions             | (0,1]\cup(1,2) | (0,2) | 1
+letters with values | (A) 3 | 3 | 1
+letters with values | (A) 3 | B | 0
+letters with values | (A) 3 | 4 | 0
+letters with values | (B) 12 | (C) 12 | 0
+letters with values | (C) 12 | (C) 13 | 0
+letters with values | C | \textbf{(C) } 12 | 1
+letters with values | B | \textbf{(C) } 12 | 0
+letters with values | A. 3 | A | 1
+letters with values | \text{(B) } 42 | B | 1
+letters with values | \textbf{(D)}\ \frac{1}{2} | 0.5 | 1
+letters with values | \mathrm{(E)} 5 | E | 1
+letters with values | (A) 3 (B) 4 | A | 0
+letters with values | (A) 3, (B) 4 | A | 0
+letters with values | (A) \text{ is wrong} | A | 0
+letters with values | (A) or (B) | A | 0
+letters with values | \text{(A) or (B)} | A | 0
+letters with values | (A), (B) | A | 0
+letters with values | (A)(B) | A | 0
+letters with values | f(4) | 4 | 0
+letters with values | (c) 4 | D | 0
+letters with values | \textbf{(C)}\ 12\text{ cm} | 12 | 1
+letters with values | A | (B) 3 | 0
+letters with values | (E) \text{None of the above} | E | 0
+calculator notation | 1.5E3 | 1500 | 1
+calculator notation | 1.2e-5 | 0.000012 | 1
+calculator notation | 1e6 | 1000000 | 1
+calculator notation | 1e6 | 1000001 | 0
+calculator notation | 8.7e8 | 8.7 \times 10^{9} | 0
+calculator notation | 2**10 | 1024 | 1
+calculator notation | x**2 | x^3 | 0
+calculator notation | 2*x | 2x | 1
+calculator notation | x^(1/2) | \sqrt{x} | 1
+calculator notation | 3*sqrt(5)/2 | \frac{3\sqrt5}{2} | 1
+calculator notation | sqrt((x+1)) | \sqrt{x+1} | 1
+calculator notation | (1+sqrt(5))/2 | \frac{1+\sqrt5}{2} | 1
+calculator notation | pi/4 | \frac{\pi}{4} | 1
+calculator notation | exp(2) | e^2 | 1
+calculator notation | e^(2) | e^2 | 1
+calculator notation | x**-1 | \frac{1}{x} | 1
+calculator notation | x**(n+1) | x^{n+1} | 1
+calculator notation | 1.5 x 10^3 | 1500 | 1
+calculator notation | 2*i | 2i | 1
+calculator notation | (1+i)**2 | 2i | 1
+calculator notation | i**2 | 1 | 0
+calculator notation | i**2 | -1 | 1
+calculator notation | i^3 | -i | 1
+calculator notation | 10-10*i**2 | 0 | 0
+calculator notation | x<=3 | x \le 3 | 1
+calculator notation | 2^(1/3) | \sqrt[3]{2} | 1
+calculator notation | x**10 | x^{10} | 1
+unicode             | ⅓ | \frac13 | 1
+unicode             | 2½ | \frac52 | 1
+unicode             | x⁴ | x^4 | 1
+unicode             | x⁴ | x4 | 0
+unicode             | 10⁻³ | 0.001 | 1
+unicode             | １２ | 12 | 1
+unicode             | （１，２） | (1,2) | 1
+unicode             | ±1 | 1,-1 | 1
+unicode             | x₁ = 4 | 4 | 1
+unicode             | 3×4 | 12 | 1
+unicode             | 5‑3 | 2 | 1
+unicode             | [1，2） | [1,2) | 1
+unicode             | x≥3 | [3,\infty) | 1
+unicode             | 90˚ | 90 | 1
+unicode             | 50％ | 50 | 1
+unicode             | √(2) | \sqrt{2} | 1
+unicode             | 2√3 | \sqrt{12} | 1
+unicode             | ½ | \frac13 | 0
+unicode             | 101₂ | 5 | 1
+unicode             | ∅ | \emptyset | 1
+unicode             | −½ | -0.5 | 1
+unicode             | x² + y² | x^2+y^2 | 1
+unicode             | 𝜋 | \pi | 1
+unicode             | {1，2} | \{1,2\} | 1
+unicode             | ∞ | \infty | 1
+unicode             | 3⁄4 | 0.75 | 1
+wrapped             | {42} | 42 | 1
+wrapped             | \color{red}{42} | 42 | 1
+wrapped             | {\bf 42} | 42 | 1
+wrapped             | \mathbf{\frac12} | 0.5 | 1
+wrapped             | \bm{42} | 42 | 1
+wrapped             | \displaystyle\frac{1}{2} | 0.5 | 1
+wrapped             | \Large{42} | 42 | 1
+wrapped             | \textcolor{blue}{\frac{1}{2}} | 0.5 | 1
+wrapped             | \textcolor{red}{42} | 43 | 0
+wrapped             | {\rm D} | C | 0
+wrapped             | **42** | 42 | 1
+wrapped             | {1}, {2} | 1,2 | 1
+wrapped             | \mathrm{42} | 42 | 1
+wrapped             | \colorbox{yellow}{42} | 42 | 1
+notation            | 180^\circ | \pi | 1
+notation            | 30^\circ | \frac{\pi}{4} | 0
+notation            | 45 | \frac{\pi}{4} | 0
+notation            | \log_{e} 3 | \ln 3 | 1
+notation            | \log_e 3 | \ln 2 | 0
+notation            | {5 \choose 2} | \binom{5}{3} | 1
+notation            | {5 \choose 2} | 11 | 0
+notation            | 0.1\dot{6} | \frac16 | 1
+notation            | 0.\dot{3}\dot{6} | 0.36 | 0
+notation            | 0.(36) | \frac{4}{11} | 1
+notation            | \$3.47. | \$3.48 | 0
+notation            | x=1, y=2, z=3 | z=3, x=1, y=2 | 1
+notation            | b=2, a=1 | a=2, b=1 | 0
+notation            | a=\sqrt{2}, b=1 | b=\sqrt{2}, a=1 | 0
+notation            | 2:3 | 3:2 | 0
+notation            | 3:4:5 | 3:4:5 | 1
+notation            | \text{lcm} | gcd | 0
+notation            | 3! | 6 | 1
+notation            | x^2+1 | (x+i)(x-i) | 1
+notation            | \begin{pmatrix}1\\2\end{pmatrix} | (1,2) | 0
+lookalikes          | 4 \text{ (approximately)} | 4 | 0
+lookalikes          | 4, \text{ or maybe } 5 | 4 | 0
+lookalikes          | 4\text{, not } 5 | 4 | 0
+lookalikes          | 5\text{ cm or } 6 \text{ cm} | 5 | 0
+lookalikes          | 5 \text{ students} | 5 \text{ teachers} | 0
+lookalikes          | 5 \text{ yes} | 5 | 0
+lookalikes          | -11_2 | -11 | 0
+lookalikes          | x = 3 \approx 4 | 4 | 0
+lookalikes          | \frac{0}{0} | 1 | 0
+lookalikes          | \frac{1}{0} | \infty | 0
+lookalikes          | \text{Area} = 4 \text{ or } 5 | 4 | 0
+lookalikes          | x - 3 = 0 | 3 | 0
+lookalikes          | 1,000 | 1 | 0
+lookalikes          | 5 cm^2 | 5 cm^3 | 0
+lookalikes          | \text{Tues} | Tuesday | 0
+lookalikes          | 7 \pmod{12} | 7, 12 | 0
+lookalikes          | 1,2,3,4 | 1,2,3,5 | 0
+lookalikes          | \sqrt{2} | 1.41421356237309504880168872420969807856967187537694 | 0
+lookalikes          | \pi | \frac{355}{113} | 0
+lookalikes          | e^{\pi\sqrt{163}} | 262537412640768744 | 0
+lookalikes          | x^2+x+10^{-50} | x^2+x | 0
+lookalikes          | 4 \text{ eggs and milk} | 4 | 0
+lookalikes          | 4 \neq 5 | 4 | 0
+lookalikes          | 4 + | 4 | 0
+lookalikes          | 4 \text{th} | 5 | 0
+lookalikes          | 4\text{ plus } 1 | 5 | 0
+lookalikes          | 4\text{ less} | 4 | 0
+lookalikes          | 4 \text{ always} | 4 | 0
+lookalikes          | -4 \text{ apples} | 4 | 0
+lookalikes          | 4 \text{ apples} 5 | 4 | 0
+lookalikes          | 4 \text{ apples}, 5 \text{ pears} | 4 | 0
+lookalikes          | 4 \text{ apples}, 5 \text{ pears} | 4, 5 | 1
+lookalikes          | 2 \text{ dozen eggs} | 2 | 0
+lookalikes          | 3\text{ fourths} | 3 | 0
+lookalikes          | 3\text{ quarters} | 3 | 0
+lookalikes          | 3\text{ twentieths} | 3 | 0
+lookalikes          | 3\text{ sixteenths} | 3 | 0
+lookalikes          | 3\text{ twelfths} | 3 | 0
+lookalikes          | 3\text{ nonillion} | 3 | 0
+lookalikes          | 3\text{ kilo} | 3 | 0
+lookalikes          | 4 \text{ mod } 7 | 4 | 0
+lookalikes          | \text{about } 4 | 4 | 0
+lookalikes          | \text{more than } 4 | 4 | 0
+lookalikes          | \text{minus } 4 | 4 | 0
+lookalikes          | \text{negative } 4 | 4 | 0
+lookalikes          | 4 \text{ below zero} | 4 | 0
+lookalikes          | i^2 | i | 0
+lookalikes          | 2i^2 | 2i | 0
+lookalikes          | 2i^2 | -2 | 1
+lookalikes          | (2+i)^2 | 3+4i | 1
+lookalikes          | \frac{1}{i} | -i | 1
+lookalikes          | x^{2024}-1 | x^{2024}+1 | 0
+lookalikes          | 2^{2024}x | 2^{2023}x | 0
+lookalikes          | [1,2] \cup [3,4] | [1,2],[3,4] | 0
+lookalikes          | \left(0,\frac{1}{2^{400}}\right) | \left(0,\frac{1}{2^{401}}\right) | 0
+lookalikes          | (0, e^{-1000}) | (0, e^{-2000}) | 0
+lookalikes          | 0 < x < e^{-1000} | (0, e^{-2000}) | 0
+lookalikes          | x > e^{-1000} | x > e^{-2000} | 0
+lookalikes          | \text{True} | \text{False} | 0
+lookalikes          | -1,234 | 1234 | 0
+lookalikes          | 101_{2} | 101_{10} | 0
+lookalikes          | 12_3 | 12_4 | 0
+lookalikes          | 12_3, 5 | 12, 5 | 0
+lookalikes          | 3+12_3 | 3+12 | 0
+lookalikes          | \$5 | 5\% | 0
+lookalikes          | 5^\circ | 5\% | 0
+lookalikes          | 1/3 | 33.33\% | 0
+lookalikes          | 3:2 | 3/2 | 1
+lookalikes          | 2:4 | 1:3 | 0
+lookalikes          | 5:30\text{ pm} | 10:60\text{ pm} | 0
+lookalikes          | \text{all real numbers except 2} | \text{all real numbers except 3} | 0
+lookalikes          | \text{all real numbers except 2} | \mathbb{R} | 0
+mathematics         | 3:2 | 6:4 | 1
+mathematics         | \sqrt{16} | 4 | 1
+mathematics         | 10,000.00 | 10000 | 1
+mathematics         | 3\ \frac12 | 3.5 | 1
+mathematics         | (x,y)=(1,2),(3,4) | (1,2),(3,4) | 1
+mathematics         | \left(\frac{1}{2}, \infty\right) | (0.5, \infty) | 1
+mathematics         | y=2x+3 | 2x+3 | 1
+mathematics         | ab | ba | 1
+mathematics         | \$ 5 | 5 | 1
+mathematics         | 5\ \text{cm} | 5 cm | 1
+mathematics         | x=5 \text{ cm} | 5 | 1
+mathematics         | 150\% | 1.5 | 1
+mathematics         | \frac{1}{2}\% | \frac{1}{200} | 1
+mathematics         | \sin^2 x + \cos^2 x | 1 | 1
+mathematics         | \frac{x^2-1}{x-1} | x+1 | 1
+mathematics         | \int_0^1 x\,dx | 0.5 | 1
+mathematics         | (1,2) \text{ and } (3,4) | (1,2),(3,4) | 1
+mathematics         | \{x \in \mathbb{R} : x \geq 2\} | [2,\infty) | 1
+mathematics         | \left\{x \,\middle\|\, x>3\right\} | (3,\infty) | 1
+mathematics         | x \in \mathbb{R} \setminus \{2\} | (-\infty,2)\cup(2,\infty) | 1
+mathematics         | \text{all real numbers except } 2 | (-\infty,2)\cup(2,\infty) | 1
+mathematics         | \text{all real numbers except } 2 | (-\infty,3)\cup(3,\infty) | 0
+mathematics         | 90\text{ km}/\text{h} | 90 | 1
+mathematics         | 2^{10}\text{ bytes} | 1024 | 1
+mathematics         | 4\pi r^2 | 4\pi r^{2} | 1
+mathematics         | 5x - 7y + 11z + 4 = 0 | -5x+7y-11z-4=0 | 1
+mathematics         | 6 - 5i | -5i + 6 | 1
+mathematics         | p - q | -q+p | 1
+mathematics         | 11\sqrt2 | 11\sqrt{2} | 1
+mathematics         | \begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix} | \begin{pmatrix} -\frac13 \\ \frac23 \end{pmatrix} | 1
+mathematics         | 70 \sqrt{2} | 70\sqrt{2} | 1
+mathematics         | 2516_8 | 1358 | 1
+mathematics         | 7 \text{ or } 3 | 3,7 | 1
+mathematics         | 58,500 | 58500 | 1
+mathematics         | 0.0000672 | 6.72\times 10^{-5} | 1
+mathematics         | \text{ellipse} | ellipse | 1
+mathematics         | 2k+2 | 2(k+1) | 1
+mathematics         | \cot x | \frac{\cos x}{\sin x} | 1
+mathematics         | 10 \text{ cm} | 10 \text{ centimetres} | 1
+mathematics         | 3/2, -3/2 | \pm\frac32 | 1
+mathematics         | 145^\circ | 145 | 1
+mathematics         | 2220 \text{ in}^2 | 2220 | 1
+mathematics         | 24 \text{ cm}^3 | 24 \text{ cubic cm} | 1
+mathematics         | 6 r^2 - 4r - 24 | 2(3r^2-2r-12) | 1
+mathematics         | 3.5 \text{ hours} | 3.5 | 1
+mathematics         | 137 \frac{1}{2} | 137.5 | 1
+mathematics         | x=1 \text{ and } y=2 | (1,2) | 1
+mathematics         | \log_3 9 | 2 | 1
+mathematics         | \frac{1}{2}(e^x+e^{-x}) | \frac{e^x+e^{-x}}{2} | 1
+mathematics         | 3 \text{ m/s}^2 | 3 | 1
+mathematics         | 1-2\cdot 3^{-1000} | 1-\frac{2}{3^{1000}} | 1
+mathematics         | 2:4 | 1:2 | 1
+mathematics         | 5 \text{ A} | 5 | 1
+spaces at the end   | 5\, | 5 | 1
+spaces at the end   | 5~ | 5 | 1
 hostile             | 10^{10^{10}} | 4 | 0
 hostile             | 9^{9^{9^{9}}} | 4 | 0
 hostile             | 9999999999! | 4 | 0
@@ -351,6 +802,23 @@ def rewards() -> list[float]:
 @pytest.mark.parametrize("row", range(len(ROWS)), ids=[" ".join(line.split()) for line in TABLE])
 def test_verdict(row, rewards):
     assert rewards[row] == ROWS[row][3]
+
+
+def test_pairs_that_verifiers_get_wrong():
+    """One JSON object a line, with the kind of mistake that each is an example of; both directions."""
+    lines = Path(__file__).with_name("cases").joinpath("verifier.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    responses = [rf"\boxed{{{pair['prediction']}}}" for pair in pairs]
+    rewards = score(responses, [pair["gold"] for pair in pairs], workers=2, timeout=10)
+    assert [pair for pair, reward in zip(pairs, rewards, strict=True) if reward != pair["right"]] == []
+
+
+@pytest.mark.parametrize("space", ["\\ ", "\\,", "~", "\\quad ", "\\\\", "\n", "\u200b", "\ufeff", "\u00a0"])
+@pytest.mark.parametrize("answer", ["5", r"\frac{1}{2}", "x^2", "(1,2)", "yes"])
+def test_spaces_at_the_end_and_the_beginning(answer, space):
+    """Those of the table's cells are stripped, and some cannot be seen."""
+    assert score([rf"\boxed{{{answer}{space}}}", rf"\boxed{{{space}{answer}}}"], [answer] * 2) == [1.0, 1.0]
+    assert score([rf"\boxed{{{answer}{space}}}"], ["6"]) == [0.0]
 
 
 def test_one_at_a_time_is_the_same_and_so_is_any_order(rewards):
@@ -410,6 +878,76 @@ def test_three_hundred_hostile_answers(no_cache, capsys):
     assert score(responses, truths, workers=2, timeout=0.5, budget=6.0) == expected
     assert time.monotonic() - start < 6 + 20
     assert capsys.readouterr().out.count("\n") <= 1
+
+
+RUNS = [
+    *"0123456789axCI.,;:!?'\"|&%$#@~^_-+*/=<> \\()[]{}\n½²",
+    "{}",
+    "{1}",
+    r"\\",
+    r"\text{",
+    r"\text{a}",
+    r"\text{cm}",
+]
+RUNS += [
+    r"\frac{1}{2}",
+    r"\boxed{",
+    r"\pm",
+    r"\lor x>1",
+    r"\{x|",
+    r"\overline{3}",
+    "1,",
+    ",000",
+    "(A) ",
+    "a: ",
+    "12_3",
+    "1 ",
+    "5!",
+]
+RUNS += ["A", "AB:", "a+", "f(", "km/", "</think>", "<think>", ":]", "}_", "1e5", "0.", r"\left(", r"\begin{pmatrix}"]
+
+
+@pytest.mark.parametrize("length", [300, 1_000, 5_000, 500_000])
+@pytest.mark.parametrize("run", RUNS)
+def test_no_text_keeps_the_main_process_busy(run, length, monkeypatch):
+    """Texts of more than LONGEST characters are not read, and the time to read others is bounded; digits took 4.6 s."""
+    monkeypatch.setattr(reward, "judge", lambda *_: {})
+    text = (run * length)[:length] if length < 5_000 else run * (length // len(run))
+    for answer, truth in [(text, "4"), ("4", text), (text, text), (text, text + "1"), ("3" + text, text)]:
+        start = time.process_time()
+        score([rf"\boxed{{{answer}}}"], [truth])
+        assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("length", [1_001, 5_000])
+def test_a_long_text_equals_only_itself(length, no_cache):
+    assert score([r"\boxed{%s}" % ("7" * length)] * 2, ["7" * length, "7" * (length - 1) + "8"]) == [1.0, 0.0]
+
+
+def test_reading_hostile_text_raises_nothing():
+    """Whatever tokens are strung together: an exception in the main process would end the training."""
+    rng = random.Random(0)
+    tokens = [
+        *RUNS,
+        "=",
+        r"\approx",
+        r"\in",
+        r"\cup",
+        r"\infty",
+        r"\le",
+        r"\cdot",
+        r"\text{ and }",
+        "²",
+        "π",
+        r"\circ",
+        "x",
+        "4",
+    ]
+    for _ in range(5_000):
+        answer, truth = ("".join(rng.choices(tokens, k=rng.randint(1, 12))) for _ in range(2))
+        truth = rng.choice([truth, answer + truth])
+        with contextlib.suppress(answers.Undecided):
+            answers.same(answers.normalize(answer), answers.normalize(truth))
 
 
 def test_a_hanging_answer_costs_only_itself(no_cache):

@@ -1,7 +1,7 @@
 r"""When two mathematical answers are the same: a small grammar, and a comparison for each kind. No process, no sympy.
 
-An answer is brought to one spelling (spelling.py), read into nodes (`read`), and compared kind by kind (`equal`); only
-scalars that are no number, and sets of reals, are left to math-verify. How answers are read:
+An answer is brought to one spelling (spelling.py), read as a tree (grammar.py, units.py), and compared kind by kind
+(`equal`); only scalars that are no number, and sets of reals, are left to math-verify. How answers are read:
 
     number      007 is 7; 1,234 and 1,\!234 are 1234; 8.7e8; 2 1/2; 0.1\overline{6} is 1/6; 37_8 is 31. Decimals are
                 exact: 0.333 is not 1/3. What follows \approx does not count: 36\pi \approx 113.1 is 36\pi.
@@ -20,17 +20,13 @@ A text of more than LONGEST characters is not read: it equals only itself.
 """
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
-from itertools import accumulate
 
-from ce_gppo.verifier.spelling import LONGEST, TOKEN, normalize
-from ce_gppo.verifier.units import measure
+from ce_gppo.verifier.grammar import SINGLE_NAME, Node, depths, is_name, read
+from ce_gppo.verifier.spelling import LONGEST, normalize
 
 __all__ = ["Undecided", "is_bomb", "normalize", "same", "squeeze"]
 
-MAX_PARTS = 100  # of a list: comparing two takes a time in the product of their lengths
 MAX_DEPTH = 12  # brackets; math-verify's parser takes 1.5 s for 16, and minutes for a few more
 
 
@@ -62,206 +58,7 @@ def same(answer: str, truth: str, scalar_equal=ask_math_verify) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-@dataclass(frozen=True)
-class Node:
-    kind: str  # scalar, list, set, tuple, ratio, matrix, equation, region, choice
-    text: str
-    parts: tuple["Node", ...] = ()
-    mark: str = ""  # of a scalar its unit, of a tuple its brackets, of a region its variable, of a choice its letter
-
-
-@lru_cache(maxsize=4096)
-def read(text: str) -> Node:
-    text = text.strip()
-    while text[:1] == "{" and enclosed(text):
-        text = text[1:-1].strip()
-    if match := re.fullmatch(r"\\text ?\{([^{}]*)\}", text):
-        text = match[1].strip()
-    if choice := read_choice(text):
-        return choice
-    if (levels := depths(text)) and (min(levels) < 0 or levels[-1]):
-        return Node("scalar", "")  # equals nothing
-    for reader in (read_region, read_list, read_equation, read_brackets, read_matrix, read_ratio):
-        if node := reader(text):
-            return node
-    return read_scalar(text)
-
-
-def split(text: str, *separators: str) -> list[str]:
-    """The parts between the separators that stand outside all brackets, and every second one a separator."""
-    parts, depth = [""], 0
-    for token in TOKEN.findall(text):
-        depth += (token[-1] in "([{") - (token[-1] in ")]}")
-        if depth == 0 and token in separators:
-            parts += [token, ""]
-        else:
-            parts[-1] += token
-    return [part.strip() for part in parts]
-
-
-def depths(text: str) -> list[int]:
-    """The bracket depth after each character. Any bracket closes any other: [1, 2) is an interval."""
-    return list(accumulate((char in "([{") - (char in ")]}") for char in text))
-
-
-def enclosed(text: str) -> bool:
-    """Whether the first bracket is closed by the last."""
-    levels = depths(text)
-    return text[:1] in ("(", "[", "{") and 0 in levels and levels.index(0) == len(text) - 1
-
-
-def read_choice(text: str) -> Node | None:
-    match = re.fullmatch(r"\(?([A-Ja-j])(?:\) ?|[.:] )([^(.:)].*)|\(?([a-zA-Z]) ?[).:]+", text)
-    if not match:
-        return None
-    letter, value = match[1] or match[3], match[2] or ""
-    words = re.findall(r"(?<!\\)\b[a-zA-Z]{2,}", value.replace("\\text", ""))
-    if re.search(r"^[A-Ja-j](?:\)|[.:] )|\([A-Ja-j]\)", value) or len(words) > 1:  # other choices, or a sentence
-        return None
-    return Node("choice", text, (read(value),) if value else (), letter)
-
-
-INTERVALS = {
-    "<": r"(-\infty,{0})",
-    r"\le": r"(-\infty,{0}]",
-    ">": r"({0},\infty)",
-    r"\ge": r"[{0},\infty)",
-    r"\ne": r"(-\infty,{0})\cup({0},\infty)",
-}
-VARIABLE = re.compile(r"[a-zA-Z]|\\(?:alpha|beta|theta|lambda|phi|omega)")
-FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
-REALS = re.compile(
-    r"(?i)(?:([a-z]) ?= ?)?(?:\\mathbb ?\{? ?R ?\}?|all real(?:s| numbers| values)?(?: of| for)? ?[a-z]?)"
-)
-EXCEPT = re.compile(r"(?i)(?:\\text ?\{)? ?all real(?:s| numbers) except(?: for)? ?\}? ?(?:[a-z] ?= ?)?(.+)")
-BUILDER = re.compile(r"\\\{ ?([a-z]|\\[a-z]+) ?(?:= ?\\mathbb ?\{? ?R ?\}? ?)?[|:](.*)\\\}")
-
-
-def read_region(text: str) -> Node | None:
-    r"""Conditions on one variable as a set of reals in LaTeX: 1 < x \le 2, x \ne 1, joined by `and` and `or`."""
-    if match := REALS.fullmatch(text):
-        return Node("region", r"(-\infty,\infty)", mark=match[1] or "")
-    if match := EXCEPT.fullmatch(text):
-        gaps = [INTERVALS[r"\ne"].format(gap) for gap in split(match[1], ",", r"\land")[::2]]
-        return join_regions([Node("region", gap) for gap in gaps], r"\cap")
-    if match := BUILDER.fullmatch(text):
-        region = read_region(match[2].strip())
-        return region if region and region.mark == match[1] else None
-    for separator, joint in ((r"\lor", r"\cup"), (r"\land", r"\cap"), (",", r"\cap")):
-        if len(pieces := split(text, separator)[::2]) > 1:
-            # A comma may mean `and` or `or`: only before \ne it is clear.
-            clear = separator != "," or all(split(piece, r"\ne")[1:] for piece in pieces[1:])
-            return join_regions([read_region(piece) or unbounded(piece) for piece in pieces], joint) if clear else None
-    sides = split(text, *INTERVALS)
-    if len(sides) == 5:  # 1 < x < 2
-        both = [read_region("".join(part)) for part in (sides[:3], sides[2:])]
-        return join_regions(both, r"\cap") if FLIPPED[sides[1]] != sides[3] and VARIABLE.fullmatch(sides[2]) else None
-    if len(sides) != 3:
-        return None
-    left, relation, right = sides
-    if VARIABLE.fullmatch(right):
-        left, relation, right = right, FLIPPED[relation], left
-    if not VARIABLE.fullmatch(left) or not right or VARIABLE.fullmatch(right) or left in right or split(right, "=")[1:]:
-        return None
-    return Node("region", INTERVALS[relation].format(right), mark=left)
-
-
-def join_regions(regions: list[Node | None], joint: str) -> Node | None:
-    if None in regions or len({region.mark for region in regions}) > 1:
-        return None
-    parts = tuple(regions) if joint == r"\cup" else ()
-    return Node("region", joint.join(f"({region.text})" for region in regions), parts, regions[0].mark)
-
-
-def unbounded(text: str) -> Node | None:
-    return Node("region", text) if enclosed(text) and r"\infty" in text else None
-
-
-def read_list(text: str) -> Node | None:
-    elements = [part for part in split(text, ",", r"\lor", r"\land")[::2] if part]
-    parts = [variant for element in elements for variant in variants(element)]
-    return several("list", text, parts)
-
-
-def variants(text: str) -> list[str]:
-    """Both readings of \\pm; a set has it read in each element."""
-    if text.startswith("\\{") or not re.search(r"\\pm(?![a-z])", text):
-        return [text]
-    return [re.sub(r"\\pm ?(?![a-z])", a, re.sub(r"\\mp ?(?![a-z])", b, text)) for a, b in ("+-", "-+")]
-
-
-# What may stand to the left of `= 3`: x_1, f(2), P(X=3), AB, m\angle ABC, \text{Area}, [ABC], a+b, V_1:V_2, \frac{a}{b}
-FUNCTION = r"(?:\\lim_\{[^{}]*\} ?|\\(?:sin|cos|tan) ?(?=[A-Z\\]))?(?:m? ?\\(?:measured)?angle|\\triangle)? ?"
-SYMBOL = (
-    r"(?:[a-zA-Z]|[A-Z]{2,4}|\\text ?\{[^{}]*\}|\([a-z] ?\\circ ?[a-z]\)"
-    r"|\\(?:overline|vec|bar|hat|overrightarrow|mathbb|mathcal) ?\{? ?[a-zA-Z]+ ?\}?"
-    r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|gcd|max|min|deg|det|Pr))"
-)
-INDEX = r"(?:_(?:\w|\{[^{}]*\}|\\[a-z]+))? ?'*(?:\^\{-1\})? ?"
-ARGUMENTS = r"(?:\((?:[^()]|\([^()]*\))*\)|\[[A-Z]\])? ?"
-SINGLE = r"(?!([a-z]) ?\([^()]*\1)" + FUNCTION + SYMBOL + INDEX + ARGUMENTS  # x(x+1) is a product
-NEXT = FUNCTION + SYMBOL + INDEX + ARGUMENTS
-OTHERS = r"[a-zA-Z ]{4,}|\([a-z](?:, ?[a-z])+\)|\[[A-Z]{3,}\]|\|(?:[A-Z]+|z|\\vec ?\{?[a-z]\}?)\|"
-NAME = rf"{SINGLE}(?:(?:[:/+-]|\\cdot)? ?{NEXT}){{0,4}}|-?\\frac ?\{{ ?{NEXT}\}} ?\{{ ?{NEXT}\}}|{OTHERS}"
-MAX_NAME = 80  # characters
-
-
-def is_name(text: str, pattern: str = NAME) -> bool:
-    return len(text) <= MAX_NAME and bool(re.fullmatch(pattern, text))
-
-
-def read_equation(text: str) -> Node | None:
-    sides = split(text, "=", r"\approx")
-    for i in range(1, len(sides), 2):
-        if sides[i] == r"\approx" and (sides[i - 1] == "e" or sides[i - 1] and not is_name(sides[i - 1])):
-            sides = sides[:i]  # an exact value, followed by its approximation
-            break
-    return several("equation", text, [side for side in sides[::2] if side])
-
-
-def several(kind: str, text: str, parts: list[str], mark: str = "") -> Node | None:
-    """A node of two or more parts; a single part, if it is less than the text, instead of the text."""
-    if len(parts) > MAX_PARTS:
-        return Node(kind, "")  # equals nothing
-    if len(parts) > 1:
-        return Node(kind, text, tuple(map(read, parts)), mark)
-    return read(parts[0]) if parts and len(parts[0]) < len(text) else None
-
-
-def read_brackets(text: str) -> Node | None:
-    body = text.removeprefix("\\")
-    if not enclosed(body) or body[0] == "{" and body == text:
-        return None
-    elements = [part for part in split(body[1:-1].removesuffix("\\"), ",")[::2] if part]
-    if body[0] == "{":
-        return several("set", text, [variant for element in elements for variant in variants(element)])
-    return several("tuple", text, elements, body[0] + body[-1])
-
-
-def read_matrix(text: str) -> Node | None:
-    match = re.fullmatch(r"\\begin ?\{[pbB]?matrix\}(.*)\\end ?\{[pbB]?matrix\}", text)
-    if not match or "\\begin" in match[1]:
-        return None
-    rows = [split(row, "&")[::2] for row in split(match[1], r"\\")[::2] if row]
-    shape = f"{len(rows)} {[len(row) for row in rows]}"
-    return Node("matrix", text, tuple(read(cell) for row in rows for cell in row), shape)
-
-
-def read_ratio(text: str) -> Node | None:
-    parts = split(text, ":")[::2]
-    return several("ratio", text, parts) if all(parts) else None
-
-
-def read_scalar(text: str) -> Node:
-    value, unit = measure(text)
-    return Node("scalar", value, mark=unit)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparing
+# One comparison for each kind
 
 SET_VALUED = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")
 
@@ -275,9 +72,7 @@ def equal(a: Node, b: Node, ask) -> bool:
         return same_choice(a, b, ask)
     if "equation" in kinds:
         return same_equation(a, b, ask)
-    if kinds <= {"list", "set"}:
-        return same_unordered(list(a.parts), list(b.parts), ask)
-    if kinds == {"list", "region"}:  # x < 2, x > 3 is x < 2 or x > 3
+    if kinds <= {"list", "set"} or kinds == {"list", "region"}:  # x < 2, x > 3 is x < 2 or x > 3
         return same_unordered(list(a.parts), list(b.parts), ask)
     if "region" in kinds or kinds == {"tuple", "scalar"}:
         return same_region(a, b, ask)
@@ -322,7 +117,7 @@ def same_equation(a: Node, b: Node, ask) -> bool:
         names = [node.parts[0].text for node in (a, b)]
         if squeeze(names[0]) == squeeze(names[1]):
             return all(equal(side, b.parts[-1], ask) for side in a.parts[1:])
-        if all(is_name(name, SINGLE) for name in names) and names[0] not in b.text and names[1] not in a.text:
+        if all(is_name(name, SINGLE_NAME) for name in names) and names[0] not in b.text and names[1] not in a.text:
             return False  # x = 3 and y = 3
         return ask(a.text, b.text)
     return all(equal(x, y, ask) for x in values(a) for y in values(b))

@@ -71,7 +71,7 @@ def spread(terms: list[Expr]) -> int:
     digits = 0
     for part in (part for term in terms for part in preorder_traversal(term)):
         if isinstance(part, Rational):
-            digits += len(bin(part.p)) + len(bin(part.q))  # of base 2, which is three times too many
+            digits += (part.p.bit_length() + part.q.bit_length()) // 3
         elif isinstance(part, Expr) and part.is_number and (size := abs(part.evalf(15))):
             digits += abs(int(log(size, 10).evalf(15)))
     return digits

@@ -14,69 +14,69 @@ LONGEST = 1_000  # characters that are read
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+|[a-zA-Z]+|.", re.DOTALL)
 
 SPELLINGS = r"""
-− – — ‐ ‑                               -> -
-× · ⋅ ∙ • * \times                      -> \cdot
-÷ ∕ ⁄ \div                              -> /
-≤ ⩽ \leq \leqslant                      -> \le
-≥ ⩾ \geq \geqslant                      -> \ge
-≠ \neq                                  -> \ne
-\lt                                     -> <
-\gt                                     -> >
-≈ \simeq                                -> \approx
-± -> \pm
-∓ -> \mp
-° º ˚ \degree                             -> ^\circ
-% \% percent                            -> %
-√ sqrt                                  -> \sqrt
-π pi                                    -> \pi
-θ theta                                 -> \theta
-α -> \alpha
-β -> \beta
-γ -> \gamma
-λ -> \lambda
-μ -> \mu
-φ -> \phi
-ω -> \omega
-Δ -> \Delta
-∞ \infinity infinity                    -> \infty
-∪ -> \cup
-∩ -> \cap
-∈ -> \in
-∖ \backslash -> \setminus
-∅ \varnothing                           -> \emptyset
-ℝ \R \reals                             -> \mathbb{R}
-ℤ -> \mathbb{Z}
-ℚ -> \mathbb{Q}
-ℕ -> \mathbb{N}
-ℂ -> \mathbb{C}
-∠ -> \angle
-△ -> \triangle
-∶ \colon                                -> :
-∣ \mid \vert                            -> |
-’ ′                                     -> '
-; 、                                    -> ,
-。                                      -> .
-⟨ \langle                               -> (
-⟩ \rangle                               -> )
-\lbrace                                 -> \{
-\rbrace                                 -> \}
-∨ \vee or                               -> \lor
-∧ \wedge and                            -> \land
-sin                                     -> \sin
-cos                                     -> \cos
-tan \tg                                 -> \tan
-arcsin asin                             -> \arcsin
-arccos acos                             -> \arccos
-arctan atan                             -> \arctan
-log                                     -> \log
-ln                                      -> \ln
-\dfrac \tfrac \cfrac                    -> \frac
-\dbinom \tbinom                         -> \binom
-\textbf \textit \textrm \textsf \texttt \textsc \textup \textnormal \emph           -> \text
-\mathrm \mathbf \mathit \mathsf \mathtt \mathnormal \mbox \hbox \operatorname       -> \text
+− – — ‐ ‑                                                                            -> -
+× · ⋅ ∙ • * \times                                                                   -> \cdot
+÷ ∕ ⁄ \div                                                                           -> /
+≤ ⩽ \leq \leqslant                                                                   -> \le
+≥ ⩾ \geq \geqslant                                                                   -> \ge
+≠ \neq                                                                               -> \ne
+\lt                                                                                  -> <
+\gt                                                                                  -> >
+≈ \simeq                                                                             -> \approx
+±                                                                                    -> \pm
+∓                                                                                    -> \mp
+° º ˚ \degree                                                                        -> ^\circ
+% \% percent                                                                         -> %
+√ sqrt                                                                               -> \sqrt
+π pi                                                                                 -> \pi
+θ theta                                                                              -> \theta
+α                                                                                    -> \alpha
+β                                                                                    -> \beta
+γ                                                                                    -> \gamma
+λ                                                                                    -> \lambda
+μ                                                                                    -> \mu
+φ                                                                                    -> \phi
+ω                                                                                    -> \omega
+Δ                                                                                    -> \Delta
+∞ \infinity infinity                                                                 -> \infty
+∪                                                                                    -> \cup
+∩                                                                                    -> \cap
+∈                                                                                    -> \in
+∖ \backslash                                                                         -> \setminus
+∅ \varnothing                                                                        -> \emptyset
+ℝ \R \reals                                                                          -> \mathbb{R}
+ℤ                                                                                    -> \mathbb{Z}
+ℚ                                                                                    -> \mathbb{Q}
+ℕ                                                                                    -> \mathbb{N}
+ℂ                                                                                    -> \mathbb{C}
+∠                                                                                    -> \angle
+△                                                                                    -> \triangle
+∶ \colon                                                                             -> :
+∣ \mid \vert                                                                         -> |
+’ ′                                                                                  -> '
+; 、                                                                                  -> ,
+。                                                                                    -> .
+⟨ \langle                                                                            -> (
+⟩ \rangle                                                                            -> )
+\lbrace                                                                              -> \{
+\rbrace                                                                              -> \}
+∨ \vee or                                                                            -> \lor
+∧ \wedge and                                                                         -> \land
+sin                                                                                  -> \sin
+cos                                                                                  -> \cos
+tan \tg                                                                              -> \tan
+arcsin asin                                                                          -> \arcsin
+arccos acos                                                                          -> \arccos
+arctan atan                                                                          -> \arctan
+log                                                                                  -> \log
+ln                                                                                   -> \ln
+\dfrac \tfrac \cfrac                                                                 -> \frac
+\dbinom \tbinom                                                                      -> \binom
+\textbf \textit \textrm \textsf \texttt \textsc \textup \textnormal \emph            -> \text
+\mathrm \mathbf \mathit \mathsf \mathtt \mathnormal \mbox \hbox \operatorname        -> \text
 \( \) \[ \] $ \! \left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr  ->
-\displaystyle \textstyle \tiny \small \normalsize \large \Large \huge \Huge         ->
-\underline \boldsymbol \bm \boxed \fbox \ensuremath \limits                                 ->
+\displaystyle \textstyle \tiny \small \normalsize \large \Large \huge \Huge          ->
+\underline \boldsymbol \bm \boxed \fbox \ensuremath \limits                          ->
 """
 SPELLING = dict.fromkeys(["\\,", "\\;", "\\:", "\\>", "~", "\\ ", "\\quad", "\\qquad"], " ")
 for line in SPELLINGS.strip().splitlines():
@@ -87,6 +87,7 @@ NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve 
 NUMERALS = {word: value for value, word in enumerate(NUMERALS.split())}
 CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 INNER = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces, with two levels of braces in it
+THOUSANDS = r"^([^\d,()\[\]{}]*[1-9]\d{0,2})((?:[, ]\d{3})+)(?![\d,])(?=[^,()\[\]]*$)"
 BASED = r"(?<![\w.^\\])(\d[\dA-Z]*)(?:\.(\d+))?_(?:(\d)|\{ ?(?:base )?(\w+) ?\})"
 
 
@@ -120,8 +121,10 @@ BEFORE_TOKENS = [  # in this order
     (r"[₀-₉₊₋ₙ]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}"),
     (r"[^\x00-\x7f]", lambda m: to_ascii(m[0])),
     (r"\s+", " "),
+    # Commands and their arguments
     (r"\\(?:left|right)\.|\\(?:textcolor|color|colorbox|tag|label|phantom|hspace) ?\{[^{}]*\}", ""),
     (r"\{ ?\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])", r"\\text{"),
+    # Thousands, and what keyboards, calculators and Python write
     (r"(?<=\d)(?:, ?\\! ?|\{,\} ?)(?=\d{3}(?!\d))", ""),
     (r"^ ?\*\*(.*)\*\* ?$", r"\1"),
     (r"\*\*", "^"),
@@ -134,38 +137,40 @@ BEFORE_TOKENS = [  # in this order
     (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
 ]
 AFTER_TOKENS = [
+    # Spaces, and line breaks at both ends
     (r" +", " "),
     (r"(?<!\\)((?:\\\\)*)\\? *$", r"\1"),  # the space of a last `\ ` has been stripped
-    (r"(?:\\\\| )+$|^ ", ""),
+    (r"^(?:\\\\| )+|(?:\\\\| )+$", ""),
+    # Words, exponents and indices
     (rf"\\text ?\{{({INNER})\}}", text_or_not),
     (r" ?([_^]) ?", r"\1"),
     (r"\\mu ?\\text\{ ?", r"\\text{u"),
+    (r"\\frac ?\{ ?\\text\{([^{}]*)\} ?\} ?\{ ?\\text\{([^{}]*)\} ?\}", r"\\text{\1/\2}"),
     (r"_\\text\{", "_{"),
     (r"_\{\\text\{([^{}]*)\}\}", r"_{\1}"),
-    (r"(?<=\w) ?(?:\\text\{ ?(?:in )?base ?\}|base) ?(\d+)", r"_{\1}"),
     (r"(?<=[_^])(\d\d+|[+-]\d+)", r"{\1}"),
+    (r"\^\{ ?\\circ ?\}", r"^\\circ "),
+    # Numerals in other bases, repeating decimals
+    (r"(?<=\w) ?(?:\\text\{ ?(?:in )?base ?\}|base) ?(\d+)", r"_{\1}"),
     (r"\((\d+)\)_", r"\1_"),
     (BASED, based),
     (r"(?<!\d)(\d*)\.(\d*)\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?", r"\1.\2\\overline{\3\4\5}"),
     (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar) ?(?:\{ ?(\d+) ?\}|(\d))", repeating),
     (r"(?<!\d)(\d*)\.()\((\d+)\)()", repeating),
+    # Commands
     (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
-    (r"\\frac ?\{ ?\\text\{([^{}]*)\} ?\} ?\{ ?\\text\{([^{}]*)\} ?\}", r"\\text{\1/\2}"),
     (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
     (r"\\log_(?:e|\{e\})", r"\\ln "),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\\{ ?\\\}", r"\\emptyset "),
-    (r"\^\{ ?\\circ ?\}", r"^\\circ "),
     (r"\\in(?![a-zA-Z])", "="),
     (r", ?(?=\\l(?:or|and)\b)", ""),
-    # 1,234 or 1 234, where nothing else in the string makes it a list or a tuple
-    (
-        r"^([^\d,()\[\]{}]*[1-9]\d{0,2})((?:[, ]\d{3})+)(?![\d,])(?=[^,()\[\]]*$)",
-        lambda m: m[1] + re.sub("[, ]", "", m[2]),
-    ),
+    # 1,234 or 1 234, where nothing else in the string makes it a list or a tuple; 2 1/2
+    (THOUSANDS, lambda m: m[1] + re.sub("[, ]", "", m[2])),
     (r"(?<![\d/])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),
     (r"(?<=\d)(?<![_^]\d) +(?=\d)", ","),  # `4 5` is two numbers; math-verify would add them up
     (r"(?<!\.)\. ?$", ""),
+    # \$5 is 5\text{dollar}
     (r"(\\\$|[€£¥₹]) ?(-?(?:\d+\.?\d*|\.\d+))(?! ?(?:\\frac|[/^\d]))", lambda m: rf"{m[2]}\text{{{CURRENCIES[m[1]]}}}"),
     (r"\\\$|[€£¥₹]", ""),
 ]
@@ -193,7 +198,7 @@ def to_ascii(char: str) -> str:
         return spell(char)
     if unicodedata.category(char) == "Cf":  # zero-width spaces and the like
         return ""
-    how, _, codes = unicodedata.decomposition(char).partition(" ")
+    how, _, _ = unicodedata.decomposition(char).partition(" ")
     plain = unicodedata.normalize("NFKC", char)
     if how == "<fraction>" and plain[-1] != "⁄":
         return r"\frac{{{}}}{{{}}}".format(*plain.split("⁄"))

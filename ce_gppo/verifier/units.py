@@ -65,7 +65,7 @@ def read_unit(text: str, counts: bool) -> str | None:
     for word in words:
         if word in ("/", "per"):
             sign = -1
-        elif word in ("squared", "cubed") or word[0] == "^":
+        elif last is not None and (word in ("squared", "cubed") or word[0] == "^"):
             power = POWERS.get(word) or int(word.strip("^{}"))
             powers[last] += sign * (power - 1)
             power = 1
