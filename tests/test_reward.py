@@ -773,6 +773,147 @@ mathematics         | 2:4 | 1:2 | 1
 mathematics         | 5 \text{ A} | 5 | 1
 spaces at the end   | 5\, | 5 | 1
 spaces at the end   | 5~ | 5 | 1
+thousands           | \$1,\!250.50 | 1250.5 | 1
+thousands           | 1{,}\!234 | 1234 | 1
+thousands           | 12,\!345,\!678 | 12345678 | 1
+thousands           | 1,\! 2345 | 12345 | 0
+thousands           | 1,\!234 , 5,\!678 | 1234, 5678 | 1
+left sides          | d(P, l) = 3 | 3 | 1
+left sides          | \|BC\|=5 | 5 | 1
+left sides          | a_1+a_2=5 | 5 | 1
+left sides          | x_{\text{min}}=3 | 3 | 1
+left sides          | \frac{V_1}{V_2}=2 | 2 | 1
+left sides          | C_{5}^{2}=10 | 10 | 1
+left sides          | \operatorname{rank}(A)=2 | 2 | 1
+left sides          | f_{\max}(x) = 5 | 5 | 1
+left sides          | \angle AOB=60° | 60 | 1
+left sides          | xy=6 | 6 | 1
+left sides          | n(A\cup B) = 7 | 7 | 1
+left sides          | \frac{dy}{dx} = 2x | 2x | 1
+left sides          | \hat{y}=3 | 3 | 1
+left sides          | AB + BC + CA = 12 | 12 | 1
+left sides          | \text{Area}(ABC) = 12 | 12 | 1
+left sides          | P(\text{heads}) = \frac12 | \frac12 | 1
+left sides          | \left\|z\right\| = 5 | 5 | 1
+left sides          | \|\mathbf{a}\| = 5 | 5 | 1
+left sides          | \lfloor x \rfloor = 5 | 5 | 0
+left sides          | 3x = 12 | 12 | 0
+left sides          | x^3 = 8 | 8 | 0
+left sides          | 1/x = 8 | 8 | 0
+left sides          | x! = 24 | 24 | 0
+left sides          | 12 | 3x = 12 | 0
+left sides          | 8 | x^3 = 8 | 0
+left sides          | f(2) = 5, f(3) = 6 | 5, 6 | 1
+left sides          | 12 | S_{\triangle ABC}=12 | 1
+left sides          | 3 | N(5)=3 | 1
+left sides          | A\cup B = \{1,2\} | \{1,2\} | 1
+left sides          | \tan\angle ABC = 2 | 2 | 1
+left sides          | \cos(A-B) = \frac12 | \frac12 | 1
+left sides          | a:b=3 | 3 | 1
+left sides          | f(-1)=5 | 5 | 1
+left sides          | P(A\|B)=0.3 | 0.3 | 1
+approximations      | \frac{\pi}{6}\approx 0.52 | \frac{\pi}{6} | 1
+approximations      | 60^\circ \approx 1.05 | 60^\circ | 1
+approximations      | \sqrt{3}\pi\approx5.44 | \sqrt{3}\pi | 1
+approximations      | e^2 \approx 7.39 | e^2 | 1
+approximations      | 36\pi\text{ cm}^2 \approx 113.1 \text{ cm}^2 | 36\pi | 1
+approximations      | \approx 0.5 | 0.6 | 0
+approximations      | 35\pi \approx 113.1 | 36\pi | 0
+approximations      | \pi \approx 3.14 | 3.14 | 0
+approximations      | 36\pi \; (\approx 113.1) | 36\pi | 1
+plus-minus          | \pm\sqrt{2}, \pm\sqrt{3} | \sqrt2,-\sqrt2,\sqrt3,-\sqrt3 | 1
+plus-minus          | x=\pm 1, x=\pm 2 | \pm 1, \pm 2 | 1
+plus-minus          | 1, -1, 2, -2 | \pm 1, \pm 2 | 1
+plus-minus          | \pm 1, \pm 3 | \pm 1, \pm 2 | 0
+plus-minus          | \pm 1 \text{ and } \pm 2 | 1,-1,2,-2 | 1
+plus-minus          | 2 \pm 3i | 2+3i, 2-3i | 1
+plus-minus          | \pm 1, \pm 2 | 1,-1,2 | 0
+regions             | x\le 2 \text{ or } x\ge 3 | (-\infty,2]\cup[3,\infty) | 1
+regions             | x<2\text{ or }x>3 | (-\infty,2]\cup[3,\infty) | 0
+regions             | \{x \mid x<2 \text{ or } x>3\} | (-\infty,2)\cup(3,\infty) | 1
+regions             | \{x : x \in \mathbb{R}, x \ne 0\} | (-\infty,0)\cup(0,\infty) | 1
+regions             | \text{all real numbers} | \mathbb{Q} | 0
+regions             | x > 0 \text{ and } x \ne 1 | (0,1)\cup(1,\infty) | 1
+regions             | x<-2, x>2 | x<-2 \text{ or } x>2 | 1
+regions             | 2 < x \text{ and } x < 3 | (2,3) | 1
+regions             | (2,3) | x>2 \text{ and } x<3 | 1
+regions             | x>2 \text{ or } x<-2 | (-2,2) | 0
+regions             | t \ge 0 | [0,\infty) | 1
+regions             | \text{any real number} | \mathbb{R} | 1
+regions             | (-\infty,0)\cup(0,+\infty) | x \neq 0 | 1
+regions             | (-∞,2)∪(3,+∞) | (-\infty,2)\cup(3,\infty) | 1
+regions             | y \ge 3 | y > 3 | 0
+regions             | \{x \in \mathbb{Z} \mid x > 3\} | (3,\infty) | 0
+letters with values | (A): 3 | A | 1
+letters with values | \text{(A)}\; 3 | 3 | 1
+letters with values | A\ 3 | A | 0
+letters with values | (D)\ \sqrt{2} | \sqrt2 | 1
+letters with values | \text{Option A} | A | 1
+letters with values | \text{Option A} | B | 0
+letters with values | (B) x = 3 | B | 1
+letters with values | 2.5 | \textbf{(B)}\ \frac{5}{2} | 1
+letters with values | 2.6 | \textbf{(B)}\ \frac{5}{2} | 0
+letters with values | (B) \$3.00 | B | 1
+letters with values | (C) (1,2) | C | 1
+letters with values | (A) 3, 4 | A | 1
+letters with values | (a) 3, (b) 4 | 3,4 | 1
+letters with values | \text{C) }12 | C | 1
+letters with values | (E) none | E | 1
+calculator notation | 2*pi*r**2 | 2\pi r^2 | 1
+calculator notation | x**0.5 | \sqrt{x} | 1
+calculator notation | 6.02E23 | 6.02\times10^{23} | 1
+calculator notation | (2+3*i)*(1-i) | 5+i | 1
+calculator notation | inf | \infty | 1
+calculator notation | abs(x) | \|x\| | 1
+calculator notation | x**2+1 | x^2-1 | 0
+calculator notation | sqrt(2)*sqrt(3) | \sqrt6 | 1
+calculator notation | 1.5e3 | 150 | 0
+calculator notation | 2^{-1} | 0.5 | 1
+calculator notation | 3*(x+1)/2 | \frac{3x+3}{2} | 1
+calculator notation | 1/2*x | \frac{x}{2} | 1
+unicode             | ｛1，2｝ | \{1,2\} | 1
+unicode             | 5 cm² | 5 cm³ | 0
+unicode             | √3/2 | \frac{\sqrt3}{2} | 1
+unicode             | ½x | \frac{x}{2} | 1
+unicode             | 10⁵ | 100000 | 1
+unicode             | “yes” | yes | 1
+unicode             | x≠3 | x \ne 3 | 1
+unicode             | ３．５ | 3.5 | 1
+unicode             | −5 | 5 | 0
+unicode             | 2·3 | 6 | 1
+unicode             | ⅔ | 0.6 | 0
+unicode             | ＄5 | 5 | 1
+unicode             | ① | 1 | 1
+wrapped             | \bf{C} | C | 1
+wrapped             | {\large 42} | 42 | 1
+wrapped             | \displaystyle{42} | 42 | 1
+wrapped             | $$42$$ | 42 | 1
+wrapped             | \large\textbf{42} | 42 | 1
+wrapped             | "42" | 42 | 1
+wrapped             | \begin{aligned}42\end{aligned} | 42 | 1
+wrapped             | \textsl{42} | 42 | 1
+wrapped             | \bold{42} | 42 | 1
+wrapped             | {(1,2)} | (1,2) | 1
+wrapped             | \mathbf{x=3} | 3 | 1
+wrapped             | \overline{42} | 42 | 0
+wrapped             | \cancel{42} | 42 | 0
+wrapped             | \sqrt{42} | 42 | 0
+wrapped             | \textcolor{42}{43} | 42 | 0
+notation            | \sin^{-1} 1 | \frac{\pi}{2} | 1
+notation            | C_{10}^{3} | 120 | 1
+notation            | 3 \dfrac{1}{2} | 3.5 | 1
+notation            | \frac{\pi}{4} | 45^{\circ} | 1
+notation            | \frac{\pi}{4} | 45 | 0
+notation            | 0.\dot{9} | 1 | 1
+notation            | 0.\overline{3} | 0.3 | 0
+notation            | 2.\dot{3} | \frac73 | 1
+notation            | {n \choose k} | \binom{n}{k} | 1
+notation            | {10 \choose 3} | {10 \choose 4} | 0
+notation            | 43_{\text{eight}} | 35 | 1
+notation            | 110_{\text{two}} | 6 | 1
+notation            | 110_{\text{two}} | 110 | 0
+notation            | \frac{1}{2}, \text{ or } 0.5 | 0.5 | 0
+notation            | 1,2,\ldots,10 | 1,2,\dots,10 | 1
 hostile             | 10^{10^{10}} | 4 | 0
 hostile             | 9^{9^{9^{9}}} | 4 | 0
 hostile             | 9999999999! | 4 | 0
@@ -783,8 +924,8 @@ hostile             | __import__("os").getpid() | 4 | 0
 
 
 def read_row(line: str) -> tuple[str, str, str, float]:
-    kind, answer, truth, expected = (cell.strip() for cell in line.replace(r"\|", "\0").split("|"))
-    answer = answer.replace("\0", "|")
+    cells = line.replace(r"\|", "\0").split("|")
+    kind, answer, truth, expected = (cell.strip().replace("\0", "|") for cell in cells)
     own_response = answer.startswith("response:")
     response = answer.removeprefix("response:") if own_response else rf"Hence the answer is $\boxed{{{answer}}}$."
     return kind, response, truth, float(expected)
@@ -904,7 +1045,24 @@ RUNS += [
     "1 ",
     "5!",
 ]
-RUNS += ["A", "AB:", "a+", "f(", "km/", "</think>", "<think>", ":]", "}_", "1e5", "0.", r"\left(", r"\begin{pmatrix}"]
+RUNS += [
+    r"\vec a  ",
+    "m    ",
+    r"\overline{A} ",
+    "A",
+    "AB:",
+    "a+",
+    "f(",
+    "km/",
+    "</think>",
+    "<think>",
+    ":]",
+    "}_",
+    "1e5",
+    "0.",
+    r"\left(",
+    r"\begin{pmatrix}",
+]
 
 
 @pytest.mark.parametrize("length", [300, 1_000, 5_000, 500_000])
@@ -913,7 +1071,14 @@ def test_no_text_keeps_the_main_process_busy(run, length, monkeypatch):
     """Texts of more than LONGEST characters are not read, and the time to read others is bounded; digits took 4.6 s."""
     monkeypatch.setattr(reward, "judge", lambda *_: {})
     text = (run * length)[:length] if length < 5_000 else run * (length // len(run))
-    for answer, truth in [(text, "4"), ("4", text), (text, text), (text, text + "1"), ("3" + text, text)]:
+    for answer, truth in [
+        (text, "4"),
+        ("4", text),
+        (text, text),
+        (text, text + "1"),
+        ("3" + text, text),
+        (text[:75] + "{1} = 4", "4"),
+    ]:
         start = time.process_time()
         score([rf"\boxed{{{answer}}}"], [truth])
         assert time.process_time() - start < 1

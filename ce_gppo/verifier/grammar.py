@@ -66,11 +66,13 @@ def enclosed(text: str) -> bool:
 
 
 def read_choice(text: str) -> Node | None:
-    match = re.fullmatch(r"\(?([A-Ja-j])(?:\) ?|[.:] )([^(.:)].*)|\(?([a-zA-Z]) ?[).:]+", text)
+    match = re.fullmatch(r"\(?([A-Ja-j])(?:\)[.:]? ?|[.:] )([^.:)].*)|\(?([a-zA-Z]) ?[).:]+", text)
     if not match:
         return None
     letter, value = match[1] or match[3], match[2] or ""
     words = re.findall(r"(?<!\\)\b[a-zA-Z]{2,}", value.replace("\\text", ""))
+    if match[2] and re.search(r"[A-Ja-j]\)\(", text):  # a product
+        return None
     if re.search(r"^[A-Ja-j](?:\)|[.:] )|\([A-Ja-j]\)", value) or len(words) > 1:  # other choices, or a sentence
         return None
     return Node("choice", text, (read(value),) if value else (), letter)
@@ -149,7 +151,8 @@ INTERVALS = {
 VARIABLE = re.compile(r"[a-zA-Z]|\\(?:alpha|beta|theta|lambda|phi|omega)")
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 REALS = re.compile(
-    r"(?i)(?:([a-z]) ?= ?)?(?:\\mathbb ?\{? ?R ?\}?|all real(?:s| numbers| values)?(?: of| for)? ?[a-z]?)"
+    r"(?i)(?:([a-z]) ?= ?)?(?:\\mathbb ?\{? ?R ?\}?"
+    r"|(?:the set of )?(?:all|any) real(?:s| numbers?| values)?(?: of| for)? ?[a-z]?)"
 )
 EXCEPT = re.compile(r"(?i)(?:\\text ?\{)? ?all real(?:s| numbers) except(?: for)? ?\}? ?(?:[a-z] ?= ?)?(.+)")
 BUILDER = re.compile(r"\\\{ ?([a-z]|\\[a-z]+) ?(?:= ?\\mathbb ?\{? ?R ?\}? ?)?[|:](.*)\\\}")
@@ -172,7 +175,7 @@ def read_region(text: str) -> Node | None:
             return join_regions([read_region(piece) or unbounded(piece) for piece in pieces], joint) if clear else None
     sides = split(text, *INTERVALS)
     if len(sides) == 5:  # 1 < x < 2
-        both = [read_region("".join(part)) for part in (sides[:3], sides[2:])]
+        both = [read_region(" ".join(part)) for part in (sides[:3], sides[2:])]
         return join_regions(both, r"\cap") if FLIPPED[sides[1]] != sides[3] and VARIABLE.fullmatch(sides[2]) else None
     if len(sides) != 3:
         return None
@@ -199,20 +202,27 @@ def unbounded(text: str) -> Node | None:
 # Names
 
 # What may stand to the left of `= 3`: x_1, f(2), P(X=3), AB, m\angle ABC, \text{Area}, [ABC], a+b, V_1:V_2, \frac{a}{b}
-FUNCTION = r"(?:\\lim_\{[^{}]*\} ?|\\(?:sin|cos|tan) ?(?=[A-Z\\]))?(?:m? ?\\(?:measured)?angle|\\triangle)? ?"
+# Spaces are taken out first: optional ones all over a pattern make it take exponential time.
+FUNCTION = r"(?:\\lim_\{[^{}]*\}|\\(?:sin|cos|tan) ?\d?(?=[A-Z\\]))?(?:m?\\(?:measured)?angle ?|\\triangle ?)?"
 SYMBOL = (
-    r"(?:[a-zA-Z]|[A-Z]{2,4}|\\text ?\{[^{}]*\}|\([a-z] ?\\circ ?[a-z]\)"
-    r"|\\(?:overline|vec|bar|hat|overrightarrow|mathbb|mathcal) ?\{? ?[a-zA-Z]+ ?\}?"
-    r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|gcd|max|min|deg|det|Pr))"
+    r"(?:[a-zA-Z]|[A-Z]{2,4}|\\text\{[^{}]*\}|\([a-z]\\circ ?[a-z]\)|[A-Z]{2}\^2|\\sigma\^2"
+    r"|\\(?:sin|cos|tan)\((?:[A-Z+-]|\\[a-z]+)+\)"
+    r"|\\(?:overline|vec|bar|hat|overrightarrow|mathbb|mathcal)(?: [a-zA-Z]|\{[a-zA-Z]+\})"
+    r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|gcd|max|min|deg|det|Pr) ?)"
 )
-INDEX = r"(?:_(?:\w|\{[^{}]*\}|\\[a-z]+))? ?'*(?:\^\{-1\})? ?"
-ARGUMENTS = r"(?:\((?:[^()]|\([^()]*\))*\)|\[[A-Z]\])? ?"
-NAME = FUNCTION + SYMBOL + INDEX + ARGUMENTS
-SINGLE_NAME = r"(?!([a-z]) ?\([^()]*\1)" + NAME  # x(x+1) is a product
-SUM_OF_NAMES = rf"{SINGLE_NAME}(?:(?:[:/+-]|\\cdot)? ?{NAME}){{0,4}}|-?\\frac ?\{{ ?{NAME}\}} ?\{{ ?{NAME}\}}"
-OTHER_NAMES = r"[a-zA-Z ]{4,}|\([a-z](?:, ?[a-z])+\)|\[[A-Z]{3,}\]|\|(?:[A-Z]+|z|\\vec ?\{?[a-z]\}?)\|"
-MAX_NAME = 80  # characters
+INDEX = r"(?:_(?:\w|\{[^{}]*\}|\\[a-z]+))?"
+ARGUMENTS = r"'{0,3}(?:\^\{-1\})?(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])?"
+NAME = FUNCTION + SYMBOL + INDEX + ARGUMENTS + INDEX
+SINGLE_NAME = r"(?!([a-z])\([^()]*\1)" + NAME  # x(x+1) is a product
+FRACTION = rf"-?\\frac\{{(?:{NAME}){{1,2}}\}}\{{(?:{NAME}){{1,2}}\}}"
+SUM_OF_NAMES = rf"{SINGLE_NAME}(?:(?:[:/+-]|\\c(?:dot|ap|up) ?)?{NAME}){{0,4}}|{FRACTION}"
+OTHER_NAMES = (
+    r"[a-zA-Z]{4,}|\([a-z](?:,[a-z])+\)|\[(?:\\triangle ?)?[A-Z]{3,}\]"
+    r"|\|(?:[A-Z]+|z|\\(?:vec ?|text)\{?[a-z]\}?)\|"
+)
+MAX_NAME = 60  # characters
 
 
 def is_name(text: str, pattern: str = f"{SUM_OF_NAMES}|{OTHER_NAMES}") -> bool:
+    text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])|\s+", lambda m: f"{m[1]} " if m[1] else "", text)
     return len(text) <= MAX_NAME and bool(re.fullmatch(pattern, text))

@@ -38,7 +38,12 @@ SPELLINGS = r"""
 φ                                                                                    -> \phi
 ω                                                                                    -> \omega
 Δ                                                                                    -> \Delta
-∞ \infinity infinity                                                                 -> \infty
+“ ”                                                                                -> "
+∛                                                                                     -> \sqrt[3]
+\lg                                                                                   -> \log_{10}
+\dots \cdots \dotsc                                                                   -> \ldots
+\pmb \bold \mathop \rm \bf \it \sf \tt                                                ->
+∞ \infinity infinity oo inf                                                          -> \infty
 ∪                                                                                    -> \cup
 ∩                                                                                    -> \cap
 ∈                                                                                    -> \in
@@ -72,7 +77,7 @@ log                                                                             
 ln                                                                                   -> \ln
 \dfrac \tfrac \cfrac                                                                 -> \frac
 \dbinom \tbinom                                                                      -> \binom
-\textbf \textit \textrm \textsf \texttt \textsc \textup \textnormal \emph            -> \text
+\textbf \textit \textrm \textsf \texttt \textsc \textup \textnormal \emph \textsl    -> \text
 \mathrm \mathbf \mathit \mathsf \mathtt \mathnormal \mbox \hbox \operatorname        -> \text
 \( \) \[ \] $ \! \left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr  ->
 \displaystyle \textstyle \tiny \small \normalsize \large \Large \huge \Huge          ->
@@ -87,7 +92,7 @@ NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve 
 NUMERALS = {word: value for value, word in enumerate(NUMERALS.split())}
 CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 INNER = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces, with two levels of braces in it
-THOUSANDS = r"^([^\d,()\[\]{}]*[1-9]\d{0,2})((?:[, ]\d{3})+)(?![\d,])(?=[^,()\[\]]*$)"
+THOUSANDS = r"^((?:\(?[A-J]\) ?)?[^\d,()\[\]{}]*[1-9]\d{0,2})((?:[, ]\d{3})+)(?![\d,])(?=[^,()\[\]]*$)"
 BASED = r"(?<![\w.^\\])(\d[\dA-Z]*)(?:\.(\d+))?_(?:(\d)|\{ ?(?:base )?(\w+) ?\})"
 
 
@@ -123,16 +128,19 @@ BEFORE_TOKENS = [  # in this order
     (r"\s+", " "),
     # Commands and their arguments
     (r"\\(?:left|right)\.|\\(?:textcolor|color|colorbox|tag|label|phantom|hspace) ?\{[^{}]*\}", ""),
+    (r"\\(?:begin|end) ?\{(?:aligned|align\*?|equation\*?|gathered|split)\}", ""),
+    (r"\\(?:rm|bf|it|sf|tt) ?\{", r"\\text{"),
     (r"\{ ?\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])", r"\\text{"),
     # Thousands, and what keyboards, calculators and Python write
     (r"(?<=\d)(?:, ?\\! ?|\{,\} ?)(?=\d{3}(?!\d))", ""),
-    (r"^ ?\*\*(.*)\*\* ?$", r"\1"),
+    (r"^ ?(\*\*|[\"'`])(.*)\1 ?$", r"\2"),
     (r"\*\*", "^"),
     (r"per cent\b", "percent"),
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
     (r"!=", r"\\ne "),
-    (r"(?<![\w.])exp ?\(", "e^("),
+    (r"(?<![a-zA-Z.\\])\\?exp ?(?=(?:\\left ?)?\()", "e^"),
+    (r"(?<![a-zA-Z.])abs ?\(([^()]*)\)", r"|\1|"),
     (r"(?<=\d)[eE]([+-]?\d+)(?!\w)", r"\\cdot 10^{\1}"),
     (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
 ]
@@ -159,7 +167,10 @@ AFTER_TOKENS = [
     (r"(?<!\d)(\d*)\.()\((\d+)\)()", repeating),
     # Commands
     (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
-    (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
+    (r"\\sqrt(\[\d\])? ?(\d)", r"\\sqrt\1{\2}"),
+    (r"(?<![a-zA-Z\\])C_\{?(\d+)\}?\^\{?(\d+)\}?", r"\\binom{\1}{\2}"),
+    (r"\( ?(\\approx [^()]*)\) ?$", r"\1"),  # 36\pi (\approx 113.1)
+    (r"(?i)^(?:\\text ?\{)? ?(?:option|choice) \(?([A-J])\)? ?\}?$", r"\1"),
     (r"\\log_(?:e|\{e\})", r"\\ln "),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\\\{ ?\\\}", r"\\emptyset "),

@@ -37,7 +37,7 @@ NO_NOUN = re.compile(  # ends in s, and counts nothing
 )
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 QUANTITY = re.compile(
-    r"(.*?)(?<![\\a-zA-Z])(?= ?[a-zA-Z%\\])((?:\\text ?\{[^{}]*\}|\\cdot|\^\{?-?\d\}?|[a-zA-Z%/. ])+)"
+    r"(.*?)(?=\\text|(?<![\\a-zA-Z]) ?(?:[a-zA-Z%]|\\text))((?:\\text ?\{[^{}]*\}|\\cdot|\^\{?-?\d\}?|[a-zA-Z%/. ])+)"
 )
 CELSIUS = re.compile(r"(.*)\^\\circ ?(?:\\text ?\{)? ?([CF]?) ?\}?")
 
