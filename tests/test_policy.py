@@ -230,7 +230,7 @@ def test_positive_nll_is_the_mean_over_correct_responses(tiny_model):
 
 @pytest.mark.parametrize("aggregation", loss.AGGREGATIONS)
 def test_gradient_does_not_depend_on_the_cut(tiny_model, aggregation):
-    """One micro-batch or ten, through the real update: the same gradient to 1e-6."""
+    """One micro-batch or ten, through the real update: the same gradient, to a few roundings of its largest element."""
     responses = responses_of([(4, i + 1) for i in range(10)])
     gradients, cuts = [], []
     for budget in (10_000, 14):
@@ -238,8 +238,9 @@ def test_gradient_does_not_depend_on_the_cut(tiny_model, aggregation):
         gradients.append(gradient)
         cuts.append((len(forward.micro_batches(responses, budget)), one.loss))
     assert cuts[0][0] == 1 and cuts[1][0] >= 9 and cuts[0][1] == pytest.approx(cuts[1][1], rel=1e-6)
-    assert gradients[0].abs().max() > 1e-3
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
+    largest = gradients[0].abs().max().item()
+    assert largest > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1], atol=5e-6 * max(1.0, largest), rtol=1e-5)
 
 
 def test_measure_fills_in_every_response(tiny_model):
