@@ -4,6 +4,13 @@ import os
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 
+# Tests run as two processes (pytest-xdist). Two that share cores slow each other down many times: each gets its own.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    if mine := sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: workers]:
+        os.sched_setaffinity(0, mine)
+        os.environ["OMP_NUM_THREADS"] = str(len(mine))
+
 import json
 
 import pytest
