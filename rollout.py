@@ -1,6 +1,5 @@
 """vLLM and nothing else: prompts in, groups of responses out, weights in."""
 
-import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -10,7 +9,8 @@ import torch.distributed
 from torch import Tensor
 
 from ce_gppo import dist
-from ce_gppo.types import Response
+from ce_gppo.model import stop_token_ids
+from ce_gppo.types import Response, starting
 
 
 def prepare_environment() -> None:
@@ -43,6 +43,7 @@ class Engine:
         tensor_parallel: int = 1,
         seed: int = 0,
     ):
+        starting(f"vLLM cannot start with model '{model}'")
         import vllm  # takes 10 s, and the benches for GPUs run without it
 
         self.vllm, self.tokenizer, self.tensor_parallel = vllm, tokenizer, tensor_parallel
@@ -69,6 +70,7 @@ class Engine:
                 **options,
             )
         self.stop_token_ids = stop_token_ids(model, tokenizer)
+        starting("")
 
     def generate(
         self,
@@ -169,16 +171,3 @@ def _repack_head(model) -> None:
 def decode(tokenizer, token_ids: list[int]) -> str:
     """Text of the response. Ids beyond the tokenizer's vocabulary (padded embeddings have them) are left out."""
     return tokenizer.decode([i for i in token_ids if i < len(tokenizer)], skip_special_tokens=True)
-
-
-def stop_token_ids(model: str, tokenizer) -> list[int]:
-    """Every end-of-sequence id that the tokenizer, the configuration or the generation configuration names."""
-    from transformers import AutoConfig, GenerationConfig
-
-    named = [tokenizer.eos_token_id, AutoConfig.from_pretrained(model, trust_remote_code=False).eos_token_id]
-    with contextlib.suppress(OSError):  # a model need not have one
-        named.append(GenerationConfig.from_pretrained(model).eos_token_id)
-    ids: set[int] = set()
-    for entry in named:
-        ids.update(entry if isinstance(entry, list) else [] if entry is None else [entry])
-    return sorted(ids)

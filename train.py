@@ -21,9 +21,9 @@ import loss
 import reward
 from ce_gppo import checkpoint, dist, runs
 from ce_gppo import types as t
+from ce_gppo.betas import betas_of_step, steer
 from ce_gppo.checkpoint import State
 from ce_gppo.config import command, parse
-from ce_gppo.entropy import betas_of_step, steer
 from ce_gppo.evaluation import evaluate_policy
 from ce_gppo.forward import Batch, Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
 from ce_gppo.metrics import check_mismatch, step_metrics
@@ -123,7 +123,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     state = State(wandb_id=dist.rank0_then_broadcast(lambda: secrets.token_hex(4)))
     if last:
         state = checkpoint.load(last, model, optimizer)
-    dist.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe))
+    dist.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))
     dist.say(plan(config, folder, model, device, sizes, state.step))
     engine = Engine(
         source,

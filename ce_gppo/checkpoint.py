@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,8 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ce_gppo import dist
+from ce_gppo.types import UserError, starting
 
 MANIFEST = "manifest.json"
+NAME = re.compile(r"checkpoint-([0-9]{6}|[1-9][0-9]{6,})")
 
 
 @dataclass
@@ -59,7 +63,7 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state
 def save_or_warn(run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state: State, keep: int) -> bool:
     """Save the run's checkpoint after the step in `state`, and remove all but the newest `keep`. Collective.
 
-    A disk that is full costs the checkpoint, not the run: False, with a warning.
+    A checkpoint that cannot be written does not end the run: False, with a warning that says why.
     """
     try:
         save(run / f"checkpoint-{state.step:06d}", model, tokenizer, optimizer, state)
@@ -78,9 +82,10 @@ def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None
         model.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         torch.save(trainer, aside / "trainer.pt")
-        sums = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
+        # Folders inside too: a tokenizer with several chat templates makes one.
+        sums = {str(path.relative_to(aside)): _checksum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
         (aside / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
-        for path in [*aside.iterdir(), aside]:
+        for path in [*aside.rglob("*"), aside]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
@@ -91,8 +96,23 @@ def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None
     aside.rename(folder)
 
 
+def try_saving(model, tokenizer) -> None:
+    """Write a checkpoint without its weights to a scratch folder. UserError for what can be loaded but not saved."""
+    parts = {"config": model.config, "generation config": model.generation_config, "tokenizer": tokenizer}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, part in parts.items():
+            try:
+                part.save_pretrained(scratch)
+            except Exception as error:  # each class has its own checks
+                raise UserError(
+                    f"model '{model.name_or_path}': its {name} can be loaded but not saved, so there would be no "
+                    f"checkpoint; correct its file: {' '.join(str(error).split())[:300]}"
+                ) from None
+
+
 def load(folder: Path, model, optimizer: torch.optim.Optimizer) -> State:
     """Load the optimizer of a checkpoint in place; returns the state. `model.load_model` loads the weights."""
+    starting(f"the optimizer in {folder} does not fit the model")
     saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
     set_optimizer_state_dict(
         model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -110,7 +130,12 @@ def newest(run: Path) -> Path | None:
 
 
 def all_of(run: Path) -> list[Path]:
-    return sorted(run.glob("checkpoint-[0-9]*[0-9]"))
+    """The checkpoints of a run, oldest first. A folder with any other name, such as a copy, is its user's."""
+    return sorted((path for path in run.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def damage(folder: Path) -> str | None:

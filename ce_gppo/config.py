@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
+import tempfile
 import tomllib
+import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ce_gppo import dist
-from ce_gppo.types import RunEnded, UserError
+from ce_gppo.types import STARTING, RunEnded, UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -20,7 +23,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 def command(main: Callable, Config: type | None = None, description: str | None = None) -> None:
     """The main block of every script: a UserError is one sentence and exit code 2, a RunEnded exit code 1.
 
-    With a Config, a dataclass, main gets one that is read from the command line.
+    So is an unexpected error at the start, exit code 2, with the file that has its traceback. With a Config, a
+    dataclass, main gets one that is read from the command line.
     """
 
     def run() -> None:
@@ -33,8 +37,24 @@ def command(main: Callable, Config: type | None = None, description: str | None 
         except (UserError, RunEnded) as error:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, UserError) else 1)
+        except BrokenPipeError:  # as in `--help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            if not STARTING:
+                raise
+            print(f"{Path(sys.argv[0]).name}: {unexpected(error)}", file=sys.stderr)
+            sys.exit(2)
 
     record(run)() if dist.world_size() > 1 else run()  # with `record` torchrun shows the error of the rank that failed
+
+
+def unexpected(error: Exception) -> str:
+    """What was being done, the first line of a library's error, and the file that has all of it."""
+    with tempfile.NamedTemporaryFile("w", prefix="ce-gppo-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{STARTING[0]}: {type(error).__name__}: {cause[:300]}; {file.name} has the whole traceback"
 
 
 def check_ranges(config) -> None:

@@ -237,6 +237,11 @@ def rollout_metrics(
 
 def check_mismatch(metrics: dict[str, float]) -> None:
     """RunEnded where vLLM and trainer, which have the same weights, give the sampled tokens other logprobs."""
+    if not math.isfinite(metrics["entropy/mean"]) or not math.isfinite(metrics["mismatch/mean"]):
+        raise RunEnded(
+            "the policy's logprobs are not finite: an update has made its weights too large; lower lr, and begin again "
+            "from an earlier checkpoint"
+        )
     if not metrics["mismatch/mean"] <= MAX_MISMATCH:
         raise RunEnded(
             f"the logprobs of vLLM and trainer differ by {metrics['mismatch/mean']:.3g} nats on average, more than "

@@ -1,15 +1,18 @@
 """The trained model: loading it, refusing what would train wrongly, and its weights by their checkpoint names."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,8 +20,9 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ce_gppo import dist
-from ce_gppo.forward import packed_attention
-from ce_gppo.types import UserError
+from ce_gppo.checkpoint import try_saving
+from ce_gppo.forward import Policy, collate, packed_attention
+from ce_gppo.types import Response, UserError, starting
 
 # Final transformations of the logits that some architectures apply (Gemma 2, Granite, Cohere) and ours does not.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -35,25 +39,34 @@ def load_model(
     Only safetensors are read and no code of the folder is run. Raises UserError, in one sentence, for what is no model
     or has a head that `token_statistics` would get wrong.
     """
+    starting(f"model '{path}' cannot be loaded")
     check_model(path)
     device = "cpu" if shard and dist.world_size() > 1 else device
     disable_progress_bar()
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="packed", use_safetensors=True, trust_remote_code=False
-    ).to(device)
+    )
     if not model._supports_attention_backend:
         raise UserError(f"model '{path}': transformers cannot replace the attention of a {type(model).__name__}")
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise UserError(f"model '{path}': its output head is not a plain linear layer without bias")
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try_saving(model, tokenizer)
+    check_names(model, path)
+    check_packing(model, path)
+    check_end(tokenizer, path)
+    for module in model.modules():  # vLLM's transformers backend changes the model's class, for this instance too;
+        module.do_not_compile = True  # this is how the class knows those that it must leave as they are
+    model = model.to(device)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers recomputes in training mode only; the ratio allows no dropout
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return model, tokenizer
 
 
 def register_attention() -> None:
@@ -84,7 +97,75 @@ def context_of(path: str) -> int:
     return check_model(path).max_position_embeddings
 
 
+def check_names(model: PreTrainedModel, path: str) -> None:
+    """UserError where a weight has another name in the model's files than in the model, as fused experts have.
+
+    vLLM takes weights over by their names in the files. transformers may leave out or add the body's prefix.
+    """
+    stored = set()
+    for file in Path(path).glob("*.safetensors"):  # of a hub name nothing: its files are the same architecture's
+        with safe_open(file, "pt") as opened:
+            stored.update(opened.keys())
+    prefix = model.base_model_prefix + "."
+    known = {name.removeprefix(prefix) for name in stored}
+    missing = [name for name, _ in model.named_parameters() if name.removeprefix(prefix) not in known]
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if stored and missing and not (tied and len(missing) == 1):
+        raise UserError(
+            f"model '{path}': {len(missing)} of its weights, such as {missing[0]}, are not in its files by these "
+            "names, so the engine could not take them over; a dense model trains"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, path: str) -> None:
+    """UserError where two sequences in one pass change each other's logprobs: layers other than attention mix them."""
+    ids = [list(range(1, 8)), list(range(3, 8))]
+    responses = [Response(i[:2], i[2:], torch.zeros(len(i) - 2), False, "") for i in ids]
+    policy = Policy(model)
+    batch = collate(responses)
+    together = policy(batch, 1.0)[0][batch.response_mask]
+    alone = torch.cat([policy(collate([response]), 1.0)[0][0] for response in responses])
+    difference = (together - alone).abs().max().item()
+    if not difference < 1e-4 * alone.std():  # rounding gives 1e-5 at most, a convolution 1e-3 and more
+        raise UserError(
+            f"model '{path}': the logprobs of a {type(model).__name__} change by {difference:.2g} nats when two "
+            "sequences share a pass; only models whose tokens meet in attention alone can be trained"
+        )
+
+
+def stop_token_ids(model: str, tokenizer) -> list[int]:
+    """Every end-of-sequence id that the tokenizer, the configuration or the generation configuration names."""
+    named = [tokenizer.eos_token_id, AutoConfig.from_pretrained(model, trust_remote_code=False).eos_token_id]
+    with contextlib.suppress(OSError):  # a model need not have one
+        named.append(GenerationConfig.from_pretrained(model).eos_token_id)
+    ids: set[int] = set()
+    for entry in named:
+        ids.update(entry if isinstance(entry, list) else [] if entry is None else [entry])
+    return sorted(ids)
+
+
+def check_end(tokenizer, path: str) -> None:
+    """Warn where the chat template ends an answer with a token that ends no response: all of them would be cut."""
+    answer = "The answer."
+    try:
+        turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # no template, or one that refuses these turns; the problems will show it
+        return
+    end = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
+    if end and not set(end) & set(stop_token_ids(path, tokenizer)):
+        dist.say(
+            f"model '{path}': its chat template ends an answer with {tokenizer.convert_ids_to_tokens(end[0])!r}, which "
+            "is no end-of-sequence token; if responses run to max_response_tokens, add it to eos_token_id in "
+            "generation_config.json",
+            warning=True,
+        )
+
+
 def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Weights by their checkpoint names, tied ones once, one tensor at a time; of a sharded model each is whole."""
-    for name, parameter in model.named_parameters():
-        yield name, dist.whole(parameter.detach())
+    """Weights, and buffers that checkpoints have, by their names there; each once, one at a time, and whole."""
+    saved = model.state_dict(keep_vars=True).keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    for name, tensor in [*model.named_parameters(), *buffers]:
+        yield name, dist.whole(tensor.detach())

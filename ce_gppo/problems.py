@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ce_gppo.types import Problem, UserError
+from ce_gppo.types import Problem, UserError, starting
 
 
 def check_file(path: str) -> None:
@@ -53,11 +53,17 @@ def _problem_with(row) -> str | None:
     for key in ("answer", "source"):
         if not isinstance(row[key], str):
             return f"'{key}' is {json.dumps(row[key])[:40]}, where a string is needed"
+    if not row["answer"].strip():
+        return "'answer' is empty: no response could ever be right"
     if not isinstance(row["prompt"], list) or not row["prompt"]:
         return "'prompt' is no list of messages {role, content}"
     for message in row["prompt"]:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             return "a message of 'prompt' lacks a string for 'role' or 'content'"
+        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
+            return "a message of 'prompt' has half of a surrogate pair, which is no text"
+    if row["prompt"][-1]["role"] == "assistant":
+        return "the last message of 'prompt' is the assistant's; the policy writes that one"
     return None
 
 
@@ -99,6 +105,7 @@ def load_sets(config, tokenizer, context: int) -> tuple[list[Problem], list[Prob
 
     UserError where prompts and responses do not fit the model's context, or its tokenizer hides </think>.
     """
+    starting(f"problems of {config.train_data} and {config.eval_data} cannot be read")
     longest = config.max_prompt_tokens + config.max_response_tokens
     if longest > context:
         raise UserError(

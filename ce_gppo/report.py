@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from ce_gppo import dist
 from ce_gppo.entropy import quadrants
 from ce_gppo.metrics import ALL
-from ce_gppo.types import Problem, Response
+from ce_gppo.types import Problem, Response, UserError
 
 LOGGED_SAMPLES = 4  # responses per step in samples.jsonl and in W&B
 
@@ -38,8 +40,11 @@ class Report:
         self.bar = tqdm(total=config.steps, initial=step, unit="step") if sys.stderr.isatty() else None
 
     def log(self, step: int, metrics: dict, samples=(), histograms: dict[str, torch.Tensor] | None = None) -> None:
-        """Add a step, or metrics to the step that is the last one so far."""
-        row = {"step": step, **metrics}
+        """Add a step, or metrics to the step that is the last one so far.
+
+        What has no finite value, as the loss of a skipped update, is left out: JSON has no NaN.
+        """
+        row = {"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}}
         if self.history and self.history[-1]["step"] == step:
             self.history[-1] |= row
             self.incomplete = True  # the line on the disk is not what it should be
@@ -145,7 +150,13 @@ class Report:
             offline = self.wandb.settings.mode == "offline"
             self.wandb.finish()
             wandb_command = os.path.relpath(Path(sys.executable).with_name("wandb"))
-            synced = f"{wandb_command} sync {Path(self.wandb.dir).parent}" if offline else self.wandb.url
+            # Each start of a resumed run has left a folder; together, in their order, they are one run.
+            parts = sorted(Path(self.wandb.dir).parents[1].glob("offline-run-*"))
+            synced = (
+                f"{wandb_command} sync --id {self.wandb.id} {shlex.join(map(str, parts))}"
+                if offline
+                else self.wandb.url
+            )
             rows.append(("W&B, offline; upload with" if offline else "W&B", synced))
         width = max(len(name) for name, _ in rows)
         dist.say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
@@ -173,7 +184,11 @@ def start_wandb(folder: Path, config, run_id: str):
 
     A resumed run has the run_id of before, and goes on in the same W&B run.
     """
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # W&B refuses an empty value; people mean that there is none
     mode = os.environ.get("WANDB_MODE")
+    if mode not in (None, "online", "offline", "shared", "disabled"):
+        raise UserError(f"WANDB_MODE={mode}: online, offline, shared or disabled is needed, or none")
     if mode == "disabled":
         return None
     import wandb
@@ -181,7 +196,15 @@ def start_wandb(folder: Path, config, run_id: str):
     if mode is None and not _has_wandb_key():
         mode = "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
-    options = {"project": config.wandb_project, "name": folder.name, "dir": folder, "id": run_id, "mode": mode}
+    entity, _, project = config.wandb_project.rpartition("/")
+    options = {
+        "entity": entity or None,
+        "project": project,
+        "name": folder.name,
+        "dir": folder,
+        "id": run_id,
+        "mode": mode,
+    }
     if mode != "offline":
         options |= {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
     try:
@@ -206,7 +229,7 @@ def _has_wandb_key() -> bool:
     try:
         import netrc
 
-        return "api.wandb.ai" in netrc.netrc().hosts
+        return "api.wandb.ai" in netrc.netrc(os.environ.get("NETRC") or None).hosts
     except (OSError, ValueError, SyntaxError):
         return False
 

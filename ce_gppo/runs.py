@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -23,11 +24,19 @@ ROOT = Path(__file__).parents[1]
 def locate(config, resume: str) -> tuple[Path, Path | None]:
     """(folder, newest checkpoint or None) of the run to start: new, resumed, or interrupted. Makes nothing yet.
 
-    UserError where the folder belongs to another run.
+    UserError where the folder belongs to another run, or where code, data or base model are not those it began with and
+    nobody said that it should go on all the same.
     """
     folder = Path(resume) if resume else interrupted(config) or new_folder(config)
     last = checkpoint.newest(folder)
     if (folder / "config.json").exists():
+        if changed := ", ".join(changes(folder, config)):
+            if not resume:
+                raise UserError(
+                    f"{folder} was interrupted and would go on, but these have changed since: {changed}. Go on all the "
+                    f"same with --resume {folder}, or begin a new run with --run-name NAME"
+                )
+            dist.say(f"changed since the run began: {changed}", warning=True)
         after = f"after {last.name}" if last else "from its start, as there is no checkpoint yet"
         dist.say(f"going on with {folder} {after}; a new run of the same settings needs its own name: --run-name NAME")
     return folder, last
@@ -55,6 +64,49 @@ def comparable(config: dict) -> dict:
     return json.loads(json.dumps(config | {"run_name": ""}))
 
 
+def changes(folder: Path, config) -> list[str]:
+    """Files that are not what they were when this process's run began or went on: sources, data, base model."""
+    copied = newest_sources(folder)
+    before = {path.relative_to(copied): path.read_bytes() for path in copied.rglob("*.py")} if copied else {}
+    now = {path.relative_to(ROOT): path.read_bytes() for path in sources()}
+    changed = [str(path) for path in sorted(before | now) if before and before.get(path) != now.get(path)]
+    recorded = json.loads((folder / "config.json").read_text()).get("inputs", {})
+    current = fingerprints(config)  # a base model that is gone does no harm: the checkpoint has the weights
+    return changed + [path for path, mark in recorded.items() if current.get(path, mark) != mark]
+
+
+def fingerprints(config) -> dict[str, str]:
+    """A checksum for each file of data and of the base model: of its size, first and last MiB, as models are large."""
+    paths = [Path(path) for path in f"{config.train_data},{config.eval_data}".split(",")]
+    if Path(config.model).is_dir():
+        paths += sorted(path for path in Path(config.model).iterdir() if path.is_file())
+    marks = {}
+    for path in paths:
+        if path.is_file():
+            with path.open("rb") as file:
+                mark = hashlib.sha256(file.read(2**20))
+                file.seek(max(0, path.stat().st_size - 2**20))
+                mark.update(file.read() + str(path.stat().st_size).encode())
+            marks[str(path)] = mark.hexdigest()
+    return marks
+
+
+def sources() -> list[Path]:
+    return [*ROOT.glob("*.py"), *ROOT.glob("ce_gppo/**/*.py")]
+
+
+def newest_sources(folder: Path) -> Path | None:
+    """The copy of the sources that the run used last."""
+    return max(folder.glob("source*"), default=None)
+
+
+def copy_sources(folder: Path) -> None:
+    for source in sources():
+        copy = folder / source.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, copy)
+
+
 def new_folder(config) -> Path:
     name = config.run_name or f"{config.objective}-seed{config.seed}-{time.strftime('%m%d-%H%M%S')}"
     folder = Path(config.out) / name
@@ -65,8 +117,10 @@ def new_folder(config) -> Path:
     return folder
 
 
-def claim(folder: Path, config, recipe: str) -> None:
-    """Make the folder and lock it until this process ends. Of a new run it gets the settings and the sources.
+def claim(folder: Path, config, recipe: str, step: int) -> None:
+    """Make the folder and lock it until this process ends. A new run's gets the settings and the sources.
+
+    One that goes on after `step` with other sources gets those, too, in a folder of their own.
 
     UserError if another process trains there, or if the folder cannot be made.
     """
@@ -77,13 +131,12 @@ def claim(folder: Path, config, recipe: str) -> None:
     if not lock(folder):
         raise UserError(f"{folder}: another process is training there; choose another name with --run-name")
     if (folder / "config.json").exists():
+        if any(path.endswith(".py") for path in changes(folder, config)):
+            copy_sources(folder / f"source-from-step-{step + 1:06d}")
         return
-    (folder / "source").mkdir(exist_ok=True)
-    for source in [*ROOT.glob("*.py"), *ROOT.glob("ce_gppo/**/*.py")]:
-        copy = folder / "source" / source.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, copy)
+    copy_sources(folder / "source")
     record = {"config": dataclasses.asdict(config), "recipe": recipe, "git_commit": commit(), "command": sys.argv}
+    record["inputs"] = fingerprints(config)
     aside = folder / "config.partial"
     aside.write_text(json.dumps(record, indent=2) + "\n")
     aside.rename(folder / "config.json")  # last, and whole: a folder that has it is a run

@@ -57,6 +57,17 @@ class RunEnded(Exception):
     """The run cannot go on. The message is for people, and says what to do."""
 
 
+STARTING: list[str] = []  # what the program is doing before its first step; empty from then on
+
+
+def starting(what: str) -> None:
+    """Say what comes next at the start. An unexpected error of a library is then told with it, see config.command.
+
+    Empty: the start is over, and an unexpected error is a fault of this program, shown as a traceback.
+    """
+    STARTING[:] = [what] if what else []
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranges, to be written as the types of settings: `steps: Count = 50`
 

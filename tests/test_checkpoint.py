@@ -1,5 +1,7 @@
 """Checkpoints: whole or not there, and what is damaged is passed over."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from ce_gppo import checkpoint
 from ce_gppo.checkpoint import State
 from ce_gppo.model import load_model
+from ce_gppo.types import UserError
 
 
 def train_a_step(model, optimizer, seed: int) -> None:
@@ -100,3 +103,38 @@ def test_the_newest_are_kept(tiny_model, tokenizer, optimizer, tmp_path):
         checkpoint.save(tmp_path / f"checkpoint-{step:06d}", tiny_model, tokenizer, optimizer, State("id", step))
         checkpoint.prune(tmp_path, keep=2)
     assert [folder.name for folder in checkpoint.all_of(tmp_path)] == ["checkpoint-000003", "checkpoint-000011"]
+
+
+def test_a_tokenizer_that_writes_folders_is_saved_whole(tiny_model, tokenizer, optimizer, tmp_path):
+    """Two chat templates make a folder inside the checkpoint; damage there is found, too."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tools": "{{ messages[0]['content'] }}"}
+    assert checkpoint.save_or_warn(tmp_path, tiny_model, tokenizer, optimizer, State("abc", step=3), keep=1)
+    folder = tmp_path / "checkpoint-000003"
+    inner = folder / "additional_chat_templates" / "tools.jinja"
+    assert checkpoint.newest(tmp_path) == folder and inner.is_file()
+    inner.write_text("changed")
+    assert checkpoint.damage(folder) == "additional_chat_templates/tools.jinja is not what was written"
+
+
+def test_only_exact_names_are_checkpoints(tmp_path):
+    """A user's copies are neither removed nor counted among the newest; a million steps are in their order."""
+    own = ["checkpoint-000020", "checkpoint-000040", "checkpoint-999999", "checkpoint-1000000"]
+    users = [
+        "checkpoint-000020-best1",
+        "checkpoint-000040.bak2",
+        "checkpoint-20",
+        "checkpoint-best",
+        "checkpoint-0000060",
+    ]
+    for name in own + users:
+        (tmp_path / name).mkdir()
+    assert [folder.name for folder in checkpoint.all_of(tmp_path)] == own
+    checkpoint.prune(tmp_path, 1)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted([own[-1], *users])
+
+
+def test_what_can_be_loaded_but_not_saved_is_refused(tiny_folder):
+    (tiny_folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false, "top_p": 0.9}')
+    with pytest.raises(UserError, match="its generation config can be loaded but not saved.*do_sample"):
+        load_model(str(tiny_folder))

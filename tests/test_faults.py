@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import train
 from ce_gppo import runs
 from ce_gppo.forward import Policy
 from ce_gppo.types import UserError
-from helpers import ROOT, SMALL, environment, metrics_of, resolved, responses_of, run, start, without_timings
+from helpers import PIPES, ROOT, SMALL, environment, metrics_of, resolved, responses_of, run, start, without_timings
 
 pytestmark = pytest.mark.slow
 
@@ -203,9 +204,9 @@ def test_a_skipped_update_changes_nothing(tiny_model):
 def test_one_run_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = resolved(out=str(tmp_path))
-    runs.claim(tmp_path / "mine", config, "")
+    runs.claim(tmp_path / "mine", config, "", 0)
     with pytest.raises(UserError, match="another process is training there"):
-        runs.claim(tmp_path / "mine", config, "")
+        runs.claim(tmp_path / "mine", config, "", 0)
     assert runs.interrupted(config) is None
 
 
@@ -214,7 +215,7 @@ def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, 
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(runs.fcntl, "flock", no_locks)
-    runs.claim(tmp_path / "mine", resolved(), "")
+    runs.claim(tmp_path / "mine", resolved(), "", 0)
     assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
@@ -230,3 +231,67 @@ def test_output_that_cannot_be_written_costs_nothing(finished, tmp_path, output)
     os.close(writer)
     assert done.returncode == 0
     assert_same_run(tmp_path / "mute", finished[0], "checkpoint-000004")
+
+
+def test_a_run_goes_on_with_what_it_began_with_or_says_what_changed(tmp_path, monkeypatch, capsys):
+    """Edited code, data or base model: named and refused, or noted with --resume. A base that is gone does no harm."""
+    project, base, rows = tmp_path / "project", tmp_path / "base", tmp_path / "rows.jsonl"
+    (project / "ce_gppo").mkdir(parents=True)
+    base.mkdir()
+    files = {project / "loss.py": "a", project / "ce_gppo" / "b.py": "b", base / "model.safetensors": "w", rows: "r"}
+    for path, text in files.items():
+        path.write_text(text)
+    monkeypatch.setattr(runs, "ROOT", project)
+    config = resolved(out=str(tmp_path / "out"), model=str(base), train_data=str(rows), eval_data=str(rows))
+    run = tmp_path / "out" / "mine"
+    runs.claim(run, config, "", 0)
+    runs._locks.clear()
+    assert runs.locate(config, "") == (run, None)
+    for path, text in files.items():
+        path.write_text(text + "!")
+        with pytest.raises(UserError, match=f"these have changed since: .*{path.name}.*--resume"):
+            runs.locate(config, "")
+        assert runs.locate(config, str(run)) == (run, None)
+        assert path.name in capsys.readouterr().err
+        path.write_text(text)
+    (base / "model.safetensors").unlink()
+    assert runs.locate(config, "") == (run, None)
+    (project / "loss.py").write_text("c")
+    runs.claim(run, config, "", 20)
+    runs._locks.clear()
+    assert (run / "source-from-step-000021" / "loss.py").read_text() == "c"
+    assert (run / "source" / "loss.py").read_text() == "a"
+    assert runs.locate(config, "") == (run, None)
+
+
+def test_an_unexpected_error_at_the_start_is_a_sentence(tmp_path):
+    """What was being done, the library's first line, and where the traceback is; later it is a traceback."""
+    code = (
+        "from ce_gppo.config import command; from ce_gppo.types import starting\n"
+        "def main():\n    starting({!r})\n    raise ValueError('first line\\nsecond')\ncommand(main)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code.format("model 'm' cannot be loaded")], env=environment(), cwd=ROOT, **PIPES
+    )
+    assert told.returncode == 2 and "Traceback" not in told.stdout
+    said, file = re.search(
+        r"model 'm' cannot be loaded: ValueError: (.*); (\S+) has the whole traceback", told.stdout
+    ).groups()
+    assert said == "first line" and "second" in Path(file).read_text()
+    Path(file).unlink()
+    raised = subprocess.run([sys.executable, "-c", code.format("")], env=environment(), cwd=ROOT, **PIPES)
+    assert raised.returncode == 1 and "Traceback" in raised.stdout
+
+
+def test_help_into_a_pipe_that_closes_is_no_traceback():
+    reader = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"],
+        cwd=ROOT,
+        env=environment(PYTHONUNBUFFERED="1"),
+        stdout=reader.stdin,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    reader.communicate()
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

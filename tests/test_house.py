@@ -13,7 +13,7 @@ from reward import score
 
 PACKAGE = [  # each may import those above it, and those on its own line
     {"types", "verifier"},
-    {"dist", "entropy"},
+    {"dist", "entropy", "betas"},
     {"forward", "problems", "checkpoint", "metrics"},
     {"model", "perf", "config", "runs", "report", "evaluation"},
 ]
@@ -48,8 +48,9 @@ def test_loss_needs_torch_only():
 
 
 def test_a_step_is_short():
-    lines = {path: len((ROOT / path).read_text().splitlines()) for path in ("train.py", "rollout.py", "loss.py")}
-    assert lines["train.py"] < 320 and max(lines.values()) < 320
+    files = ("train.py", "rollout.py", "reward.py", "loss.py", "ce_gppo/forward.py", "ce_gppo/entropy.py")
+    lines = {path: len((ROOT / path).read_text().splitlines()) for path in files}
+    assert lines["train.py"] < 320 and sum(lines.values()) <= 1400
     functions = [node for node in ast.parse((ROOT / "train.py").read_text()).body if isinstance(node, ast.FunctionDef)]
     step = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
     assert all(step[name] <= 40 for name in ("sample", "select", "learn", "report"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import loss as L
+from ce_gppo import betas
 from ce_gppo import entropy as E
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "objectives.npz")
@@ -385,14 +386,14 @@ def test_the_controller_holds_what_can_be_reached(target):
     for _ in range(300):
         entropy *= math.exp(-0.03 + 0.05 * control[0])
         seen = entropy * math.exp(0.03 * torch.randn((), generator=g).item())
-        control = E.steer(control, seen, target)
+        control = betas.steer(control, seen, target)
         assert 0 <= control[0] <= 1
         history.append(entropy)
     settled = history[100:]
     assert abs(sum(settled) / len(settled) / target - 1) < 0.05 and max(abs(h / target - 1) for h in settled) < 0.15
 
     for _ in range(100):
-        control = E.steer(control, 0.1 * target, target)
-    assert control[0] == 1.0 and E.steered_betas(1.0, 0.75, 1.0) == (0.0, 1.0)
-    assert E.steer(control, 1.1 * target, target)[0] < 0.5
-    assert E.steered_betas(0.0, 0.75, 1.0) == (0.75, 0.0)
+        control = betas.steer(control, 0.1 * target, target)
+    assert control[0] == 1.0 and betas.steered_betas(1.0, 0.75, 1.0) == (0.0, 1.0)
+    assert betas.steer(control, 1.1 * target, target)[0] < 0.5
+    assert betas.steered_betas(0.0, 0.75, 1.0) == (0.75, 0.0)

@@ -1,7 +1,10 @@
 """Logprobs, entropy, micro-batches and checkpoints, against naive float64 and against transformers itself."""
 
+import copy
+
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loss
@@ -298,3 +301,40 @@ def test_flops_are_those_of_the_matrix_products(tiny_model):
         tiny_model(input_ids=ids).logits.sum().backward()
     ours = perf.flops(tiny_model, prompt_and_response=66, response=66, squares=2 * 33**2)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def architecture(tokenizer, folder, name: str, **settings) -> str:
+    """A random model of another architecture, as a Hugging Face folder."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    config = getattr(transformers, f"{name}Config")(
+        **sizes, **ends, num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=128, **settings
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_models_whose_layers_mix_neighbours_are_refused(tokenizer, tmp_path):
+    """LFM2's convolution reaches over the border between two sequences of a packed pass."""
+    path = architecture(tokenizer, tmp_path, "Lfm2", layer_types=["conv", "full_attention"])
+    with pytest.raises(UserError, match="a Lfm2ForCausalLM change by .* nats when two sequences share a pass"):
+        load_model(path)
+
+
+def test_models_with_other_names_in_their_files_are_refused(tokenizer, tmp_path):
+    """transformers fuses experts that the files hold one by one; vLLM would not find them."""
+    path = architecture(tokenizer, tmp_path, "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    with pytest.raises(UserError, match="of its weights, such as .*experts.*, are not in its files by these names"):
+        load_model(path)
+
+
+def test_an_end_that_ends_nothing_is_a_warning(tiny_folder, tokenizer, capsys):
+    load_model(str(tiny_folder))
+    assert "WARNING" not in capsys.readouterr().err
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}!{% endfor %}"
+    tokenizer.save_pretrained(tiny_folder)
+    load_model(str(tiny_folder))
+    assert "ends an answer with '!', which is no end-of-sequence token" in capsys.readouterr().err

@@ -26,6 +26,12 @@ def test_rows_come_back_in_order(write_rows):
         (GOOD | {"prompt": "1+2=?"}, "'prompt' is no list of messages"),
         (GOOD | {"prompt": []}, "'prompt' is no list of messages"),
         (GOOD | {"prompt": [{"role": "user"}]}, "lacks a string for 'role' or 'content'"),
+        (GOOD | {"answer": " "}, "'answer' is empty"),
+        (
+            GOOD | {"prompt": [*GOOD["prompt"], {"role": "assistant", "content": "3"}]},
+            "the last message of 'prompt' is the assistant's",
+        ),
+        (GOOD | {"prompt": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(write_rows, bad, message):

@@ -204,3 +204,40 @@ def test_a_quadrant_of_zero_stays_in_its_place_of_the_stack():
 def test_figures_name_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match=r"not the folder of a run.*config\.json"):
         figures.main(figures.Config((tmp_path,)))
+
+
+def test_metrics_are_json_always(tmp_path, monkeypatch):
+    """What has no finite value is left out: a reader of JSON stops at NaN."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log = report.Report(tmp_path, resolved(), 0, "id")
+    log.log(1, {"optim/loss": math.nan, "optim/grad_norm": math.inf, "optim/skipped": 8, "entropy/mean": 0.5})
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "optim/skipped": 8, "entropy/mean": 0.5}]
+
+
+def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
+    """entity/project, an empty WANDB_MODE, a key in $NETRC; and all parts of an offline run are to be uploaded."""
+    seen = []
+    real = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: seen.append(options) or real(**options))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_MODE", "quiet")
+    with pytest.raises(UserError, match="WANDB_MODE=quiet: online, offline"):
+        report.start_wandb(tmp_path, resolved(), "abcd1234")
+    monkeypatch.setenv("WANDB_MODE", "")
+    for step in (0, 1):
+        log = report.Report(tmp_path, resolved(wandb_project="team/sums"), step, "abcd1234")
+        log.log(step + 1, {"entropy/mean": 0.5})
+        log.close([])
+    assert all((o["entity"], o["project"], o["mode"]) == ("team", "sums", "offline") for o in seen)
+    parts = sorted(str(path) for path in (tmp_path / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2 and f"sync --id abcd1234 {' '.join(parts)}" in capsys.readouterr().out
+    (tmp_path / "keys").write_text("machine api.wandb.ai login user password " + "0" * 40)
+    (tmp_path / "keys").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+    assert report._has_wandb_key()

@@ -17,7 +17,8 @@ import loss
 import train
 from ce_gppo import config as settings
 from ce_gppo import metrics, runs
-from ce_gppo.entropy import QUADRANTS, betas_of_step, steer, steered_betas
+from ce_gppo.betas import betas_of_step, steer, steered_betas
+from ce_gppo.entropy import QUADRANTS
 from ce_gppo.forward import Policy
 from ce_gppo.problems import problems_of_step
 from ce_gppo.types import Problem, Response, RunEnded, UserError
@@ -225,10 +226,13 @@ def test_every_setting_says_what_it_is(capsys):
         assert comment[1].split()[0] in printed, field.name
 
 
-@pytest.mark.parametrize("gap", [0.2, math.nan])
-def test_a_stale_engine_ends_the_run(gap):
-    with pytest.raises(RunEnded, match="do not have the same weights"):
-        metrics.check_mismatch({"mismatch/mean": gap})
+@pytest.mark.parametrize(
+    "gap, entropy, message",
+    [(0.2, 0.5, "do not have the same weights"), (math.nan, 0.5, "not finite"), (0.0, math.nan, "not finite")],
+)
+def test_a_stale_engine_or_a_broken_policy_ends_the_run(gap, entropy, message):
+    with pytest.raises(RunEnded, match=message):
+        metrics.check_mismatch({"mismatch/mean": gap, "entropy/mean": entropy})
 
 
 def test_problems_of_a_step_cover_the_data_once_an_epoch():
