@@ -43,11 +43,11 @@ reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: three hours on
 	@.venv/bin/python -m results.sweep --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
 	@.venv/bin/python -m results.claims $(RESULTS)
 
-test: setup data  ## run the tests
-	@.venv/bin/python -m pytest $(ARGS)
+test: setup data  ## run the tests, in two processes
+	@.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-fast: setup data  ## run the tests that need no vLLM: a minute and a half
-	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 torture: setup data  ## twelve steps killed twenty times are twelve steps: takes five minutes
 	@KILLS=20 .venv/bin/python -m pytest tests/test_faults.py -k torture -s $(ARGS)
