@@ -12,7 +12,7 @@ FIND_PROJECT = echo "$(CURDIR)" > "$$(.venv/bin/python -c 'import site; print(si
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
 
-.PHONY: help setup data train eval figures workspace bench reproduce test test-fast torture lint clean
+.PHONY: help setup data train eval figures workspace doctor bench reproduce test test-fast torture lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -29,6 +29,9 @@ figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 
 workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
 	@.venv/bin/python -m tools.workspace --project $(PROJECT)
+
+doctor: setup data  ## what this machine and this setup can run; MODEL=<folder or hub name>
+	@.venv/bin/python -m tools.doctor $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 bench: setup data  ## measure updates, rollouts, rewards and the entropy accounting: ten minutes on two cores
 	@.venv/bin/python -m bench.update

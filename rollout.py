@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ce_gppo import dist
 from ce_gppo.model import stop_token_ids
-from ce_gppo.types import Response, starting
+from ce_gppo.types import Response, UserError, starting
 
 
 def prepare_environment() -> None:
@@ -55,20 +55,26 @@ class Engine:
             options["kv_cache_memory_bytes"] = int(cpu_kv_cache_gib * 2**30)
         if dist.world_size() > 1:  # vLLM joins the process group that is there, and takes this rank's GPU
             options["distributed_executor_backend"] = "external_launcher"
-        with warnings.catch_warnings(action="ignore"):  # vLLM's own, which no user can act on
-            self.llm = vllm.LLM(
-                model=model,
-                max_model_len=context,
-                max_num_seqs=max_sequences,
-                seed=seed,
-                trust_remote_code=False,
-                generation_config="vllm",  # or the folder's generation_config.json would change the sampling unseen
-                logprobs_mode="processed_logprobs",  # after the temperature: those of the distribution sampled from
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-                tensor_parallel_size=tensor_parallel,
-                **options,
-            )
+        try:
+            with warnings.catch_warnings(action="ignore"):  # vLLM's own, which no user can act on
+                self.llm = vllm.LLM(
+                    model=model,
+                    max_model_len=context,
+                    max_num_seqs=max_sequences,
+                    seed=seed,
+                    trust_remote_code=False,
+                    generation_config="vllm",  # or the folder's generation_config.json would change the sampling unseen
+                    logprobs_mode="processed_logprobs",  # after the temperature: those of the distribution sampled from
+                    disable_log_stats=True,
+                    use_tqdm_on_load=False,
+                    tensor_parallel_size=tensor_parallel,
+                    **options,
+                )
+        except ValueError as error:
+            if "cache" not in str(error):
+                raise
+            name = "gpu_memory_utilization" if self.cuda else "cpu_kv_cache_gib"
+            raise UserError(f"{name} is too small for the cache of a response of {context} tokens; raise it") from None
         self.stop_token_ids = stop_token_ids(model, tokenizer)
         starting("")
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ce_gppo import dist
+from ce_gppo.forward import flatten
 from ce_gppo.types import Problem, Response
 
 
@@ -15,7 +16,7 @@ def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, **samp
     groups = engine.generate([problem.prompt_ids for problem in problems], k, **sampling)
     if not all(groups):  # given up; `stop` may be true only on another rank of the engine
         return []
-    responses = [response for group in groups for response in group]
+    responses = flatten(groups)
     answers = [problem.answer for problem in problems for _ in range(k)]
     for response, verdict in zip(responses, score([r.text for r in responses], answers), strict=True):
         response.verdict = verdict
@@ -47,10 +48,30 @@ def evaluate_policy(
         )
         if dist.any_rank(stop()):
             return
+        if step == 0:
+            warn(flatten(groups))
         verdicts = dist.gather_dealt([[r.verdict for r in group] for group in groups], config.rollout_tp)
     metrics = accuracy([(problem.source, row) for problem, row in zip(problems, verdicts, strict=True)])
     if log:
         log.log(step, {f"eval/{name}": value for name, value in metrics.items()} | meter.take_part("eval"))
+
+
+def warn(responses: list[Response]) -> None:
+    """Say what makes nearly all responses worthless, before hours are spent on them. Of this rank's share."""
+    truncated = sum(r.truncated for r in responses) / len(responses)
+    unboxed = sum("\\boxed" not in r.text for r in responses) / len(responses)
+    if truncated > 0.9:
+        dist.say(
+            f"{truncated:.0%} of the first evaluation's responses are cut at max_response_tokens: raise it, or look at "
+            "samples.jsonl for responses that do not end, as of a base model or of a wrong end-of-sequence token",
+            warning=True,
+        )
+    if unboxed > 0.9:
+        dist.say(
+            f"{unboxed:.0%} of the first evaluation's responses have no \\boxed{{}} answer and score 0: ask for one "
+            "with prompt_suffix or system_prompt",
+            warning=True,
+        )
 
 
 def accuracy(graded: list[tuple[str, list[float]]]) -> dict[str, float]:

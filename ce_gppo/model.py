@@ -146,7 +146,16 @@ def stop_token_ids(model: str, tokenizer) -> list[int]:
 
 
 def check_end(tokenizer, path: str) -> None:
-    """Warn where the chat template ends an answer with a token that ends no response: all of them would be cut."""
+    """Warn where the chat template ends an answer with a token that ends no response: all of them would be cut.
+
+    UserError for an end-of-sequence token that the model does not have.
+    """
+    vocabulary = check_model(path).vocab_size
+    if beyond := [i for i in stop_token_ids(path, tokenizer) if not 0 <= i < vocabulary]:
+        raise UserError(
+            f"model '{path}': its end-of-sequence token {beyond[0]} is beyond its vocabulary of {vocabulary} tokens; "
+            "correct eos_token_id in config.json, generation_config.json or the tokenizer's files"
+        )
     answer = "The answer."
     try:
         turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]

@@ -1,5 +1,6 @@
 """Problems from JSONL files, as token ids for the engine, and which of them each step takes."""
 
+import datetime
 import hashlib
 import json
 from pathlib import Path
@@ -7,6 +8,10 @@ from pathlib import Path
 import torch
 
 from ce_gppo.types import Problem, UserError, starting
+
+# Some chat templates print the date. A run that goes on tomorrow must have the same prompts, so each day is this one,
+# which Llama 3.2's template names where it is not told the date.
+TODAY = datetime.date(2024, 7, 26)
 
 
 def check_file(path: str) -> None:
@@ -88,7 +93,9 @@ def load_problems(
         if prompt_suffix:
             messages[-1] = messages[-1] | {"content": f"{question}\n{prompt_suffix}"}
         try:
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            prompt = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, strftime_now=TODAY.strftime
+            )
         except Exception as error:  # templates are programs; they raise what they like
             raise UserError(f"{path}, problem {number}: the chat template refuses it: {error}") from None
         # The template writes its own beginning-of-sequence token; the tokenizer must not add a second one.

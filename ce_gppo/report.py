@@ -184,17 +184,11 @@ def start_wandb(folder: Path, config, run_id: str):
 
     A resumed run has the run_id of before, and goes on in the same W&B run.
     """
-    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # W&B refuses an empty value; people mean that there is none
-    mode = os.environ.get("WANDB_MODE")
-    if mode not in (None, "online", "offline", "shared", "disabled"):
-        raise UserError(f"WANDB_MODE={mode}: online, offline, shared or disabled is needed, or none")
+    mode = wandb_mode()
     if mode == "disabled":
         return None
     import wandb
 
-    if mode is None and not _has_wandb_key():
-        mode = "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
     entity, _, project = config.wandb_project.rpartition("/")
     options = {
@@ -221,6 +215,16 @@ def start_wandb(folder: Path, config, run_id: str):
         else:
             run.define_metric(f"{group}/*", step_metric="step")
     return run
+
+
+def wandb_mode() -> str | None:
+    """WANDB_MODE; offline where that is unset and there is no key; None otherwise, which W&B takes for online."""
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # W&B refuses an empty value; people mean that there is none
+    mode = os.environ.get("WANDB_MODE")
+    if mode not in (None, "online", "offline", "shared", "disabled"):
+        raise UserError(f"WANDB_MODE={mode}: online, offline, shared or disabled is needed, or none")
+    return mode if mode or _has_wandb_key() else "offline"
 
 
 def _has_wandb_key() -> bool:

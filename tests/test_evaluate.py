@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ce_gppo.evaluation import evaluate as sample_and_score
+from ce_gppo.evaluation import warn
 from ce_gppo.types import Problem, Response, UserError
 from helpers import BASE
 from tools import evaluate
@@ -277,3 +278,15 @@ def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, w
     path.write_bytes(whole[: whole.index(b'"problem": 3') + 40])  # killed in the second chunk of three
     evaluate.main(config)
     assert path.read_bytes() == whole and "2 problems were there already" in capsys.readouterr().out
+
+
+def test_a_first_evaluation_that_bodes_ill_is_a_warning(capsys):
+    def responses(cut: int, text: str) -> list[Response]:
+        return [Response([1], [2], torch.zeros(1), i < cut, text) for i in range(20)]
+
+    warn(responses(18, "\\boxed{1}"))
+    assert not capsys.readouterr().err
+    warn(responses(19, "1"))
+    warned = capsys.readouterr().err
+    assert "95% of the first evaluation's responses are cut" in warned
+    assert "100%" in warned and "prompt_suffix" in warned

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loss
@@ -15,6 +14,8 @@ from ce_gppo.forward import Policy
 from ce_gppo.model import load_model
 from ce_gppo.types import Response, UserError
 from helpers import group_of, resolved, responses_of
+from tools import doctor
+from tools.families import build
 
 
 def naive(hidden, weight, targets, temperature):
@@ -303,29 +304,16 @@ def test_flops_are_those_of_the_matrix_products(tiny_model):
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
-def architecture(tokenizer, folder, name: str, **settings) -> str:
-    """A random model of another architecture, as a Hugging Face folder."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    config = getattr(transformers, f"{name}Config")(
-        **sizes, **ends, num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=128, **settings
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def test_models_whose_layers_mix_neighbours_are_refused(tokenizer, tmp_path):
+def test_models_whose_layers_mix_neighbours_are_refused(tmp_path):
     """LFM2's convolution reaches over the border between two sequences of a packed pass."""
-    path = architecture(tokenizer, tmp_path, "Lfm2", layer_types=["conv", "full_attention"])
+    path = build(str(tmp_path), "Lfm2")
     with pytest.raises(UserError, match="a Lfm2ForCausalLM change by .* nats when two sequences share a pass"):
         load_model(path)
 
 
-def test_models_with_other_names_in_their_files_are_refused(tokenizer, tmp_path):
+def test_models_with_other_names_in_their_files_are_refused(tmp_path):
     """transformers fuses experts that the files hold one by one; vLLM would not find them."""
-    path = architecture(tokenizer, tmp_path, "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    path = build(str(tmp_path), "Qwen3Moe")
     with pytest.raises(UserError, match="of its weights, such as .*experts.*, are not in its files by these names"):
         load_model(path)
 
@@ -338,3 +326,19 @@ def test_an_end_that_ends_nothing_is_a_warning(tiny_folder, tokenizer, capsys):
     tokenizer.save_pretrained(tiny_folder)
     load_model(str(tiny_folder))
     assert "ends an answer with '!', which is no end-of-sequence token" in capsys.readouterr().err
+
+
+def test_an_end_beyond_the_vocabulary_is_refused(tiny_folder):
+    (tiny_folder / "generation_config.json").write_text('{"eos_token_id": [3, 9999]}')
+    with pytest.raises(UserError, match="end-of-sequence token 9999 is beyond its vocabulary of 262 tokens"):
+        load_model(str(tiny_folder))
+
+
+def test_the_doctor_says_what_a_model_would_do(tiny_folder, capsys):
+    doctor.main(doctor.Config(model=str(tiny_folder)))
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 25 and f"{tiny_folder}: 0.1 M parameters, trains" in shown
+    (tiny_folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="because of the model"):
+        doctor.main(doctor.Config(model=str(tiny_folder)))
+    assert f"model '{tiny_folder}': SafetensorError" in capsys.readouterr().out

@@ -108,3 +108,10 @@ def test_thinking_needs_a_tokenizer_that_shows_its_end(tokenizer):
     hiding.add_special_tokens({"additional_special_tokens": ["</think>"]})
     with pytest.raises(UserError, match="drops </think> as a special token"):
         check_thinking(hiding)
+
+
+def test_a_template_that_prints_the_date_gives_the_same_prompts_every_day(write_rows, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    (problem,), _ = load_problems(write_rows(GOOD), tokenizer, 64)
+    assert problem.prompt == "26 Jul 2024 1+2=?"

@@ -1,5 +1,8 @@
 """Real vLLM: what it samples, what it says of it, and that the trainer's weights really arrive."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -8,7 +11,8 @@ from ce_gppo import forward
 from ce_gppo.forward import Policy, compute_old_logprobs
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.problems import load_problems
-from helpers import BASE, DATA
+from ce_gppo.types import UserError
+from helpers import BASE, DATA, ROOT, environment
 from rollout import Engine, decode, stop_token_ids
 
 pytestmark = pytest.mark.slow
@@ -152,3 +156,15 @@ def test_a_folder_cannot_change_the_sampling(tiny_folder, tokenizer):
 def test_ids_past_the_vocabulary_are_survived(tokenizer):
     ids = tokenizer.encode("12")
     assert decode(tokenizer, [ids[0], len(tokenizer) + 3, ids[1]]) == "12"
+
+
+def test_a_cache_too_small_for_one_response_names_the_setting(base):
+    with pytest.raises(UserError, match="cpu_kv_cache_gib is too small for the cache of a response of 512 tokens"):
+        Engine(BASE, base[1], context=512, cpu_kv_cache_gib=0.0001)
+
+
+def test_models_of_vllms_transformers_backend_train():
+    """vLLM changes the class that the trainer's own model has; OLMo-2 died in the first pass."""
+    one = [sys.executable, "-m", "tools.families", "--only", "Olmo2"]
+    done = subprocess.run(one, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.stdout.startswith('"trains'), done.stdout + done.stderr

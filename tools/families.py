@@ -1,0 +1,111 @@
+"""Which model families train here: each is built small with random weights, and goes the way of a training.
+
+    python -m tools.families > docs/models.md          all of them: ten minutes on two cores
+    python -m tools.families --only Olmo2              one, with what went wrong
+
+A family trains if it loads, if vLLM serves it, and if after an update both give the same logprobs: the largest
+difference over 64 sampled tokens is in the table. Everything runs on the CPU in float32.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+import torch
+import transformers
+
+from ce_gppo.config import command
+from ce_gppo.forward import Policy, collate, flatten
+from ce_gppo.model import load_model, named_weights
+from ce_gppo.types import UserError
+from data.arithmetic.base import make_tokenizer
+from rollout import Engine, prepare_environment
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+FAMILIES = {  # the name of the configuration's class without "Config", and what it needs beside the common sizes
+    **dict.fromkeys(("Qwen2", "Llama", "Mistral", "Phi3", "Olmo", "Olmo2", "Olmo3", "SmolLM3", "Granite", "Glm"), {}),
+    **dict.fromkeys(
+        ("Glm4", "Starcoder2", "StableLm", "Phi", "SeedOss", "Exaone4", "Ernie4_5", "Apertus", "Arcee"), {}
+    ),
+    **dict.fromkeys(("Nemotron", "Helium", "HunYuanDenseV1", "GPTNeoX", "Cohere2", "Gemma2", "Falcon", "OPT"), {}),
+    **dict.fromkeys(("GPT2", "Bloom", "T5", "Mamba2"), {}),
+    "Qwen3": {"head_dim": 32},
+    "Gemma3Text": {"head_dim": 32},
+    "Qwen2Moe": MOE | {"shared_expert_intermediate_size": 64},
+    "Qwen3Moe": MOE,
+    "Mixtral": {"num_local_experts": 4},
+    "Olmoe": MOE,
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+@dataclass
+class Config:
+    only: str = ""  # one family; empty: all
+
+
+def build(folder: str, name: str) -> str:
+    """A random model of the family with 272 tokens, as a Hugging Face folder."""
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    config = getattr(transformers, f"{name}Config")(
+        **sizes | ends | {"num_key_value_heads": 2, "vocab_size": 272, "max_position_embeddings": 256} | FAMILIES[name]
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def difference(folder: str) -> float:
+    """Largest difference of vLLM's logprobs and the trainer's after the trainer's weights have changed, nats."""
+    model, tokenizer = load_model(folder)
+    engine = Engine(folder, tokenizer, context=64, cpu_kv_cache_gib=0.05, max_sequences=8)
+    with torch.no_grad():
+        for parameter in model.parameters():  # a weight that does not arrive shows
+            parameter += 0.1 * torch.randn_like(parameter) * parameter.std().nan_to_num()
+    engine.load_weights(named_weights(model))
+    prompts = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]]
+    responses = flatten(engine.generate(prompts, 2, max_tokens=8, temperature=1.0, seed=0))
+    batch = collate(responses)
+    with torch.no_grad():
+        logprobs = Policy(model)(batch, 1.0)[0][batch.response_mask]
+    return (logprobs - torch.cat([r.rollout_logprobs for r in responses])).abs().max().item()
+
+
+def verdict(name: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            build(folder, name)
+            gap = difference(folder)
+        except UserError as error:
+            return "refused: " + str(error).partition("': ")[2]
+        except Exception as error:  # of a library: train.py tells it as a sentence, too
+            return f"refused: {type(error).__name__}, {str(error).strip().splitlines()[0][:150]}"
+    return f"trains, {gap:.0e}" if gap < 1e-4 else f"WRONG by {gap:.2g} nats"
+
+
+def main(config: Config) -> None:
+    prepare_environment()
+    if config.only and config.only not in FAMILIES:
+        raise UserError(f"--only {config.only}: unknown; known: {', '.join(FAMILIES)}")
+    if config.only:
+        return print(json.dumps(verdict(config.only)))
+    print(
+        "# Models\n\nMade by `python -m tools.families`: each family small, with random weights, on a CPU in float32.\n"
+    )
+    print("A number is the largest difference between vLLM's logprobs and the trainer's after an update, in nats.\n")
+    print("| family | verdict |\n|---|---|")
+    for name in FAMILIES:  # each in a process of its own, as an engine stays until its process ends
+        one = [sys.executable, "-m", "tools.families", "--only", name]
+        lines = subprocess.run(one, capture_output=True, text=True).stdout.strip().splitlines() or [
+            '"refused: it ends the process"'
+        ]
+        print(f"| {name} | {json.loads(lines[-1])} |", flush=True)
+
+
+if __name__ == "__main__":
+    command(main, Config, __doc__)
