@@ -110,6 +110,9 @@ class Engine:
         )
         engine = self.llm.llm_engine
         for index, ids in enumerate(prompts):
+            if self.cuda:  # there vLLM draws seeds of its own; it counts on from this one within the group
+                params = params.clone()
+                params.seed = seed + index * group_size
             engine.add_request(str(index), {"prompt_token_ids": ids}, params)
         groups: list[list[Response]] = [[] for _ in prompts]
         try:
@@ -127,8 +130,7 @@ class Engine:
         """Ranks that share an engine must leave its loop at the same step, or the others wait in it for ever."""
         if self.tensor_parallel == 1:
             return flag
-        flags = torch.tensor(int(flag))
-        group = self.vllm.distributed.get_tp_group().cpu_group
+        flags, group = torch.tensor(int(flag)), self.vllm.distributed.get_tp_group().cpu_group
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group)
         return bool(flags)
 

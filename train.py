@@ -102,7 +102,7 @@ class Config:
     cpu_kv_cache_gib: t.Positive = 1.0  # GiB for vLLM's cache, without a GPU
 
 
-ADAM_BETAS, WEIGHT_DECAY = (0.9, 0.999), 0.1
+ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.1}
 MAX_SKIPPED_UPDATES = 5  # in a row, before the run ends
 MAX_NO_SIGNAL = 20  # rollouts in a row in which every group has equal rewards, before the run ends
 
@@ -119,7 +119,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
     problems, held_out, sizes = load_sets(config, tokenizer, model.config.max_position_embeddings)
     policy = dist.distribute(Policy(model), config.shard, model._no_split_modules or [])  # has the weights of `model`
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=ADAM_BETAS, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
     state = State(wandb_id=dist.rank0_then_broadcast(lambda: secrets.token_hex(4)))
     if last:
         state = checkpoint.load(last, model, optimizer)
@@ -246,7 +246,7 @@ def learn(
 
 def update(policy, optimizer, responses: list[Response], objective, lr: float, config: Config, device: str) -> Update:
     """One optimizer step on a mini-batch, of which `responses` are this rank's share, perhaps none."""
-    optimizer.zero_grad()
+    dist.zero_gradients(policy, optimizer)
     passes = config.temperature, config.max_micro_batch_tokens, device
     losses, sums, padding = accumulate_gradients(policy, responses, loss_of(responses, objective), *passes)
     grad_norm = dist.clip_gradients(policy, config.max_grad_norm)

@@ -113,7 +113,7 @@ def try_saving(model, tokenizer) -> None:
 def load(folder: Path, model, optimizer: torch.optim.Optimizer) -> State:
     """Load the optimizer of a checkpoint in place; returns the state. `model.load_model` loads the weights."""
     starting(f"the optimizer in {folder} does not fit the model")
-    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
     set_optimizer_state_dict(
         model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )

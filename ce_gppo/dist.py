@@ -4,9 +4,10 @@ A function that says "Collective" waits for the other ranks: every rank must cal
 """
 
 import contextlib
+import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -59,12 +60,27 @@ def say(message: str, warning: bool = False) -> None:
 
 
 def all_gather(value) -> list:
-    """Every rank's value, in the order of ranks. Collective. Values are pickled among these processes."""
+    """Every rank's value, in the order of ranks. Collective. Values are pickled among these processes.
+
+    Tensors must be on the CPU: pickled with its device, a tensor of rank 3 would be on the third GPU everywhere.
+    """
+    if any(tensor.device.type != "cpu" for tensor in _tensors(value)):
+        raise ValueError("all_gather: a tensor is not on the CPU")
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _tensors(value) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(vars(value))
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def rank0_then_broadcast(function: Callable):
@@ -136,6 +152,11 @@ def distribute(policy: torch.nn.Module, shard: bool, layer_classes: list[str]) -
         if type(module).__name__ in layer_classes:
             fully_shard(module, mesh=mesh, mp_policy=precision)
     return fully_shard(policy, mesh=mesh, mp_policy=precision)
+
+
+def zero_gradients(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Forget the last update's gradients. DDP's are views of its buckets: made anew they would exist twice."""
+    optimizer.zero_grad(set_to_none=not isinstance(policy, DistributedDataParallel))
 
 
 def no_sync(policy: torch.nn.Module):

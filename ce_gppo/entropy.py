@@ -4,6 +4,7 @@ The accounting is first order and exact in logit space. Flexible Entropy Control
 has the same split of tokens (-log p > H) and the same inner product; the theory is in arXiv 2602.03392.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -130,14 +131,12 @@ def _grad_logits(z: Tensor, log_z: Tensor, entropy: Tensor, grad_logprobs: Tenso
     return log_p.exp().mul_(factor)
 
 
-_compiled = {}
+_compiled = functools.cache(functools.partial(torch.compile, dynamic=True))  # once for each function, not for each tile
 
 
 def _on_device(function, tensor: Tensor):
     """On a GPU the element-wise work of a tile becomes one kernel. On a CPU compiling takes longer than it saves."""
-    if not tensor.is_cuda:
-        return function
-    return _compiled.setdefault(function, torch.compile(function, dynamic=True))
+    return _compiled(function) if tensor.is_cuda else function
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,8 @@ def accumulate_gradients(
         old = batch.old_logprobs, batch.old_entropy
         sums.append(token_sums(info, logprobs, entropy, S, *old, batch.advantages, batch.response_mask))
     tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in responses)
-    return losses, add_sums(sums), 1 - tokens / places if places else 0.0
+    sums = {name: value.cpu() for name, value in add_sums(sums).items()}  # other ranks have another GPU
+    return losses, sums, 1 - tokens / places if places else 0.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

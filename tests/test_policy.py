@@ -1,6 +1,7 @@
 """Logprobs, entropy, micro-batches and checkpoints, against naive float64 and against transformers itself."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import loss
 import train
-from ce_gppo import forward, perf
+from ce_gppo import entropy, forward, perf
 from ce_gppo.entropy import token_statistics
 from ce_gppo.forward import Policy
 from ce_gppo.model import load_model
@@ -67,6 +68,15 @@ def test_head_survives_extreme_logits():
     for values in (logprobs, entropy, S, hidden.grad, weight.grad):
         assert values.isfinite().all()
     assert entropy.abs().max() < 1e-6 and logprobs.tolist() == pytest.approx([0.0, -2000.0])
+
+
+def test_on_a_gpu_each_function_is_compiled_once():
+    """Not once for each of hundreds of tiles, as the wrapper alone takes milliseconds."""
+    on_gpu = types.SimpleNamespace(is_cuda=True)
+    entropy._compiled.cache_clear()
+    for function in (entropy._fold, entropy._grad_logits):
+        assert len({id(entropy._on_device(function, on_gpu)) for _ in range(50)}) == 1
+    assert entropy._compiled.cache_info().misses == 2
 
 
 def test_head_never_allocates_tokens_by_vocabulary():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from ce_gppo import checkpoint, dist
 from ce_gppo.entropy import QUADRANTS
 from ce_gppo.model import load_model
+from ce_gppo.types import Update
 from helpers import group_of, metrics_of, run, torchrun, without_timings
 
 pytestmark = pytest.mark.slow
@@ -196,3 +197,12 @@ def test_a_rank_that_fails_ends_all_with_its_message(tmp_path):
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and "the disk of rank 1 is on fire" in output, output
     assert time.monotonic() - start < 90
+
+
+def test_only_what_is_on_the_cpu_is_gathered():
+    """A tensor of another GPU comes back on that GPU, on every rank: it is refused wherever it is hidden."""
+    update = Update({"tokens": torch.ones(1)}, [0.0], 1.0, False, 0.0)
+    assert dist.all_gather([update]) == [[update]]
+    update.sums["clip/low"] = torch.ones(1, device="meta")
+    with pytest.raises(ValueError, match="a tensor is not on the CPU"):
+        dist.all_gather((1, [update]))

@@ -1,7 +1,9 @@
 """Real vLLM: what it samples, what it says of it, and that the trainer's weights really arrive."""
 
+import inspect
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -145,6 +147,30 @@ def test_on_a_gpu_memory_is_asked_for_in_the_right_order():
         ("reset_prefix_cache", None),
         ("wake_up", ["kv_cache"]),
     ]
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_on_a_gpu_every_response_has_a_seed_of_its_own(cuda):
+    """vLLM's GPU runner does not read torch's generator. A group's children count on from the seed of their request."""
+    import vllm
+
+    signature, requests = inspect.signature(vllm.v1.engine.llm_engine.LLMEngine.add_request), []
+
+    class Recorder:
+        def add_request(self, *arguments):
+            requests.append(signature.bind(self, *arguments).arguments["params"])
+
+        def has_unfinished_requests(self):
+            return False
+
+        def abort_request(self, _):
+            pass
+
+    recorded = Engine.__new__(Engine)
+    recorded.cuda, recorded.vllm, recorded.tensor_parallel, recorded.stop_token_ids = cuda, vllm, 1, [1]
+    recorded.llm = types.SimpleNamespace(llm_engine=Recorder())
+    recorded.generate([[1], [2], [3]], 4, max_tokens=2, temperature=1.0, seed=100)
+    assert [params.seed for params in requests] == ([100, 104, 108] if cuda else [None] * 3)
 
 
 def test_a_folder_cannot_change_the_sampling(tiny_folder, tokenizer):
