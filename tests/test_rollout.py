@@ -153,8 +153,9 @@ def test_on_a_gpu_memory_is_asked_for_in_the_right_order():
 def test_on_a_gpu_every_response_has_a_seed_of_its_own(cuda):
     """vLLM's GPU runner does not read torch's generator. A group's children count on from the seed of their request."""
     import vllm
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-    signature, requests = inspect.signature(vllm.v1.engine.llm_engine.LLMEngine.add_request), []
+    signature, requests = inspect.signature(LLMEngine.add_request), []
 
     class Recorder:
         def add_request(self, *arguments):
