@@ -30,7 +30,7 @@ figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
 	@.venv/bin/python -m tools.workspace --project $(PROJECT)
 
-doctor: setup data  ## what this machine and this setup can run; MODEL=<folder or hub name>
+doctor: setup data  ## check the machine, the setup and a model: MODEL=<folder or hub name>
 	@.venv/bin/python -m tools.doctor $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 bench: setup data  ## measure updates, rollouts, rewards and the entropy accounting: ten minutes on two cores

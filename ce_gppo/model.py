@@ -130,7 +130,7 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
     if not difference < 1e-4 * alone.std():  # rounding gives 1e-5 at most, a convolution 1e-3 and more
         raise UserError(
             f"model '{path}': the logprobs of a {type(model).__name__} change by {difference:.2g} nats when two "
-            "sequences share a pass; only models whose tokens meet in attention alone can be trained"
+            "sequences share a pass; only models whose tokens meet in attention and nowhere else can be trained"
         )
 
 

@@ -165,7 +165,7 @@ def test_a_stopped_evaluation_goes_on(fake, monkeypatch, calls, half_line, capsy
 
 
 def test_what_another_rank_of_the_engine_gave_up_has_no_metrics():
-    """The signal may have reached that rank alone: `stop` says nothing here."""
+    """The signal may have reached only that rank: `stop` says nothing here."""
 
     class GivenUp:
         def generate(self, prompts, k, **options):

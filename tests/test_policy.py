@@ -71,7 +71,7 @@ def test_head_survives_extreme_logits():
 
 
 def test_on_a_gpu_each_function_is_compiled_once():
-    """Not once for each of hundreds of tiles, as the wrapper alone takes milliseconds."""
+    """Not once for each of hundreds of tiles, as making the wrapper takes milliseconds."""
     on_gpu = types.SimpleNamespace(is_cuda=True)
     entropy._compiled.cache_clear()
     for function in (entropy._fold, entropy._grad_logits):
@@ -240,6 +240,49 @@ def test_positive_nll_is_the_mean_over_correct_responses(tiny_model):
     (0.1 * torch.cat(nll).mean()).backward()
     expected = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
     torch.testing.assert_close(with_nll - without, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"dual_clip": 1.5}, {"rollout_correction": "tis"}, {"rollout_correction": "mask"}], ids=str
+)
+def test_options_through_the_real_update(tiny_model, changes):
+    """The equation token by token, in Python, by autograd over whole logits."""
+    responses = responses_of([(4, i + 1) for i in range(8)])
+    g = torch.Generator().manual_seed(1)
+    for r in responses:  # ratios on both sides of the interval, and an engine that disagrees
+        r.old_logprobs = logprobs_of(tiny_model, r).detach() + 0.6 * torch.randn(len(r.response_ids), generator=g)
+        r.rollout_logprobs = r.old_logprobs + torch.randn(len(r.response_ids), generator=g)
+    found, _ = update_gradient(tiny_model, responses, objective="ce_gppo", max_micro_batch_tokens=30, **changes)
+    tiny_model.zero_grad()
+    total, kinds = torch.zeros(()), set()
+    for r in responses:
+        for logprob, old, vllm in zip(logprobs_of(tiny_model, r), r.old_logprobs, r.rollout_logprobs, strict=True):
+            delta, A = (logprob - old).exp(), r.advantage
+            if delta < 0.8 and A < 0:
+                kind, token = "low", -0.75 * 0.8 / delta.detach() * delta * A
+            elif delta > 1.2 and A > 0:
+                kind, token = "high", -1.0 * 1.2 / delta.detach() * delta * A
+            else:
+                kind, token = "inside", -delta * A
+            if "dual_clip" in changes and A < 0 and token > -1.5 * A:
+                kind, token = "dual", torch.tensor(-1.5 * A)
+            correction = (old - vllm).exp()
+            if changes.get("rollout_correction") == "tis":
+                kind, token = kind + " cut" * (correction > 2).item(), token * min(correction, torch.tensor(2.0))
+            elif changes.get("rollout_correction") == "mask" and not 0.5 <= correction <= 2:
+                kind, token = "masked", 0 * token
+            kinds.add(kind)
+            total = total + token
+    (total / sum(len(r.response_ids) for r in responses)).backward()
+    expected = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
+    assert {"low", "high", "inside"} <= kinds and len(kinds) >= 3 + bool(changes)
+    torch.testing.assert_close(found, expected, atol=5e-6 * max(1.0, expected.abs().max().item()), rtol=1e-4)
+
+
+def logprobs_of(model, response: Response) -> torch.Tensor:
+    """[R], by transformers with its own attention."""
+    log_p = torch.log_softmax(naive_logits(model, response), -1)
+    return log_p.gather(1, torch.tensor(response.response_ids)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("aggregation", loss.AGGREGATIONS)

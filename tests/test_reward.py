@@ -1147,7 +1147,7 @@ def test_workers_killed_between_calls_are_replaced(no_cache):
 
 def test_workers_killed_during_a_call_are_replaced(no_cache):
     pairs = [(rf"\boxed{{{HANGS}}}", "4")] + [for_math_verify(n) for n in range(2, 12)]
-    score(*([text] for text in for_math_verify(99)), workers=1)  # so that a worker is up
+    score(*([text] for text in for_math_verify(99)), workers=1)  # starts a worker
     (worker,) = [worker for worker in workers._workers if worker.process][:1]
     sniper = threading.Timer(1.0, lambda pid: os.kill(pid, signal.SIGKILL), [worker.process.pid])
     sniper.start()  # by then it is busy with what hangs, the longest and therefore the last of the batch

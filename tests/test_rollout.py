@@ -128,7 +128,7 @@ def test_the_prefix_cache_is_forgotten_at_a_sync(engine, base, prompts):
 
 
 def test_on_a_gpu_memory_is_asked_for_in_the_right_order():
-    """The order of calls alone, as a CPU has no sleep: weights, the sync, the stale cache, then room for a new cache.
+    """Only the order of calls, as a CPU has no sleep: weights, the sync, the stale cache, then room for a new cache.
     Level 2 drops the weights, so there is no way to wake without bringing new ones."""
     calls = []
 

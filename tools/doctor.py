@@ -1,6 +1,6 @@
-"""What this machine and this setup can run, on one screen: exit code 0, or 2 where training would not start.
+"""This machine and this setup on one screen. Exit code 0, or 2 if training would not start.
 
-make doctor                                        or with a model: make doctor MODEL=Qwen/Qwen2.5-1.5B-Instruct
+make doctor         or with a model: make doctor MODEL=Qwen/Qwen2.5-1.5B-Instruct
 """
 
 import importlib.metadata

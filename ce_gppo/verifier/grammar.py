@@ -2,7 +2,7 @@ r"""A grammar of answers: reads a normalized text as a tree of nodes, by recursi
 
 `read` tries one reader after the other, from the loosest binding to the tightest: a choice such as `(C) 12`, a region
 such as `x < 2 or x > 3`, a list, an equation, brackets, a matrix, a ratio. Each returns a node, or None where the text
-is nothing of its kind. What is left is a scalar, with its unit. Readers split a text only outside all brackets, so that
+is nothing of its kind. The rest is a scalar, with its unit. Readers split a text only outside all brackets. Therefore
 the recursion is as deep as the brackets are nested, which `same` limits.
 """
 

@@ -45,7 +45,7 @@ class Worker:
                 stdin=subprocess.PIPE,  # ends when we end, however we end, and the worker with it
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is meant for us alone
+                start_new_session=True,  # Ctrl-C is meant for the main process only
             )
             if self.read(STARTUP_SECONDS) == b"ready\n":
                 return
