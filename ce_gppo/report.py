@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -79,7 +80,7 @@ class Report:
         import wandb
 
         media = {name: wandb.Histogram(values.numpy()) for name, values in (histograms or {}).items()}
-        if samples:
+        if samples and row["step"] % self.config.eval_every == 0:  # each table is an artifact of its own
             columns = list(samples[0])
             media["samples"] = wandb.Table(columns=columns, data=[[s[c] for c in columns] for s in samples])
         self.wandb.log(row | media, step=row["step"])
@@ -191,14 +192,8 @@ def start_wandb(folder: Path, config, run_id: str):
 
     os.environ.setdefault("WANDB_SILENT", "true")
     entity, _, project = config.wandb_project.rpartition("/")
-    options = {
-        "entity": entity or None,
-        "project": project,
-        "name": folder.name,
-        "dir": folder,
-        "id": run_id,
-        "mode": mode,
-    }
+    options = {"entity": entity or None, "project": project, "group": group_of(config), "name": folder.name}
+    options |= {"dir": folder, "id": run_id, "mode": mode}
     if mode != "offline":
         options |= {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
     try:
@@ -215,6 +210,15 @@ def start_wandb(folder: Path, config, run_id: str):
         else:
             run.define_metric(f"{group}/*", step_metric="step")
     return run
+
+
+def group_of(config) -> str:
+    """The same name for runs that differ only in their seed and in where they are written."""
+    settings = dataclasses.asdict(config)
+    for name in ("seed", "run_name", "out", "wandb_project"):
+        del settings[name]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{config.objective}-{digest[:6]}"
 
 
 def wandb_mode() -> str | None:

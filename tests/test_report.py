@@ -241,3 +241,9 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
     (tmp_path / "keys").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
     assert report._has_wandb_key()
+
+
+def test_runs_are_grouped_by_everything_except_the_seed():
+    name = report.group_of(resolved())
+    assert name == report.group_of(resolved(seed=3, run_name="x", out="y", wandb_project="z"))
+    assert name.startswith("ce_gppo-") and name != report.group_of(resolved(lr=3e-5))

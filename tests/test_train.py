@@ -332,6 +332,8 @@ def test_select_filters_caps_and_cuts_evenly():
             assert right.advantage == -wrong.advantage == pytest.approx(0.5**0.5, rel=1e-5)
     _, capped = train.select(groups, resolved(max_kept_prompts=8, mini_batch_prompts=8))
     assert [r.prompt_ids[0] for r in capped[0][::2]] == kept[:8]
+    _, (plain,) = train.select(groups, resolved(max_kept_prompts=8, mini_batch_prompts=8, normalize_std=False))
+    assert [r.advantage for r in plain] == [0.5, -0.5] * 8
     _, uneven = train.select(groups[:57], resolved(max_kept_prompts=40, mini_batch_prompts=10))
     assert [len(batch) // 2 for batch in uneven] == [9, 10, 9, 10]
     _, everything = train.select(
