@@ -1,7 +1,7 @@
 """Which model families train here: each is built small with random weights, and goes the way of a training.
 
-    python -m tools.families > docs/models.md          all of them: ten minutes on two cores
-    python -m tools.families --only Olmo2              one, with what went wrong
+    python -m tools.families                     all of them, as a page of Markdown
+    python -m tools.families --only Olmo2        one
 
 A family trains if it loads, if vLLM serves it, and if after an update both give the same logprobs: the largest
 difference over 64 sampled tokens is in the table. Everything runs on the CPU in float32.
