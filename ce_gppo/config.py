@@ -37,7 +37,9 @@ def command(main: Callable, Config: type | None = None, description: str | None 
         except (UserError, RunEnded) as error:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, UserError) else 1)
-        except BrokenPipeError:  # as in `--help | head`
+        except BrokenPipeError:  # `--help | head`; any other broken pipe must be seen
+            if "--help" not in sys.argv:
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
