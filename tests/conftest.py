@@ -1,8 +1,10 @@
 """A tiny policy and tiny data for the tests: made here in a second, nothing is downloaded."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{Path(__file__).parent}"  # for preloaded.py
 
 # Tests run in two processes (pytest-xdist). Threads of two processes that share cores wait for each other in loops.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):

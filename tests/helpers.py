@@ -1,9 +1,15 @@
 """What several test files share: random responses, and whole runs of train.py in processes of their own."""
 
+import atexit
+import functools
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -34,10 +40,87 @@ def environment(**variables: str) -> dict[str, str]:
     return os.environ | {"WANDB_MODE": "disabled", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | variables
 
 
-def start(out: Path, *arguments: str, mode: str = "disabled") -> subprocess.Popen:
-    where = [] if "--resume" in arguments else ["--out", str(out)]
-    command = [sys.executable, "train.py", *where, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(WANDB_MODE=mode), **PIPES)
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["preloaded"])
+
+
+class Forked:
+    """train.py, or another script or module, in a process forked from one that has done the imports (preloaded.py).
+
+    It has the methods of subprocess.Popen that tests use. output: file of stdout and stderr.
+    """
+
+    def __init__(self, script: str, *arguments: str, output: str | Path = "", **variables: str):
+        if not output:
+            file, output = tempfile.mkstemp(prefix="output-", dir=scratch())
+            os.close(file)
+        self.output = Path(output)
+        call = script, [str(argument) for argument in arguments], environment(**variables), str(output)
+        self.process = FORKING.Process(target=_run_as_main, args=call)
+        self.process.start()
+        atexit.register(self.process.kill)  # of a test that failed
+        self.kill, self.terminate = self.process.kill, self.process.terminate
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise TimeoutError(self.output.read_text())
+        return self.output.read_text() if self.output.is_file() else "", None
+
+
+def _run_as_main(script: str, arguments: list[str], variables: dict[str, str], output: str) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__") if script.endswith(".py") else runpy.run_module(
+            script, run_name="__main__", alter_sys=True
+        )
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+@functools.cache
+def scratch() -> str:
+    folder = tempfile.TemporaryDirectory(prefix="ce-gppo-tests-")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
+@functools.cache
+def rows_of(name: str, count: int) -> str:
+    """A file with the first rows of a file of the default data: 8,192 problems take a second to read."""
+    path = Path(scratch()) / f"{name}-{count}.jsonl"
+    rows = (ROOT / "data" / "arithmetic" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(rows[:count]))
+    return str(path)
+
+
+def quick(out: Path) -> list[str]:
+    """Settings that make a run short and that no test looks at."""
+    return [
+        *("--out", str(out), "--train-data", rows_of("train", 256), "--eval-data", rows_of("eval", 16)),
+        *("--cpu-kv-cache-gib", "0.1"),
+    ]
+
+
+def start(out: Path, *arguments: str, mode: str = "disabled") -> Forked:
+    return Forked("train.py", *([] if "--resume" in arguments else quick(out)), *arguments, WANDB_MODE=mode)
 
 
 def run(out: Path, *arguments: str, mode: str = "disabled") -> str:
@@ -45,6 +128,25 @@ def run(out: Path, *arguments: str, mode: str = "disabled") -> str:
     output = process.communicate()[0]
     assert process.returncode == 0, output
     return output
+
+
+def ranks(processes: int, script: str, *arguments: str) -> list[Forked]:
+    """The processes that torchrun would start, without its own start and its imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        Forked(script, *arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)
+    ]
+
+
+def outputs_of(processes: list[Forked], timeout: float) -> str:
+    """What all of them printed, once they have ended well."""
+    outputs = [process.communicate(timeout)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(outputs)
+    return "\n".join(outputs)
 
 
 def torchrun(processes: int, *arguments: str, **options) -> subprocess.Popen:

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -19,7 +20,20 @@ import train
 from ce_gppo import runs
 from ce_gppo.forward import Policy
 from ce_gppo.types import UserError
-from helpers import PIPES, ROOT, SMALL, environment, metrics_of, resolved, responses_of, run, start, without_timings
+from helpers import (
+    PIPES,
+    ROOT,
+    SMALL,
+    Forked,
+    environment,
+    metrics_of,
+    quick,
+    resolved,
+    responses_of,
+    run,
+    start,
+    without_timings,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -69,10 +83,9 @@ torch.save = dying
 def run_program(folder: Path, line: str, *arguments: str) -> tuple[int, str]:
     script = folder / "program.py"
     script.write_text(PROGRAM.format(line=line))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    env = environment()
-    done = subprocess.run([sys.executable, str(script), *arguments], cwd=ROOT, env=env, timeout=300, **pipes)
-    return done.returncode, done.stdout
+    process = Forked(str(script), *quick(folder / "out"), *arguments)
+    output = process.communicate(timeout=300)[0]
+    return process.returncode, output
 
 
 def assert_same_run(ours: Path, expected: Path, last: str) -> None:
@@ -85,7 +98,7 @@ def assert_same_run(ours: Path, expected: Path, last: str) -> None:
 def test_killed_three_times_and_started_again_it_is_the_same_run(finished, tmp_path):
     """kill -9 in a rollout, an update and a checkpoint; the same command each time goes on, and says so."""
     for moment, line in KILLED.items():
-        code, output = run_program(tmp_path, line, *SMALL, "--out", str(tmp_path / "out"))
+        code, output = run_program(tmp_path, line, *SMALL)
         assert code == -signal.SIGKILL, (moment, output)
     (folder,) = (tmp_path / "out").iterdir()
     assert list(folder.glob("*.partial")), "the last kill was to come in the middle of a checkpoint"
@@ -150,16 +163,16 @@ torch.save = full
 
 
 def test_a_full_disk_costs_a_checkpoint(finished, tmp_path):
-    code, output = run_program(tmp_path, FULL_DISK, *SMALL, "--out", str(tmp_path), "--run-name", "full")
+    code, output = run_program(tmp_path, FULL_DISK, *SMALL, "--run-name", "full")
     assert code == 0, output
     assert "checkpoint not written, training goes on" in output and "No space left on device" in output
-    assert [path.name for path in tmp_path.glob("full/checkpoint*")] == ["checkpoint-000004"]
-    assert_same_run(tmp_path / "full", finished[0], "checkpoint-000004")
+    assert [path.name for path in tmp_path.glob("out/full/checkpoint*")] == ["checkpoint-000004"]
+    assert_same_run(tmp_path / "out" / "full", finished[0], "checkpoint-000004")
 
 
 def test_a_run_whose_last_checkpoint_is_lost_does_not_end_well(tmp_path):
     always = FULL_DISK.replace("if count == 1: ", "")
-    code, output = run_program(tmp_path, always, *SMALL, "--steps", "2", "--out", str(tmp_path), "--run-name", "full")
+    code, output = run_program(tmp_path, always, *SMALL, "--steps", "2", "--run-name", "full")
     assert code == 1 and "train.py" not in output.split("program.py:")[0], output
     assert "the checkpoint of step 2 could not be written" in output and "Traceback" not in output, output
     assert "curves" in output, "the table at the end is printed all the same"
@@ -177,15 +190,15 @@ loss.policy_loss = broken
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_end_the_run_when_there_are_many(tmp_path):
-    arguments = ["--out", str(tmp_path), "--run-name", "nan"]
-    code, output = run_program(tmp_path, NOT_FINITE, *SMALL, *arguments, "--checkpoint-every", "1")
+    arguments = [*SMALL, "--checkpoint-every", "1", "--run-name", "nan"]
+    code, output = run_program(tmp_path, NOT_FINITE, *arguments)
     assert code == 1 and "5 updates in a row had no finite gradient" in output and "Traceback" not in output, output
-    rows = metrics_of(tmp_path / "nan")
+    rows = metrics_of(tmp_path / "out" / "nan")
     assert rows[1]["optim/skipped"] == 1
-    saved = torch.load(tmp_path / "nan" / "skipped" / "step-000001-update-2-rank-0.pt", weights_only=True)
+    saved = torch.load(tmp_path / "out" / "nan" / "skipped" / "step-000001-update-2-rank-0.pt", weights_only=True)
     assert len(saved["responses"]) == 16 and all(math.isnan(value) for value in saved["micro_batch_losses"])
     assert saved["responses"][0]["response_ids"]
-    weights = load_file(tmp_path / "nan" / "checkpoint-000001" / "model.safetensors")
+    weights = load_file(tmp_path / "out" / "nan" / "checkpoint-000001" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
@@ -221,15 +234,16 @@ def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("output", ["/dev/full", "closed pipe"])
 def test_output_that_cannot_be_written_costs_nothing(finished, tmp_path, output):
-    command = [sys.executable, "train.py", *SMALL, "--out", str(tmp_path), "--run-name", "mute"]
-    if output == "closed pipe":
-        reader, writer = os.pipe()
+    if pipe := output == "closed pipe":
+        output = tmp_path / "pipe"
+        os.mkfifo(output)
+        reader = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
+    process = Forked("train.py", *quick(tmp_path), *SMALL, "--run-name", "mute", output=output)
+    if pipe:
+        select.select([reader], [], [])  # the first line is there
         os.close(reader)
-    else:
-        writer = os.open(output, os.O_WRONLY)
-    done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=writer, stderr=writer, timeout=300)
-    os.close(writer)
-    assert done.returncode == 0
+    process.communicate(timeout=300)
+    assert process.returncode == 0
     assert_same_run(tmp_path / "mute", finished[0], "checkpoint-000004")
 
 

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -22,7 +21,7 @@ from ce_gppo.entropy import QUADRANTS
 from ce_gppo.forward import Policy
 from ce_gppo.problems import problems_of_step
 from ce_gppo.types import Problem, Response, RunEnded, UserError
-from helpers import ROOT, SMALL, metrics_of, resolved, run, start, without_timings
+from helpers import ROOT, SMALL, Forked, metrics_of, resolved, rows_of, run, start, without_timings
 from tools import workspace
 
 
@@ -109,25 +108,13 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
 
 def test_evaluate_is_a_command(finished, tmp_path):
     checkpoint = finished[0] / "checkpoint-000004"
-    command = [
-        sys.executable,
-        "-m",
-        "tools.evaluate",
-        "--model",
-        checkpoint,
-        "--k",
-        "2",
-        "--temperature",
-        "1",
-        "--top-p",
-        "1",
-    ]
-    command += ["--out", tmp_path / "responses.jsonl"]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "256 problems x 2 samples" in output
+    arguments = ["--model", checkpoint, "--bench", rows_of("eval", 32), "--k", "2", "--temperature", "1", "--top-p", "1"]
+    process = Forked("tools.evaluate", *arguments, "--out", tmp_path / "responses.jsonl")
+    output = process.communicate()[0]
+    assert process.returncode == 0 and "32 problems x 2 samples" in output, output
     rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()[1:]]
-    accuracy = sum(row["correct"] for row in rows) / 512
-    assert re.search(rf"^arithmetic +256 +{accuracy:.4f} ", output, re.M) and len(rows) == 512
+    accuracy = sum(row["correct"] for row in rows) / 64
+    assert re.search(rf"^arithmetic +32 +{accuracy:.4f} ", output, re.M) and len(rows) == 64
     assert all(row["correct"] == (row["extracted"] == row["answer"]) for row in rows)
 
 
