@@ -24,7 +24,7 @@ from ce_gppo import types as t
 from ce_gppo.betas import betas_of_step, steer
 from ce_gppo.checkpoint import State
 from ce_gppo.config import command, parse
-from ce_gppo.evaluation import evaluate_policy
+from ce_gppo.evaluation import check_engine, evaluate_policy
 from ce_gppo.forward import Batch, Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
 from ce_gppo.metrics import check_mismatch, step_metrics
 from ce_gppo.model import load_model, named_weights
@@ -120,9 +120,8 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     problems, held_out, sizes = load_sets(config, tokenizer, model.config.max_position_embeddings)
     policy = dist.distribute(Policy(model), config.shard, model._no_split_modules or [])  # has the weights of `model`
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
-    state = State(wandb_id=dist.rank0_then_broadcast(lambda: secrets.token_hex(4)))
-    if last:
-        state = checkpoint.load(last, model, optimizer)
+    wandb_id = dist.rank0_then_broadcast(lambda: secrets.token_hex(4))
+    state = checkpoint.load(last, model, optimizer) if last else State(wandb_id)
     dist.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))
     dist.say(plan(config, folder, model, device, sizes, state.step))
     engine = Engine(
@@ -135,9 +134,10 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         seed=config.seed,
     )
     engine.load_weights(named_weights(model))
+    check_engine(engine, policy, problems[0], config, device)
     log = Report(folder, config, state.step, state.wandb_id) if dist.is_main() else None
     meter = Meter(model, device)
-    save = partial(checkpoint.save_or_warn, folder, model, tokenizer, optimizer, state, config.keep_checkpoints)
+    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, config.keep_checkpoints, state.step)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
 
     try:
@@ -157,15 +157,15 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
             report(log, chosen, groups, mini_batches, updates, objective, lr, state, config, meter)
             hopeless = state.no_signal >= MAX_NO_SIGNAL
             if step % config.checkpoint_every == 0 or step == config.steps or hopeless or dist.any_rank(stop()):
-                save()
+                saver.save(state)
             if hopeless:
+                saver.finish(state)
                 raise RunEnded(
                     f"{state.no_signal} rollouts in a row had no group with unequal rewards; use easier or harder "
                     "problems, or look at samples.jsonl for right answers that the verifier does not find"
                 )
             evaluate(step)  # after saving: it may take long, and a resumed run makes up for it
-        if state.step and not (folder / f"checkpoint-{state.step:06d}").exists() and not save():
-            raise RunEnded(f"the checkpoint of step {state.step} could not be written")
+        saver.finish(state)
     finally:
         if log:
             log.close(checkpoint.all_of(folder))

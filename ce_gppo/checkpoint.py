@@ -1,5 +1,6 @@
 """Checkpoints: Hugging Face folders with the trainer's state inside, written whole or not at all, checked when read."""
 
+import copy
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ce_gppo import dist
-from ce_gppo.types import UserError, starting
+from ce_gppo.types import RunEnded, UserError, starting
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-([0-9]{6}|[1-9][0-9]{6,})")
@@ -38,41 +40,66 @@ class State:
     no_signal: int = 0  # rollouts in which every group has equal rewards, in a row
 
 
-def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """A folder that vLLM and transformers load as it is, with trainer.pt (optimizer and `state`) and checksums inside.
+class Saver:
+    """Saves a run's checkpoints beside its training, each a folder that vLLM and transformers load as it is.
 
-    Collective: shards are gathered, rank 0 writes, all in the same form whatever the number of ranks. Written aside,
-    flushed to the disk and renamed: a folder of this name is whole. Raises OSError, on every rank, where rank 0 could
-    not write; what was there before stays.
+    Inside are also trainer.pt (optimizer and `State`) and checksums. A checkpoint is written aside, flushed to the disk
+    and renamed: a folder of its name is whole. All but the newest `keep` are then removed.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    named = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights once
-    weights = {name: tensor for name, tensor in weights.items() if name in named}
-    moments = get_optimizer_state_dict(model, optimizer, options=options)
-    error = None
-    if dist.is_main():
+
+    def __init__(self, run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, keep: int, step: int = 0):
+        """step: of the checkpoint that the run goes on from, 0 for a new one."""
+        self.run, self.model, self.tokenizer, self.optimizer, self.keep = run, model, tokenizer, optimizer, keep
+        self.saved, self.saving = step, step  # the step of the last checkpoint that is written, and of the last begun
+        self.thread: threading.Thread | None = None
+        self.error = ""  # of the thread
+
+    def save(self, state: State) -> None:
+        """Copy everything; a thread of rank 0 writes it. Waits until the save before this one has ended. Collective.
+
+        Shards are gathered: a checkpoint has the same form whatever the number of ranks.
+        """
+        self.wait()
+        self.saving = state.step
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=options)
+        named = {name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        weights = {name: tensor for name, tensor in weights.items() if name in named}  # tied weights once
+        moments = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        if dist.is_main():
+            if self.model.device.type == "cpu":  # there the dictionaries hold the trainer's own tensors
+                weights, moments = copy.deepcopy((weights, moments))
+            record = {"optimizer": moments, "state": asdict(state)}
+            self.thread = threading.Thread(target=self._write, args=(weights, record))
+            self.thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save that goes on, if any. If it fails there is a warning, and training goes on. Collective."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        error, self.error = dist.all_gather(self.error)[0], ""
+        if error:
+            dist.say(f"checkpoint not written, training goes on: {error}", warning=True)
+            self.saving = self.saved
+        self.saved = self.saving
+
+    def finish(self, state: State) -> None:
+        """The checkpoint of the run's last step; RunEnded where it cannot be written. Collective."""
+        self.wait()
+        if self.saved < state.step:
+            self.save(state)
+            self.wait()
+        if self.saved < state.step:
+            raise RunEnded(f"the checkpoint of step {state.step} could not be written")
+
+    def _write(self, weights: dict, record: dict) -> None:
+        folder = self.run / f"checkpoint-{self.saving:06d}"
         try:
-            _write(folder, model, weights, tokenizer, {"optimizer": moments, "state": asdict(state)})
+            _write(folder, self.model, weights, self.tokenizer, record)
+            prune(self.run, self.keep)
         except (OSError, RuntimeError, SafetensorError) as failure:  # torch and safetensors raise their own
-            error = f"{folder}: {failure}"
-    if error := dist.all_gather(error)[0]:
-        raise OSError(error)
-
-
-def save_or_warn(run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state: State, keep: int) -> bool:
-    """Save the run's checkpoint after the step in `state`, and remove all but the newest `keep`. Collective.
-
-    A checkpoint that cannot be written does not end the run: False, with a warning that says why.
-    """
-    try:
-        save(run / f"checkpoint-{state.step:06d}", model, tokenizer, optimizer, state)
-    except OSError as error:
-        dist.say(f"checkpoint not written, training goes on: {error}", warning=True)
-        return False
-    if dist.is_main():
-        prune(run, keep)
-    return True
+            self.error = f"{folder}: {failure}"
 
 
 def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ce_gppo import dist
+from ce_gppo.report import wandb_mode
 from ce_gppo.types import STARTING, RunEnded, UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -78,9 +79,11 @@ def parse(Config: type, arguments: list[str], published: dict[str, dict]) -> tup
     """(configuration, name of a recipe, folder to resume) from train.py's command line, resolved and checked.
 
     published: the objectives' values for settings left at None. The settings of --resume are those of its folder.
-    An unknown setting is a UserError that lists the known ones.
+    An unknown setting is a UserError that lists the known ones; so is a WANDB_MODE that W&B does not know.
     """
     import tyro
+
+    wandb_mode()
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", default="")

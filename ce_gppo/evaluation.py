@@ -1,11 +1,31 @@
-"""avg@k and pass@k of a policy on held-out problems."""
+"""avg@k and pass@k of a policy on held-out problems, and what is checked before the first of them."""
 
 from collections.abc import Callable
 from functools import partial
 
 from ce_gppo import dist
-from ce_gppo.forward import flatten
-from ce_gppo.types import Problem, Response
+from ce_gppo.forward import compute_old_logprobs, flatten
+from ce_gppo.metrics import MAX_MISMATCH
+from ce_gppo.types import Problem, Response, UserError
+
+
+def check_engine(engine, policy, problem: Problem, config, device: str) -> None:
+    """UserError where the engine and the trainer, with the same weights, give two short responses other logprobs.
+
+    Before anything is sampled for training: no update can be right then. Collective.
+    """
+    sampling = {"max_tokens": min(16, config.max_response_tokens), "temperature": config.temperature}
+    group = engine.generate([problem.prompt_ids], 2, seed=config.seed, **sampling)[0]
+    engine.llm.reset_prefix_cache()  # so that what follows is computed as it would be without this check
+    compute_old_logprobs(policy, group, config.temperature, config.max_micro_batch_tokens, device)
+    gap = sum((r.old_logprobs - r.rollout_logprobs).abs().sum().item() for r in group)
+    mean = gap / sum(len(r.response_ids) for r in group)
+    if not mean <= MAX_MISMATCH:
+        raise UserError(
+            f"model '{config.model}': vLLM and the trainer give the tokens of a first response logprobs that differ by "
+            f"{mean:.3g} nats on average, more than {MAX_MISMATCH}: they compute this architecture differently; "
+            "docs/models.md lists those that train"
+        )
 
 
 def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, **sampling) -> list[list[Response]]:

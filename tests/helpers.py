@@ -137,9 +137,7 @@ def ranks(processes: int, script: str, *arguments: str) -> list[Forked]:
         port = free.getsockname()[1]
     common = {"TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    return [
-        Forked(script, *arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)
-    ]
+    return [Forked(script, *arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
 
 
 def outputs_of(processes: list[Forked], timeout: float) -> str:

@@ -11,7 +11,7 @@ import torch
 from bench import attribution
 from ce_gppo import entropy, forward
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bench")]  # of one fixture, which runs them all
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--layers", "2", "--hidden-size", "64", "--intermediate-size", "128", "--heads", "2", "--kv-heads", "1"]

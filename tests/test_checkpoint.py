@@ -1,15 +1,16 @@
 """Checkpoints: whole or not there, and what is damaged is passed over."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from ce_gppo import checkpoint
-from ce_gppo.checkpoint import State
+from ce_gppo.checkpoint import Saver, State
 from ce_gppo.model import load_model
-from ce_gppo.types import UserError
+from ce_gppo.types import RunEnded, UserError
 
 
 def train_a_step(model, optimizer, seed: int) -> None:
@@ -24,12 +25,23 @@ def optimizer(tiny_model):
     return torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
 
 
-def test_round_trip(tiny_model, tokenizer, optimizer, tmp_path):
+@pytest.fixture
+def saver(tiny_model, tokenizer, optimizer, tmp_path):
+    return Saver(tmp_path, tiny_model, tokenizer, optimizer, keep=2)
+
+
+def save(saver, state: State):
+    """Save and wait; the folder."""
+    saver.save(state)
+    saver.wait()
+    return saver.run / f"checkpoint-{state.step:06d}"
+
+
+def test_round_trip(tiny_model, optimizer, saver, tmp_path):
     """Weights and optimizer come back bit for bit, and transformers loads the folder as it is."""
     train_a_step(tiny_model, optimizer, 0)
-    folder = tmp_path / "checkpoint-000007"
     state = State("abc", step=7, control=(0.25, -0.1), entropy=0.3, no_signal=2)
-    checkpoint.save(folder, tiny_model, tokenizer, optimizer, state)
+    folder = save(saver, state)
     assert not list(tmp_path.glob("*.partial")) and checkpoint.damage(folder) is None
 
     saved = {name: p.clone() for name, p in tiny_model.named_parameters()}
@@ -47,15 +59,45 @@ def test_round_trip(tiny_model, tokenizer, optimizer, tmp_path):
         assert torch.equal(p, q), name
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint(tiny_model, tokenizer, optimizer, tmp_path, monkeypatch):
-    folder = tmp_path / "checkpoint-000001"
-    checkpoint.save(folder, tiny_model, tokenizer, optimizer, State("id", 1))
+def test_a_save_that_fails_leaves_the_old_checkpoint(saver, tmp_path, monkeypatch, capsys):
+    folder = save(saver, State("id", 1))
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="checkpoint-000001: disk full"):
-        checkpoint.save(folder, tiny_model, tokenizer, optimizer, State("id", 2))
-    assert torch.load(folder / "trainer.pt", weights_only=True)["state"]["step"] == 1
+    save(saver, State("id", 1, no_signal=1))
+    assert "checkpoint-000001: disk full" in capsys.readouterr().err
+    assert torch.load(folder / "trainer.pt", weights_only=True)["state"]["no_signal"] == 0
     assert checkpoint.damage(folder) is None and checkpoint.all_of(tmp_path) == [folder]
     assert not list(tmp_path.glob("*.partial")), "it would take the room that is missing"
+    saver.finish(State("id", 1))
+    with pytest.raises(RunEnded, match="checkpoint of step 2 could not be written"):
+        saver.finish(State("id", 2))
+    monkeypatch.undo()
+    saver.finish(State("id", 2))
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-000002"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tiny_model, optimizer, saver, tmp_path, monkeypatch):
+    """What is written is what was there when the save began; the next save waits for it."""
+    train_a_step(tiny_model, optimizer, 0)
+    before = {name: p.clone() for name, p in tiny_model.named_parameters()}
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in tiny_model.parameters()]
+    write, may_write = checkpoint._write, threading.Event()
+    monkeypatch.setattr(checkpoint, "_write", lambda *args: (may_write.wait(), write(*args)))
+    state = State("id", 1)
+    saver.save(state)
+    train_a_step(tiny_model, optimizer, 1)
+    state.step = 2
+    assert saver.thread.is_alive() and checkpoint.newest(tmp_path) is None
+    may_write.set()
+    saver.save(state)
+    saver.wait()
+    one, two = (tmp_path / f"checkpoint-{step:06d}" for step in (1, 2))
+    assert [folder for folder in checkpoint.all_of(tmp_path) if checkpoint.damage(folder) is None] == [one, two]
+    model, _ = load_model(str(one))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    new = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    assert checkpoint.load(one, model, new).step == 1
+    assert all(torch.equal(new.state[p]["exp_avg"], m) for p, m in zip(model.parameters(), moments, strict=True))
+    assert not torch.equal(load_model(str(two))[0].model.norm.weight, model.model.norm.weight)
 
 
 def corrupt(path):
@@ -75,12 +117,8 @@ def corrupt(path):
         (lambda folder: (folder / "manifest.json").unlink(), "no readable manifest.json"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(
-    tiny_model, tokenizer, optimizer, tmp_path, capsys, damage, said
-):
-    folders = [tmp_path / f"checkpoint-{step:06d}" for step in (5, 10)]
-    for folder in folders:
-        checkpoint.save(folder, tiny_model, tokenizer, optimizer, State("id", 0))
+def test_a_damaged_checkpoint_is_named_and_passed_over(saver, tmp_path, capsys, damage, said):
+    folders = [save(saver, State("id", step)) for step in (5, 10)]
     assert checkpoint.newest(tmp_path) == folders[1]
     damage(folders[1])
     assert checkpoint.newest(tmp_path) == folders[0]
@@ -89,28 +127,29 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     assert checkpoint.newest(tmp_path) is None
 
 
-def test_what_a_killed_save_left_behind_is_no_checkpoint(tiny_model, tokenizer, optimizer, tmp_path):
-    checkpoint.save(tmp_path / "checkpoint-000002", tiny_model, tokenizer, optimizer, State("id", 2))
+def test_what_a_killed_save_left_behind_is_no_checkpoint(saver, tmp_path):
+    save(saver, State("id", 2))
     (tmp_path / "checkpoint-000003.partial").mkdir()
     (tmp_path / "checkpoint-000003.partial" / "model.safetensors").write_bytes(b"half")
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-000002"
-    checkpoint.save(tmp_path / "checkpoint-000003", tiny_model, tokenizer, optimizer, State("id", 3))
+    save(saver, State("id", 3))
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-000003"
 
 
-def test_the_newest_are_kept(tiny_model, tokenizer, optimizer, tmp_path):
+def test_the_newest_are_kept(saver, tmp_path):
     for step in (1, 2, 3, 11):
-        checkpoint.save(tmp_path / f"checkpoint-{step:06d}", tiny_model, tokenizer, optimizer, State("id", step))
-        checkpoint.prune(tmp_path, keep=2)
+        save(saver, State("id", step))
     assert [folder.name for folder in checkpoint.all_of(tmp_path)] == ["checkpoint-000003", "checkpoint-000011"]
 
 
-def test_a_tokenizer_that_writes_folders_is_saved_whole(tiny_model, tokenizer, optimizer, tmp_path):
+def test_a_tokenizer_that_writes_folders_is_saved_whole(saver, tmp_path):
     """Two chat templates make a folder inside the checkpoint; damage there is found, too."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = {"default": tokenizer.chat_template, "tools": "{{ messages[0]['content'] }}"}
-    assert checkpoint.save_or_warn(tmp_path, tiny_model, tokenizer, optimizer, State("abc", step=3), keep=1)
-    folder = tmp_path / "checkpoint-000003"
+    saver.tokenizer = copy.deepcopy(saver.tokenizer)
+    saver.tokenizer.chat_template = {
+        "default": saver.tokenizer.chat_template,
+        "tools": "{{ messages[0]['content'] }}",
+    }
+    folder = save(saver, State("abc", step=3))
     inner = folder / "additional_chat_templates" / "tools.jinja"
     assert checkpoint.newest(tmp_path) == folder and inner.is_file()
     inner.write_text("changed")

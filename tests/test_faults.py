@@ -21,7 +21,6 @@ from ce_gppo import runs
 from ce_gppo.forward import Policy
 from ce_gppo.types import UserError
 from helpers import (
-    PIPES,
     ROOT,
     SMALL,
     Forked,
@@ -284,17 +283,20 @@ def test_an_unexpected_error_at_the_start_is_a_sentence(tmp_path):
         "from ce_gppo.config import command; from ce_gppo.types import starting\n"
         "def main():\n    starting({!r})\n    raise ValueError('first line\\nsecond')\ncommand(main)"
     )
-    told = subprocess.run(
-        [sys.executable, "-c", code.format("model 'm' cannot be loaded")], env=environment(), cwd=ROOT, **PIPES
-    )
-    assert told.returncode == 2 and "Traceback" not in told.stdout
+    script = tmp_path / "told.py"
+    script.write_text(code.format("model 'm' cannot be loaded"))
+    process = Forked(str(script))
+    told = process.communicate()[0]
+    assert process.returncode == 2 and "Traceback" not in told
     said, file = re.search(
-        r"model 'm' cannot be loaded: ValueError: (.*); (\S+) has the whole traceback", told.stdout
+        r"model 'm' cannot be loaded: ValueError: (.*); (\S+) has the whole traceback", told
     ).groups()
     assert said == "first line" and "second" in Path(file).read_text()
     Path(file).unlink()
-    raised = subprocess.run([sys.executable, "-c", code.format("")], env=environment(), cwd=ROOT, **PIPES)
-    assert raised.returncode == 1 and "Traceback" in raised.stdout
+    script.write_text(code.format(""))
+    process = Forked(str(script))
+    raised = process.communicate()[0]
+    assert process.returncode == 1 and "Traceback" in raised
 
 
 def test_help_into_a_pipe_that_closes_is_no_traceback():

@@ -35,7 +35,7 @@ objective = train.objective_of_step(config, 1, (0.5, 0.0))
 responses = responses_of_shares(shares)[dist.rank()]
 done = train.update(policy, optimizer, responses, objective, 1e-3, config, "cpu")
 gradients = {name: dist.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
-checkpoint.save(folder / f"checkpoint-{name}", model, tokenizer, optimizer, checkpoint.State("id", 1))
+checkpoint.Saver(folder, model, tokenizer, optimizer, keep=9).finish(checkpoint.State("id", int(name)))
 done = {"loss": dist.all_sum(done.loss)[0], "grad_norm": done.grad_norm, "skipped": done.skipped}
 if dist.is_main():
     torch.save({"gradients": gradients, "done": done}, folder / f"result-{name}.pt")
@@ -97,7 +97,7 @@ def test_checkpoints_are_the_same_whoever_wrote_them(updates, case):
     for path in (ours, expected):
         model, _ = load_model(str(path))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-        assert checkpoint.load(path, model, optimizer) == checkpoint.State("id", 1)
+        assert checkpoint.load(path, model, optimizer) == checkpoint.State("id", int(path.name[-6:]))
         moments.append([optimizer.state[p]["exp_avg"] for p in model.parameters()])
     for a, b in zip(*moments, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

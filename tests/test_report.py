@@ -9,7 +9,9 @@ import pytest
 import torch
 import wandb
 
-from ce_gppo import metrics, report
+import loss
+import train
+from ce_gppo import config, metrics, report
 from ce_gppo.types import Problem, Response, UserError
 from helpers import resolved
 from reward import extract_answer
@@ -17,7 +19,7 @@ from tools import figures
 
 
 def groups_of(P: int = 6, G: int = 4, seed: int = 0) -> tuple[list[list[Response]], torch.Tensor]:
-    """Random groups as they are after `policy.measure`, and their rewards [P, G]; one group solved, one not at all."""
+    """Random groups as they are after `compute_old_logprobs`, and rewards [P, G]; one group solved, one not at all."""
     g = torch.Generator().manual_seed(seed)
     rewards = (torch.rand(P, G, generator=g) < 0.5).float()
     rewards[0], rewards[1] = 1.0, 0.0
@@ -227,8 +229,8 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_MODE", "quiet")
-    with pytest.raises(UserError, match="WANDB_MODE=quiet: online, offline"):
-        report.start_wandb(tmp_path, resolved(), "abcd1234")
+    with pytest.raises(UserError, match="WANDB_MODE=quiet: online, offline"):  # before anything else
+        config.parse(train.Config, [], loss.PUBLISHED)
     monkeypatch.setenv("WANDB_MODE", "")
     for step in (0, 1):
         log = report.Report(tmp_path, resolved(wandb_project="team/sums"), step, "abcd1234")

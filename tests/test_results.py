@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 import loss
 import train
 from ce_gppo.config import parse
+from helpers import Forked, rows_of
 from results import claims, sweep
 from tools.figures import QUADRANTS, plt
 
@@ -22,17 +23,26 @@ ROOT = Path(__file__).parents[1]
 
 
 def script(name, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"results.{name}", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
+    """(exit code, output) of a script of results/."""
+    process = Forked(f"results.{name}", *arguments)
+    output = process.communicate()[0]
+    return process.returncode, output
 
 
-def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path):
+def forked(command: list[str], *, stdout, **_) -> Forked | subprocess.Popen:
+    """In the place of Popen: a run of the sweep, without its imports."""
+    return Forked(*command[1:], output=stdout.name) if len(command) > 1 else subprocess.Popen(command)
+
+
+def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sweep, "subprocess", types.SimpleNamespace(Popen=forked))
+    small = {"train_data": rows_of("train", 256), "eval_data": rows_of("eval", 16), "prompts_per_step": 24}
+    monkeypatch.setattr(sweep, "COMMON", sweep.COMMON | small | {"max_kept_prompts": 24})
     results = tmp_path / "results.jsonl"
-    options = "--results", results, "--seeds", "1", "--steps", "2", "--out", tmp_path / "out"
-    options += "--settings", "grpo", "ce_gppo (1, 0.5)"
-    done = script("sweep", *options)
-    assert done.returncode == 0, done.stderr
+    names = ("grpo", "ce_gppo (1, 0.5)")
+    config = sweep.Config(results=str(results), seeds=1, steps=2, settings=names, out=tmp_path / "out", lanes=1)
+    sweep.main(config)
     rows = {row["setting"]: row for row in sweep.read(results)}
     assert sorted(rows) == ["ce_gppo (1, 0.5)", "grpo"]
     first = {name: row["series"]["entropy/mean"][0] for name, row in rows.items()}
@@ -55,12 +65,13 @@ def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path):
     assert "--beta1 1.0 --beta2 0.5" in rows["ce_gppo (1, 0.5)"]["arguments"]
 
     results.write_text(json.dumps(rows["ce_gppo (1, 0.5)"]) + "\n")  # as if killed before the other line was written
-    again = script("sweep", *options)
-    assert again.returncode == 0 and "1 of 2 runs are there" in again.stdout
+    capsys.readouterr()
+    sweep.main(config)
+    assert "1 of 2 runs are there" in capsys.readouterr().out
     assert {row["setting"]: row for row in sweep.read(results)} == rows
 
-    drawn = script("claims", results)
-    assert drawn.returncode == 0, drawn.stderr
+    code, output = script("claims", results)
+    assert code == 0, output
     assert "| grpo | 1 |" in results.with_suffix(".md").read_text()
     assert plt.imread(results.with_suffix(".png")).shape[1] == 1350
     assert (tmp_path / "results-velocity.svg").exists()
@@ -69,14 +80,14 @@ def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path):
 def test_results_of_other_arguments_are_not_mixed(tmp_path):
     results = tmp_path / "results.jsonl"
     results.write_text(json.dumps({"setting": "grpo", "seed": 0, "arguments": "--lr 1"}) + "\n")
-    refused = script("sweep", "--results", results, "--settings", "grpo")
-    assert refused.returncode == 2 and "other arguments" in refused.stderr
-    unknown = script("sweep", "--settings", "grppo")
-    assert unknown.returncode == 2 and "'grppo' is unknown" in unknown.stderr
+    code, output = script("sweep", "--results", results, "--settings", "grpo")
+    assert code == 2 and "other arguments" in output
+    code, output = script("sweep", "--settings", "grppo")
+    assert code == 2 and "'grppo' is unknown" in output
     results.write_text(results.read_text() + '{"setting": "grpo", "se')
     for name, *options in (("sweep", "--results", results), ("claims", results)):
-        broken = script(name, *options)
-        assert broken.returncode == 2 and f"{results}:2: not a run" in broken.stderr
+        code, output = script(name, *options)
+        assert code == 2 and f"{results}:2: not a run" in output
 
 
 def test_every_setting_is_train_py_s():
@@ -96,8 +107,8 @@ def test_series_are_those_of_the_list_of_metrics():
 def test_the_kept_runs_still_give_the_published_verdicts(tmp_path):
     shutil.copy(ROOT / "results" / "evidence.jsonl", tmp_path)
     for options, stem in ((), "evidence"), (("--steps", "40"), "evidence-40"):
-        drawn = script("claims", tmp_path / "evidence.jsonl", *options)
-        assert drawn.returncode == 0, drawn.stderr
+        code, output = script("claims", tmp_path / "evidence.jsonl", *options)
+        assert code == 0, output
         cells = [
             [line.split("|")[1:3] for line in (folder / f"{stem}.md").read_text().splitlines() if line.startswith("|")]
             for folder in (tmp_path, ROOT / "results")
@@ -146,15 +157,15 @@ def test_part_of_a_sweep(tmp_path):
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for options, stem, runs in (("--steps", "20"), "-20", 2), (("--without-idle",), "-without-idle", 1):
-        drawn = script("claims", results, *options)
-        assert drawn.returncode == 0, drawn.stderr
+        code, output = script("claims", results, *options)
+        assert code == 0, output
         assert f"| grpo | {runs} |" in (tmp_path / f"results{stem}.md").read_text()
     for steps in ("0", "21"):
-        refused = script("claims", results, "--steps", steps)
-        assert refused.returncode == 2 and "not evaluated there, only at [20, 50]" in refused.stderr
+        code, output = script("claims", results, "--steps", steps)
+        assert code == 2 and "not evaluated there, only at [20, 50]" in output
     results.write_text(json.dumps(rows[1]) + "\n")  # seed 1, which idles
-    refused = script("claims", results, "--without-idle")
-    assert refused.returncode == 2 and "no such runs there" in refused.stderr
+    code, output = script("claims", results, "--without-idle")
+    assert code == 2 and "no such runs there" in output
 
 
 def test_verdicts_follow_the_runs():

@@ -1,8 +1,6 @@
 """Real vLLM: what it samples, what it says of it, and that the trainer's weights really arrive."""
 
 import inspect
-import subprocess
-import sys
 import types
 
 import pytest
@@ -10,14 +8,15 @@ import torch
 
 import loss
 from ce_gppo import forward
+from ce_gppo.evaluation import check_engine
 from ce_gppo.forward import Policy, compute_old_logprobs
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.problems import load_problems
-from ce_gppo.types import UserError
-from helpers import BASE, DATA, ROOT, environment
+from ce_gppo.types import Problem, UserError
+from helpers import BASE, DATA, Forked, resolved
 from rollout import Engine, decode, stop_token_ids
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rollout")]  # of one engine
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +113,16 @@ def test_rollout_correction_with_an_engine_that_disagrees(engine, base, prompts)
     assert kept.tolist() == [float(1 / 1.2 <= r <= 1.2) for r in ratio.tolist()] and 0.5 < kept.mean() < 1
 
 
+def test_an_engine_that_computes_something_else_is_refused_before_the_first_step(engine, base, prompts):
+    """The same weights and another result is a model that vLLM has otherwise than transformers."""
+    problem, policy = Problem("", prompts[0], "", ""), Policy(base[0])
+    engine.load_weights(named_weights(base[0]))
+    check_engine(engine, policy, problem, resolved(), "cpu")
+    engine.load_weights((name, 1.5 * weight) for name, weight in named_weights(base[0]))
+    with pytest.raises(UserError, match=r"differ by \d.* nats on average.*docs/models.md"):
+        check_engine(engine, policy, problem, resolved(), "cpu")
+
+
 def test_the_prefix_cache_is_forgotten_at_a_sync(engine, base, prompts):
     """A prompt of several cache blocks, seen before with other weights."""
     long = [sum(prompts, [])[:400]]
@@ -192,6 +201,5 @@ def test_a_cache_too_small_for_one_response_names_the_setting(base):
 
 def test_models_of_vllms_transformers_backend_train():
     """vLLM changes the class that the trainer's own model has; OLMo-2 died in the first pass."""
-    one = [sys.executable, "-m", "tools.families", "--only", "Olmo2"]
-    done = subprocess.run(one, capture_output=True, text=True, cwd=ROOT, env=environment())
-    assert done.stdout.startswith('"trains'), done.stdout + done.stderr
+    output = Forked("tools.families", "--only", "Olmo2").communicate()[0]
+    assert '"trains' in output, output

@@ -108,7 +108,18 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
 
 def test_evaluate_is_a_command(finished, tmp_path):
     checkpoint = finished[0] / "checkpoint-000004"
-    arguments = ["--model", checkpoint, "--bench", rows_of("eval", 32), "--k", "2", "--temperature", "1", "--top-p", "1"]
+    arguments = [
+        "--model",
+        checkpoint,
+        "--bench",
+        rows_of("eval", 32),
+        "--k",
+        "2",
+        "--temperature",
+        "1",
+        "--top-p",
+        "1",
+    ]
     process = Forked("tools.evaluate", *arguments, "--out", tmp_path / "responses.jsonl")
     output = process.communicate()[0]
     assert process.returncode == 0 and "32 problems x 2 samples" in output, output
