@@ -22,6 +22,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ce_gppo.corrections import correction_weights
+from ce_gppo.objectives import cispo, ppo_clip
+
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far outside any clip interval, and still finite when squared in float32
 
 
@@ -38,56 +41,69 @@ class Objective:
     aggregation: str = "token-mean"  # of AGGREGATIONS
     entropy_coef: float = 0.0
     positive_nll_coef: float = 0.0
-    rollout_correction: str = "none"  # of ROLLOUT_CORRECTIONS
+    rollout_correction: str = "none"  # of corrections.KINDS
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Objectives. Each takes [B, T] tensors and returns the loss of every token, [B, T], to be differentiated by logprobs.
-#   ratio   delta, a constant                       (the value of pi / pi_old, no gradient)
-#   unit    exp(logprobs - sg(logprobs))            (the value is 1, the gradient that of logprobs)
-# `ratio * unit` then has the value and the gradient of delta, and `c * unit` those of c / sg(delta) * delta.
+# Objectives: functions of Tokens that return the loss of every token, [B, T], to be differentiated by logprobs.
+# Those that CE-GPPO is compared with are in ce_gppo/objectives.py.
 
 
-def ce_gppo(ratio: Tensor, unit: Tensor, advantages: Tensor, logprobs: Tensor, o: Objective) -> Tensor:
-    """CE-GPPO, arXiv 2509.20712: the equation above. Betas of 0 have the gradient of PPO-clip."""
-    clipped_low, clipped_high = out_of_clip(ratio, advantages, o)
-    low, high = o.beta1 * (1 - o.eps_low), o.beta2 * (1 + o.eps_high)
-    weight = torch.where(clipped_low, low, torch.where(clipped_high, high, ratio))
-    return -weight * unit * advantages
+@dataclass
+class Tokens:
+    """A micro-batch, [B, T] each. `ratio * unit` has the value and gradient of delta, `c * unit` c / sg(delta) * delta.
 
-
-def gppo(ratio: Tensor, unit: Tensor, advantages: Tensor, logprobs: Tensor, o: Objective) -> Tensor:
-    """GPPO, arXiv 2508.07629: CE-GPPO with both betas 1."""
-    return ce_gppo(ratio, unit, advantages, logprobs, replace(o, beta1=1.0, beta2=1.0))
-
-
-def ppo_clip(ratio: Tensor, unit: Tensor, advantages: Tensor, logprobs: Tensor, o: Objective) -> Tensor:
-    """PPO-clip, arXiv 1707.06347, eq. 7: max(-delta A, -clip(delta) A).
-
-    It is the objective of GRPO (arXiv 2402.03300), of DAPO (arXiv 2503.14476: a larger eps_high), and of GSPO
-    (arXiv 2507.18071), whose delta is the geometric mean of a response's ratios, the same for all its tokens.
+    What is old has been measured under the rollout weights.
     """
-    delta = ratio * unit
-    return torch.maximum(-delta * advantages, -delta.clamp(1 - o.eps_low, 1 + o.eps_high) * advantages)
+
+    ratio: Tensor  # delta, without a gradient
+    unit: Tensor  # exp(logprobs - sg(logprobs)): its value is 1, its gradient that of logprobs
+    advantages: Tensor
+    logprobs: Tensor
+    old_logprobs: Tensor
+    old_entropy: Tensor | None  # nats
 
 
-def cispo(ratio: Tensor, unit: Tensor, advantages: Tensor, logprobs: Tensor, o: Objective) -> Tensor:
-    """CISPO, arXiv 2506.13585: - sg(clip(delta)) A log pi. No token loses its gradient."""
-    return -ratio.clamp(1 - o.eps_low, 1 + o.eps_high) * advantages * logprobs
+def ce_gppo(x: Tokens, o: Objective) -> Tensor:
+    """CE-GPPO, arXiv 2509.20712: the equation above. Betas of 0 have the gradient of PPO-clip."""
+    clipped_low, clipped_high = out_of_clip(x.ratio, x.advantages, o)
+    low, high = o.beta1 * (1 - o.eps_low), o.beta2 * (1 + o.eps_high)
+    weight = torch.where(clipped_low, low, torch.where(clipped_high, high, x.ratio))
+    return -weight * x.unit * x.advantages
 
 
-OBJECTIVES = {"ce_gppo": ce_gppo, "gppo": gppo, "grpo": ppo_clip, "dapo": ppo_clip, "cispo": cispo, "gspo": ppo_clip}
+def gppo(x: Tokens, o: Objective) -> Tensor:
+    """GPPO, arXiv 2508.07629: CE-GPPO with both betas 1."""
+    return ce_gppo(x, replace(o, beta1=1.0, beta2=1.0))
 
-# For settings left at None: the values from the objectives' papers. The betas are None where an objective has none.
+
+def lp_only(x: Tokens, o: Objective) -> Tensor:
+    """CE-GPPO for low-probability tokens only, this project's own:
+
+    l = CE-GPPO's if log pi_old(a) < -H_old, PPO-clip's otherwise. So tokens that were HP (`entropy.quadrants`) in the
+    rollout have no gradient outside the interval: sure tokens of wrong answers, such as their end, cannot run away.
+    """
+    return torch.where(x.old_logprobs < -x.old_entropy, ce_gppo(x, o), ppo_clip(x, o))
+
+
+def lp_only_half(x: Tokens, o: Objective) -> Tensor:
+    """`lp_only` with another threshold: l = CE-GPPO's if pi_old(a) < 1/2, PPO-clip's otherwise."""
+    return torch.where(x.old_logprobs.exp() < 0.5, ce_gppo(x, o), ppo_clip(x, o))
+
+
+# Each with the settings of its paper, for those left at None. The betas are None where an objective has none.
 USUAL = {"eps_low": 0.2, "eps_high": 0.2, "beta1": None, "beta2": None, "aggregation": "token-mean"}
-PUBLISHED = {
-    "ce_gppo": USUAL | {"beta1": 0.75, "beta2": 1.0},
-    "gppo": USUAL | {"beta1": 1.0, "beta2": 1.0},
-    "grpo": USUAL,
-    "dapo": USUAL | {"eps_high": 0.28},
-    "cispo": USUAL | {"eps_low": 1.0},  # no lower bound
-    "gspo": USUAL | {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"},
+OBJECTIVES = {
+    "ce_gppo": (ce_gppo, {"beta1": 0.75, "beta2": 1.0}),
+    "gppo": (gppo, {"beta1": 1.0, "beta2": 1.0}),
+    "grpo": (ppo_clip, {}),
+    "dapo": (ppo_clip, {"eps_high": 0.28}),
+    "cispo": (cispo, {"eps_low": 1.0}),  # no lower bound
+    "gspo": (ppo_clip, {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"}),
+    "lp_only": (lp_only, {"beta1": 0.75, "beta2": 1.0}),
+    "lp_only_half": (lp_only_half, {"beta1": 0.75, "beta2": 1.0}),
 }
+PUBLISHED = {name: USUAL | settings for name, (_, settings) in OBJECTIVES.items()}
 
 
 def out_of_clip(ratio: Tensor, advantages: Tensor, o: Objective) -> tuple[Tensor, Tensor]:
@@ -106,6 +122,7 @@ def policy_loss(
     objective: Objective,
     *,
     denominator: float | None = None,
+    old_entropy: Tensor | None = None,
     entropy: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     correct: Tensor | None = None,
@@ -118,8 +135,8 @@ def policy_loss(
 
     denominator: the number of tokens (token-mean) or of non-empty responses (seq-mean-*) in the WHOLE mini-batch, over
     all micro-batches and ranks. The losses of the parts then add up to the loss of the whole. Default: this call's own.
-    entropy, rollout_logprobs [B, T], correct [B, 1] and correct_tokens (of the whole mini-batch) are needed where the
-    objective has an entropy_coef, a rollout_correction, a positive_nll_coef.
+    old_entropy [B, T] is needed by some objectives; entropy, rollout_logprobs [B, T], correct [B, 1] and correct_tokens
+    (of the whole mini-batch) where the objective has an entropy_coef, a rollout_correction, a positive_nll_coef.
 
     Returns (loss, info). info holds [B, T] tensors without gradient:
         log_ratio       log pi / pi_old of the token, clamped to +-20; 0 where masked
@@ -145,7 +162,8 @@ def policy_loss(
         unit = (masked_logprobs - masked_logprobs.detach()).exp()
         advantages = advantages.masked_fill(~mask, 0)
 
-        token_loss = OBJECTIVES[o.name](ratio, unit, advantages, masked_logprobs, o)
+        tokens = Tokens(ratio, unit, advantages, masked_logprobs, old_logprobs, old_entropy)
+        token_loss = OBJECTIVES[o.name][0](tokens, o)
         if o.dual_clip is not None:  # arXiv 1912.09729: bounds the loss of NA, and ends its gradient, at delta > c
             token_loss = torch.where(advantages < 0, torch.minimum(token_loss, -o.dual_clip * advantages), token_loss)
         if o.rollout_correction != "none":
@@ -195,29 +213,6 @@ def count(mask: Tensor, aggregation: str) -> float:
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation '{aggregation}' is unknown; known: {', '.join(AGGREGATIONS)}")
     return float(mask.sum() if aggregation == "token-mean" else mask.any(-1).sum())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Corrections for vLLM/trainer logprob differences
-
-ROLLOUT_CORRECTIONS = ("none", "tis", "mask")
-CORRECTION_CAP = 2.0  # tis: the largest weight; mask: the largest ratio of the two, either way
-
-
-def correction_weights(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, kind: str, cap: float = CORRECTION_CAP
-) -> Tensor:
-    """Factors [B, T] for the losses of tokens that vLLM sampled with other probabilities than the trainer's.
-
-    tis: sg(min(pi_old / pi_vllm, cap)), truncated importance sampling (fengyao.notion.site/off-policy-rl).
-    mask: 0 where that ratio is outside [1 / cap, cap], 1 elsewhere. Masked tokens stay in the denominator.
-    """
-    ratio = clamped(old_logprobs - rollout_logprobs).exp()
-    if kind == "tis":
-        return ratio.clamp(max=cap)
-    if kind == "mask":
-        return ((ratio <= cap) & (ratio >= 1 / cap)).to(ratio.dtype)
-    raise ValueError(f"rollout_correction '{kind}' is unknown; known: {', '.join(ROLLOUT_CORRECTIONS)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 
 import loss
 import reward
-from ce_gppo import checkpoint, dist, runs
+from ce_gppo import checkpoint, corrections, dist, runs
 from ce_gppo import types as t
 from ce_gppo.betas import betas_of_step, steer
 from ce_gppo.checkpoint import State
@@ -64,7 +64,7 @@ class Config:
     overlong_buffer: t.CountOrZero | None = None  # DAPO's penalty grows to -1 over this many last tokens; 0: off
 
     # Objective. See loss.py.
-    objective: t.one_of(loss.OBJECTIVES) = "ce_gppo"  # ce_gppo, gppo, grpo, dapo, cispo or gspo
+    objective: t.one_of(loss.OBJECTIVES) = "ce_gppo"  # ce_gppo, grpo, dapo or another of those listed in loss.py
     eps_low: t.NonNegative | None = None  # clip interval, below 1; None: 0.2 for most objectives
     eps_high: t.NonNegative | None = None  # clip interval, above 1; None: 0.2 for most objectives
     beta1: t.ZeroToOne | None = None  # gradient kept by NA tokens below the interval; None: 0.75 [1.5B: 0.5]
@@ -77,7 +77,7 @@ class Config:
     normalize_std: bool = True  # divide advantages by their group's standard deviation
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
-    rollout_correction: t.one_of(loss.ROLLOUT_CORRECTIONS) = "none"  # or tis, mask: where vLLM and trainer differ
+    rollout_correction: t.one_of(corrections.KINDS) = "none"  # or tis, mask: where vLLM and trainer differ
 
     # Updates.
     mini_batch_prompts: t.Count = 8  # groups per update; at most max_kept_prompts / mini_batch_prompts updates [16]
@@ -103,7 +103,6 @@ class Config:
 
 
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.1}
-MAX_SKIPPED_UPDATES = 5  # in a row, before the run ends
 MAX_NO_SIGNAL = 20  # rollouts in a row in which every group has equal rewards, before the run ends
 
 
@@ -233,14 +232,7 @@ def learn(
     with meter("update"):
         for share in shares:
             updates.append(update(policy, optimizer, share, objective, lr, config, meter.device))
-            state.skipped = state.skipped + 1 if updates[-1].skipped else 0
-            if updates[-1].skipped:
-                runs.save_skipped(folder / "skipped", state.step + 1, len(updates), share, updates[-1])
-            if state.skipped >= MAX_SKIPPED_UPDATES:
-                raise RunEnded(
-                    f"{state.skipped} updates in a row had no finite gradient; {folder / 'skipped'} has their inputs, "
-                    f"and a lower lr than {config.lr:g} may help"
-                )
+            runs.watch_skipped(folder / "skipped", state, len(updates), share, updates[-1], config.lr)
     return updates
 
 
@@ -277,6 +269,7 @@ def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
             batch.response_mask,
             objective,
             denominator=tokens if objective.aggregation == "token-mean" else sequences,
+            old_entropy=batch.old_entropy,
             entropy=entropy,
             rollout_logprobs=batch.rollout_logprobs,
             correct=batch.correct,

@@ -19,6 +19,7 @@ from ce_gppo.report import wandb_mode
 from ce_gppo.types import STARTING, RunEnded, UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+WITH_BETAS = ("ce_gppo", "lp_only", "lp_only_half")  # objectives whose betas can be set
 
 
 def command(main: Callable, Config: type | None = None, description: str | None = None) -> None:
@@ -115,7 +116,7 @@ def resolve(config, published: dict[str, dict]):
 
 def check_together(given, config, published: dict[str, dict]) -> None:
     """UserError for settings that are wrong together, or that the objective would ignore."""
-    ignored = [] if config.objective == "ce_gppo" else ["beta1", "beta2", "beta1_end", "beta2_end", "entropy_target"]
+    ignored = [] if config.objective in WITH_BETAS else ["beta1", "beta2", "beta1_end", "beta2_end", "entropy_target"]
     ignored += ["dual_clip"] if config.objective == "cispo" else []
     for name in ignored:
         if getattr(given, name) not in (None, published[config.objective].get(name)):

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from ce_gppo import checkpoint, dist
-from ce_gppo.types import Response, Update, UserError
+from ce_gppo.types import Response, RunEnded, Update, UserError
 
 ROOT = Path(__file__).parents[1]
+MAX_SKIPPED_UPDATES = 5  # in a row, before the run ends
 
 
 def locate(config, resume: str) -> tuple[Path, Path | None]:
@@ -189,9 +190,21 @@ class StopRequest:
         dist.say(f"\n{self.signal}: finishing the update, then saving; once more to stop now")
 
 
-def save_skipped(folder: Path, step: int, index: int, responses: list[Response], update: Update) -> None:
-    """Keep this rank's part of a skipped update, to be looked at with torch.load(..., weights_only=True)."""
-    folder.mkdir(exist_ok=True)
-    fields = [dataclasses.asdict(response) for response in responses]
-    record = {"responses": fields, "micro_batch_losses": update.micro_batch_losses, "grad_norm": update.grad_norm}
-    torch.save(record, folder / f"step-{step:06d}-update-{index}-rank-{dist.rank()}.pt")
+def watch_skipped(
+    folder: Path, state: checkpoint.State, index: int, responses: list[Response], update: Update, lr: float
+) -> None:
+    """Keep this rank's part of an update that was skipped, to be looked at with torch.load(..., weights_only=True).
+
+    RunEnded after MAX_SKIPPED_UPDATES in a row.
+    """
+    state.skipped = state.skipped + 1 if update.skipped else 0
+    if update.skipped:
+        folder.mkdir(exist_ok=True)
+        fields = [dataclasses.asdict(response) for response in responses]
+        record = {"responses": fields, "micro_batch_losses": update.micro_batch_losses, "grad_norm": update.grad_norm}
+        torch.save(record, folder / f"step-{state.step + 1:06d}-update-{index}-rank-{dist.rank()}.pt")
+    if state.skipped >= MAX_SKIPPED_UPDATES:
+        raise RunEnded(
+            f"{state.skipped} updates in a row had no finite gradient; {folder} has their inputs, "
+            f"and a lower lr than {lr:g} may help"
+        )

@@ -17,7 +17,7 @@ CASES = sorted({name.split("/")[0] for name in GOLDEN.files}, key=int)
 
 
 def random_case(seed: int = 0, B: int = 5, T: int = 11, spread: float = 0.6) -> dict[str, torch.Tensor]:
-    """logprobs, old_logprobs, advantages and mask, [B, T] in float64; a good share of ratios is out of the interval."""
+    """policy_loss's arguments, [B, T] in float64; a good share of ratios is out of the interval, and of tokens LP."""
     g = torch.Generator().manual_seed(seed)
     old = -torch.rand(B, T, generator=g, dtype=torch.float64) * 3 - 0.05
     lengths = torch.randint(1, T + 1, (B, 1), generator=g)
@@ -26,6 +26,7 @@ def random_case(seed: int = 0, B: int = 5, T: int = 11, spread: float = 0.6) -> 
         "old_logprobs": old,
         "advantages": torch.randn(B, 1, generator=g, dtype=torch.float64).expand(B, T).clone(),
         "mask": torch.arange(T) < lengths,
+        "old_entropy": torch.rand(B, T, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64) * 3,
     }
 
 
@@ -38,7 +39,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, *, objective: str = "c
 
 def gradient(case: dict[str, torch.Tensor], **settings) -> torch.Tensor:
     logprobs = case["logprobs"].clone().requires_grad_()
-    policy_loss(logprobs, case["old_logprobs"], case["advantages"], case["mask"], **settings)[0].backward()
+    policy_loss(**case | {"logprobs": logprobs}, **settings)[0].backward()
     return logprobs.grad
 
 
@@ -97,6 +98,31 @@ def test_gppo_has_the_value_of_ppo_clip_and_another_gradient():
     assert not torch.allclose(expected, gradient(case, objective="grpo"))
 
 
+@pytest.mark.parametrize("objective", ["lp_only", "lp_only_half"])
+def test_lp_only_is_ce_gppo_for_lp_tokens_and_ppo_clip_for_the_others(objective):
+    """Token by token; each of both rules is met by tokens of both kinds on both sides of the interval."""
+    case = random_case(16, B=40)
+    logprobs, kinds = case["logprobs"].clone().requires_grad_(), set()
+    total = torch.zeros((), dtype=torch.float64)
+    for i, t in case["mask"].nonzero().tolist():
+        A, old = case["advantages"][i, t], case["old_logprobs"][i, t]
+        delta = (logprobs[i, t] - old).exp()
+        lp = old < -case["old_entropy"][i, t] if objective == "lp_only" else math.exp(old) < 0.5
+        if delta < 0.8 and A < 0:
+            total = total - (0.6 * 0.8 / delta.detach() * delta * A if lp else 0.8 * A)
+        elif delta > 1.2 and A > 0:
+            total = total - (0.9 * 1.2 / delta.detach() * delta * A if lp else 1.2 * A)
+        else:
+            total = total - delta * A
+        kinds.add((bool(lp), bool(delta < 0.8), bool(delta > 1.2), bool(A < 0)))
+    assert len(kinds) == 12
+    expected = total / case["mask"].sum()
+    expected.backward()
+    settings = {"objective": objective, "beta1": 0.6, "beta2": 0.9}
+    assert policy_loss(**case, **settings)[0].item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(gradient(case, **settings), logprobs.grad, atol=1e-12, rtol=0)
+
+
 def test_each_beta_moves_its_own_boundary_only():
     """beta1: left boundary, negative advantage. beta2: right boundary, positive advantage. The rest never changes."""
     case = random_case(4)
@@ -145,7 +171,14 @@ def test_extremes_stay_finite(objective, dtype):
     mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
     for sign in (1.0, -1.0, 0.0):
         advantages = sign * torch.tensor([[1.0], [-2.0], [0.5], [torch.nan]]).expand(4, 3)
-        case = {"logprobs": logprobs, "old_logprobs": old, "advantages": advantages, "mask": mask}
+        entropy = torch.ones_like(old)
+        case = {
+            "logprobs": logprobs,
+            "old_logprobs": old,
+            "advantages": advantages,
+            "old_entropy": entropy,
+            "mask": mask,
+        }
         case = {name: value.to(dtype) for name, value in case.items()}
         value, info = policy_loss(**case, objective=objective)
         grad = gradient(case, objective=objective)

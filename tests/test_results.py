@@ -91,7 +91,7 @@ def test_results_of_other_arguments_are_not_mixed(tmp_path):
 
 
 def test_every_setting_is_train_py_s():
-    for name, options in sweep.SETTINGS.items():
+    for name, options in (sweep.SETTINGS | sweep.MORE).items():
         config, recipe, resume = parse(train.Config, sweep.arguments(name, 3, 50).split(), loss.PUBLISHED)
         assert (config.seed, config.steps, recipe, resume) == (3, 50, "", "")
         for key, value in (sweep.COMMON | options).items():
