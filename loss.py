@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ce_gppo.corrections import correction_weights
-from ce_gppo.objectives import cispo, ppo_clip
+from ce_gppo.objectives import cispo, ppo_clip, reinforce
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far outside any clip interval, and still finite when squared in float32
 
@@ -39,6 +39,7 @@ class Objective:
     beta2: float | None = 1.0
     dual_clip: float | None = None
     aggregation: str = "token-mean"  # of AGGREGATIONS
+    max_response_tokens: int = 1  # what seq-mean-token-sum-norm divides by
     entropy_coef: float = 0.0
     positive_nll_coef: float = 0.0
     rollout_correction: str = "none"  # of corrections.KINDS
@@ -92,7 +93,8 @@ def lp_only_half(x: Tokens, o: Objective) -> Tensor:
 
 
 # Each with the settings of its paper, for those left at None. The betas are None where an objective has none.
-USUAL = {"eps_low": 0.2, "eps_high": 0.2, "beta1": None, "beta2": None, "aggregation": "token-mean"}
+USUAL = {"eps_low": 0.2, "eps_high": 0.2, "beta1": None, "beta2": None}
+USUAL |= {"aggregation": "token-mean", "advantages": "group"}
 OBJECTIVES = {
     "ce_gppo": (ce_gppo, {"beta1": 0.75, "beta2": 1.0}),
     "gppo": (gppo, {"beta1": 1.0, "beta2": 1.0}),
@@ -100,6 +102,8 @@ OBJECTIVES = {
     "dapo": (ppo_clip, {"eps_high": 0.28}),
     "cispo": (cispo, {"eps_low": 1.0}),  # no lower bound
     "gspo": (ppo_clip, {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"}),
+    "dr_grpo": (ppo_clip, {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"}),
+    "rloo": (reinforce, {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"}),
     "lp_only": (lp_only, {"beta1": 0.75, "beta2": 1.0}),
     "lp_only_half": (lp_only_half, {"beta1": 0.75, "beta2": 1.0}),
 }
@@ -133,8 +137,8 @@ def policy_loss(
     logprobs, old_logprobs, advantages, mask: [B, T], aligned with the response's tokens. old_logprobs are the
     trainer's own, under the rollout weights. Values where mask is 0 are never read.
 
-    denominator: the number of tokens (token-mean) or of non-empty responses (seq-mean-*) in the WHOLE mini-batch, over
-    all micro-batches and ranks. The losses of the parts then add up to the loss of the whole. Default: this call's own.
+    denominator: `denominator_of` the WHOLE mini-batch, over all micro-batches and ranks. The losses of the parts then
+    add up to the loss of the whole. Default: this call's own.
     old_entropy [B, T] is needed by some objectives; entropy, rollout_logprobs [B, T], correct [B, 1] and correct_tokens
     (of the whole mini-batch) where the objective has an entropy_coef, a rollout_correction, a positive_nll_coef.
 
@@ -148,7 +152,7 @@ def policy_loss(
     if o.name not in OBJECTIVES:
         raise ValueError(f"objective '{o.name}' is unknown; known: {', '.join(OBJECTIVES)}")
     if denominator is None:
-        denominator = count(mask, o.aggregation)
+        denominator = denominator_of(o, mask.sum().item(), mask.any(-1).sum().item())
     if not logprobs.requires_grad:  # no training: the weights below still need a graph
         logprobs = logprobs.detach().requires_grad_()
     with torch.enable_grad():
@@ -191,7 +195,8 @@ def clamped(log_ratio: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # From tokens to a scalar
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+# The last divides every response by the length limit, which is Dr. GRPO's (arXiv 2503.20783).
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
 def aggregate(values: Tensor, mask: Tensor, aggregation: str, denominator: float) -> Tensor:
@@ -208,25 +213,36 @@ def aggregate_weights(mask: Tensor, aggregation: str, denominator: float) -> Ten
     return 1 / ((lengths if aggregation == "seq-mean-token-mean" else torch.ones_like(lengths)) * max(denominator, 1.0))
 
 
-def count(mask: Tensor, aggregation: str) -> float:
-    """The denominator of `aggregate`: tokens, or non-empty responses. Add it up over micro-batches."""
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation '{aggregation}' is unknown; known: {', '.join(AGGREGATIONS)}")
-    return float(mask.sum() if aggregation == "token-mean" else mask.any(-1).sum())
+def denominator_of(o: Objective, tokens: float, responses: float) -> float:
+    """What `aggregate` divides by, from the numbers of tokens and of non-empty responses in the whole mini-batch."""
+    if o.aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation '{o.aggregation}' is unknown; known: {', '.join(AGGREGATIONS)}")
+    if o.aggregation == "token-mean":
+        return tokens
+    return responses * o.max_response_tokens if o.aggregation == "seq-mean-token-sum-norm" else responses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Advantages
 
 
-def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
-    """Rewards [P, G] -> advantages [P, G]: (r - mean) / (std + 1e-6) within each group of G responses to one prompt.
+ADVANTAGES = ("group", "group-mean", "leave-one-out")
 
-    The sample standard deviation (ddof 1), as in the authors' code. normalize_std=False: r - mean (arXiv 2503.20783).
+
+def group_advantages(rewards: Tensor, kind: str = "group") -> Tensor:
+    """Rewards [P, G] -> advantages [P, G], within each group of G responses to one prompt.
+
+    group           (r - mean) / (std + 1e-6): GRPO; the sample standard deviation (ddof 1), as in the authors' code
+    group-mean      r - mean: Dr. GRPO, arXiv 2503.20783
+    leave-one-out   r - mean of the other responses: RLOO, arXiv 2402.14740; it is G / (G - 1) (r - mean)
+
     A group of equal rewards has advantages of exactly 0, whatever the rounding of its mean.
     """
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
+    G = rewards.shape[-1]
+    if rewards.ndim != 2 or G < 2:
         raise ValueError(f"rewards must be [prompts, at least 2 responses], not {list(rewards.shape)}")
     centered = rewards - rewards.mean(1, keepdim=True)
     centered = centered.masked_fill(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0)
-    return centered / (rewards.std(1, keepdim=True) + 1e-6) if normalize_std else centered
+    if kind == "group":
+        return centered / (rewards.std(1, keepdim=True) + 1e-6)
+    return centered * G / (G - 1) if kind == "leave-one-out" else centered

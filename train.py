@@ -73,8 +73,8 @@ class Config:
     beta2_end: t.ZeroToOne | None = None  # if set, beta2 moves there linearly over the run
     entropy_target: t.Positive | None = None  # nats; if set, the betas move within [0, beta1] and [0, beta2] to hold it
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
-    aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or seq-mean-token-sum
-    normalize_std: bool = True  # divide advantages by their group's standard deviation
+    aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
+    advantages: t.one_of(loss.ADVANTAGES) | None = None  # group: divided by the std; group-mean or leave-one-out: not
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
     rollout_correction: t.one_of(corrections.KINDS) = "none"  # or tis, mask: where vLLM and trainer differ
@@ -203,7 +203,7 @@ def sample(
 def select(groups: list[list[Response]], config: Config) -> tuple[list[list[Response]], list[list[Response]]]:
     """(the groups with their advantages, the mini-batches to train on). Pure: the arguments stay as they are."""
     rewards = torch.tensor([[r.reward for r in group] for group in groups])  # [P, G]
-    advantages = loss.group_advantages(rewards, config.normalize_std).tolist()  # [P, G]
+    advantages = loss.group_advantages(rewards, config.advantages).tolist()  # [P, G]
     has_signal = (rewards.amax(1) > rewards.amin(1)).tolist()  # [P]
     for_each = zip(groups, advantages, strict=True)
     groups = [[replace(r, advantage=a) for r, a in zip(*pair, strict=True)] for pair in for_each]
@@ -268,7 +268,7 @@ def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
             batch.advantages,
             batch.response_mask,
             objective,
-            denominator=tokens if objective.aggregation == "token-mean" else sequences,
+            denominator=loss.denominator_of(objective, tokens, sequences),
             old_entropy=batch.old_entropy,
             entropy=entropy,
             rollout_logprobs=batch.rollout_logprobs,

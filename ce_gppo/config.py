@@ -117,7 +117,8 @@ def resolve(config, published: dict[str, dict]):
 def check_together(given, config, published: dict[str, dict]) -> None:
     """UserError for settings that are wrong together, or that the objective would ignore."""
     ignored = [] if config.objective in WITH_BETAS else ["beta1", "beta2", "beta1_end", "beta2_end", "entropy_target"]
-    ignored += ["dual_clip"] if config.objective == "cispo" else []
+    ignored += ["dual_clip"] if config.objective in ("cispo", "rloo") else []
+    ignored += ["eps_low", "eps_high"] if config.objective == "rloo" else []
     for name in ignored:
         if getattr(given, name) not in (None, published[config.objective].get(name)):
             raise UserError(f"{name} = {getattr(given, name)}: objective {config.objective} ignores it; leave it out")

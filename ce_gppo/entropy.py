@@ -182,7 +182,7 @@ def token_sums(
 ) -> dict[str, Tensor]:
     """Sums over a micro-batch's response tokens, by metric name. All arguments [B, R]; `info` is policy_loss's.
 
-    Sums add up over micro-batches, updates and ranks (`add_sums`). `sums_to_metrics` makes means and shares of them.
+    Sums add up over micro-batches, updates and ranks (`add_sums`). `metrics.sums_to_metrics` makes means of them.
     """
     with torch.no_grad():
         values = {key: value[mask] for key, value in info.items()}  # [N] from here on
@@ -219,21 +219,3 @@ def add_sums(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The sums of several parts as the sums of one whole."""
     reduce = {"ratio/min": torch.amin, "ratio/max": torch.amax}
     return {key: reduce.get(key, torch.sum)(torch.stack([part[key] for part in parts])) for key in parts[0]}
-
-
-def sums_to_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
-    """From sums to means and shares. A mean over no tokens is left out: it is not 0."""
-    sums = {key: float(value) for key, value in sums.items()}
-    weights = sum(value for key, value in sums.items() if key.startswith("weight/"))
-    metrics = {}
-    for key, value in sums.items():
-        group, _, name = key.partition("/")
-        if key in ("ratio/min", "ratio/max"):
-            metrics[key] = value
-            continue
-        denominator = {"entropy": sums.get(f"tokens/{name}"), "weight": weights}.get(group, sums["tokens"])
-        if group == "clip" and name.startswith("prob_"):
-            denominator = sums[f"clip/{name.removeprefix('prob_')}"]
-        if key != "tokens" and denominator:
-            metrics[key] = value / denominator
-    return metrics

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ce_gppo import dist
-from ce_gppo.entropy import QUADRANTS, add_sums, sums_to_metrics
+from ce_gppo.entropy import QUADRANTS, add_sums
 from ce_gppo.types import Response, RunEnded, Update
 
 MAX_MISMATCH = 0.05  # nats
@@ -280,6 +280,24 @@ def updates_to_metrics(updates: list[list[Update]]) -> dict[str, float]:
     for index, sums in enumerate(by_update, start=1):
         shares = sums_to_metrics(sums)
         metrics |= {f"update_{index}/{k.replace('/', '_')}": v for k, v in shares.items() if k in BY_UPDATE}
+    return metrics
+
+
+def sums_to_metrics(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """From sums to means and shares. A mean over no tokens is left out: it is not 0."""
+    sums = {key: float(value) for key, value in sums.items()}
+    weights = sum(value for key, value in sums.items() if key.startswith("weight/"))
+    metrics = {}
+    for key, value in sums.items():
+        group, _, name = key.partition("/")
+        if key in ("ratio/min", "ratio/max"):
+            metrics[key] = value
+            continue
+        denominator = {"entropy": sums.get(f"tokens/{name}"), "weight": weights}.get(group, sums["tokens"])
+        if group == "clip" and name.startswith("prob_"):
+            denominator = sums[f"clip/{name.removeprefix('prob_')}"]
+        if key != "tokens" and denominator:
+            metrics[key] = value / denominator
     return metrics
 
 

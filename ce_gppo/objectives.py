@@ -19,5 +19,14 @@ def ppo_clip(x, o) -> Tensor:
 
 
 def cispo(x, o) -> Tensor:
-    """CISPO, arXiv 2506.13585: - sg(clip(delta)) A log pi. No token loses its gradient."""
+    """CISPO, arXiv 2506.13585: - sg(clip(delta)) A log pi. No token loses its gradient.
+
+    Its bounds on delta differ by source: [0, 1.2] here, as there is no lower one in the paper; [0.8, 1.2] in the paper
+    of CE-GPPO, where it collapses; [0, 5] in ScaleRL (arXiv 2510.13786), which is eps_high = 4.
+    """
     return -x.ratio.clamp(1 - o.eps_low, 1 + o.eps_high) * x.advantages * x.logprobs
+
+
+def reinforce(x, o) -> Tensor:
+    """REINFORCE, as RLOO has it (arXiv 2402.14740, section 2.3): - A log pi, without a ratio and a clip."""
+    return -x.advantages * x.logprobs

@@ -54,6 +54,10 @@ SETTINGS = {
     "ce_gppo, target 0.11": {"entropy_target": 0.11},
 }
 MORE = {  # not in the evidence: run those named by --settings
+    "dr_grpo": {"objective": "dr_grpo"},
+    "rloo": {"objective": "rloo"},
+    "cispo [0.8, 1.2]": {"objective": "cispo", "eps_low": 0.2, "eps_high": 0.2},
+    "cispo [0, 5]": {"objective": "cispo", "eps_low": 1.0, "eps_high": 4.0},
     "lp_only (0.75, 1)": {"objective": "lp_only"},
     "lp_only_half (0.75, 1)": {"objective": "lp_only_half"},
 }

@@ -11,6 +11,7 @@ import torch
 import loss as L
 from ce_gppo import betas
 from ce_gppo import entropy as E
+from ce_gppo.metrics import sums_to_metrics
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "objectives.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN.files}, key=int)
@@ -153,7 +154,8 @@ def test_micro_batches_add_up(objective, aggregation):
     """One micro-batch, or one for each response with its own padding: the same gradient."""
     case = random_case(6, B=10)
     whole = gradient(case, objective=objective, aggregation=aggregation)
-    denominator = L.count(case["mask"], aggregation)
+    tokens, responses = case["mask"].sum().item(), case["mask"].any(-1).sum().item()
+    denominator = L.denominator_of(L.Objective(aggregation=aggregation), tokens, responses)
     parts = torch.zeros_like(whole)
     for i in range(10):
         length = int(case["mask"][i].sum())
@@ -231,7 +233,8 @@ def test_positive_nll_is_the_mean_over_correct_tokens_in_every_aggregation(aggre
     torch.testing.assert_close(added, -0.1 * (correct & case["mask"]).double() / tokens)
     _, info = policy_loss(**case, **settings)
     _, plain = policy_loss(**case, aggregation=aggregation)
-    unit = {"seq-mean-token-mean": 5 * case["mask"].sum(1, keepdim=True), "seq-mean-token-sum": 5.0}
+    unit = {"seq-mean-token-mean": 5 * case["mask"].sum(1, keepdim=True)}
+    unit |= {"seq-mean-token-sum": 5.0, "seq-mean-token-sum-norm": 5.0}
     unit = unit.get(aggregation, float(case["mask"].sum()))
     torch.testing.assert_close(info["weight"] - plain["weight"], -added * unit)
 
@@ -255,6 +258,12 @@ def test_cispo_is_ce_gppo_inside_the_interval():
     torch.testing.assert_close(gradient(case, objective="cispo"), gradient(case, objective="ce_gppo"))
     wide = random_case(9)
     assert not torch.allclose(gradient(wide, objective="cispo"), gradient(wide, objective="ce_gppo"))
+
+
+def test_rloo_is_reinforce_at_any_ratio():
+    case = random_case(10)
+    expected = -case["advantages"] * case["mask"] / case["mask"].sum()
+    torch.testing.assert_close(gradient(case, objective="rloo"), expected)
 
 
 def test_every_objective_starts_as_the_policy_gradient():
@@ -283,9 +292,11 @@ def test_aggregations_against_loops():
         "token-mean": torch.cat(rows).mean(),
         "seq-mean-token-mean": torch.stack([row.mean() for row in rows]).mean(),
         "seq-mean-token-sum": torch.stack([row.sum() for row in rows]).mean(),
+        "seq-mean-token-sum-norm": torch.stack([row.sum() / 20 for row in rows]).mean(),
     }
+    assert expected.keys() == set(L.AGGREGATIONS)
     for aggregation, value in expected.items():
-        wide = {"eps_low": 1e9, "eps_high": 1e9}
+        wide = {"eps_low": 1e9, "eps_high": 1e9, "max_response_tokens": 20}
         assert policy_loss(**case, **wide, aggregation=aggregation)[0].item() == pytest.approx(value.item())
 
 
@@ -293,7 +304,7 @@ def test_unknown_names_list_the_known_ones():
     case = random_case()
     with pytest.raises(ValueError, match="ppo.*ce_gppo, gppo, grpo, dapo, cispo, gspo"):
         policy_loss(**case, objective="ppo")
-    with pytest.raises(ValueError, match="mean.*token-mean, seq-mean-token-mean, seq-mean-token-sum"):
+    with pytest.raises(ValueError, match="mean.*token-mean, seq-mean-token-mean, seq-mean-token-sum, "):
         policy_loss(**case, aggregation="mean")
 
 
@@ -303,8 +314,13 @@ def test_group_advantages():
     for row, expected in zip(rewards.double().numpy(), advantages, strict=True):
         np.testing.assert_allclose(expected, (row - row.mean()) / (row.std(ddof=1) + 1e-6), rtol=1e-5)
     torch.testing.assert_close(advantages, L.group_advantages(2 * rewards - 1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(L.group_advantages(rewards, normalize_std=False)[2], torch.tensor([-0.25] * 3 + [0.75]))
-    assert (L.group_advantages(torch.full((1, 3), 0.1)) == 0).all()
+    for row, mean, loo in zip(rewards, *(L.group_advantages(rewards, k) for k in L.ADVANTAGES[1:]), strict=True):
+        for i, reward in enumerate(row.tolist()):
+            others = row.tolist()[:i] + row.tolist()[i + 1 :]
+            assert mean[i].item() == pytest.approx(reward - sum(row.tolist()) / 4)
+            assert loo[i].item() == pytest.approx(reward - sum(others) / 3)
+    for kind in L.ADVANTAGES:
+        assert (L.group_advantages(torch.full((1, 3), 0.1), kind) == 0).all()
     with pytest.raises(ValueError, match="at least 2"):
         L.group_advantages(torch.zeros(4, 1))
 
@@ -362,7 +378,7 @@ def sums_of(seed: int, B: int = 6, T: int = 9) -> tuple[dict, dict, dict]:
 
 def test_shares_and_velocities_add_up():
     _, _, sums = sums_of(24)
-    metrics = E.sums_to_metrics(sums)
+    metrics = sums_to_metrics(sums)
     quadrants = ("pa_hp", "pa_lp", "na_hp", "na_lp")
     assert sum(metrics[f"tokens/{q}"] for q in quadrants) == pytest.approx(1)
     assert sum(metrics[f"velocity/{q}"] for q in quadrants) == pytest.approx(metrics["velocity/total"])
@@ -372,7 +388,7 @@ def test_shares_and_velocities_add_up():
 
 def test_metrics_against_loops():
     case, info, sums = sums_of(21)
-    metrics = E.sums_to_metrics(sums)
+    metrics = sums_to_metrics(sums)
     places = case["mask"].nonzero().tolist()
     low = [(i, t) for i, t in places if info["clipped_low"][i, t]]
     ratios = [(case["logprobs"][i, t] - case["old_logprobs"][i, t]).exp().item() for i, t in places]
@@ -406,7 +422,7 @@ def test_means_over_no_tokens_are_left_out():
     _, info = policy_loss(**case)
     names = ("old_logprobs", "advantages", "mask")
     old, advantages, mask = (case[n] for n in names)
-    metrics = E.sums_to_metrics(E.token_sums(info, case["logprobs"], H, H, old, H, advantages, mask))
+    metrics = sums_to_metrics(E.token_sums(info, case["logprobs"], H, H, old, H, advantages, mask))
     assert metrics["clip/low"] == 0 and "clip/prob_low" not in metrics
 
 

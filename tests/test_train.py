@@ -172,6 +172,8 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--objective", "grpo", "--beta1", "0.75"], "beta1 = 0.75: objective grpo ignores it"),
         (["--objective", "gppo", "--beta1", "0.75"], "beta1 = 0.75: objective gppo ignores it"),
         (["--objective", "cispo", "--dual-clip", "10"], "dual_clip = 10.0: objective cispo ignores it"),
+        (["--objective", "rloo", "--eps-low", "0.1"], "eps_low = 0.1: objective rloo ignores it"),
+        (["--advantages", "std"], "advantages 'std' is unknown; known: group, group-mean, leave-one-out"),
         (["--run-name", "/tmp/x"], "run_name = /tmp/x: a name is needed, not a path"),
         (["--dual-clip", "0.5"], "dual_clip = 0.5: must be above 1"),
         (["--beta1", "1.5"], "beta1 = 1.5: must be at least 0 and at most 1"),
@@ -248,6 +250,10 @@ def test_one_setting_makes_a_baseline():
     assert (gspo.eps_low, gspo.eps_high, gspo.aggregation) == (3e-4, 4e-4, "seq-mean-token-mean")
     ours = resolved()
     assert (ours.eps_low, ours.eps_high, ours.overlong_buffer, ours.aggregation) == (0.2, 0.2, 0, "token-mean")
+    dr_grpo, rloo = resolved(objective="dr_grpo"), resolved(objective="rloo")
+    assert (dr_grpo.advantages, dr_grpo.aggregation) == ("group-mean", "seq-mean-token-sum-norm")
+    assert (rloo.advantages, rloo.aggregation) == ("leave-one-out", "seq-mean-token-sum")
+    assert train.objective_of_step(dr_grpo, 1, (0.5, 0.0)).max_response_tokens == 64
     assert resolved(objective="dapo", eps_high=0.3, overlong_buffer=0).eps_high == 0.3
     assert settings.resolve(dapo, loss.PUBLISHED) == dapo
 
@@ -330,7 +336,7 @@ def test_select_filters_caps_and_cuts_evenly():
             assert right.advantage == -wrong.advantage == pytest.approx(0.5**0.5, rel=1e-5)
     _, capped = train.select(groups, resolved(max_kept_prompts=8, mini_batch_prompts=8))
     assert [r.prompt_ids[0] for r in capped[0][::2]] == kept[:8]
-    _, (plain,) = train.select(groups, resolved(max_kept_prompts=8, mini_batch_prompts=8, normalize_std=False))
+    _, (plain,) = train.select(groups, resolved(max_kept_prompts=8, mini_batch_prompts=8, advantages="group-mean"))
     assert [r.advantage for r in plain] == [0.5, -0.5] * 8
     _, uneven = train.select(groups[:57], resolved(max_kept_prompts=40, mini_batch_prompts=10))
     assert [len(batch) // 2 for batch in uneven] == [9, 10, 9, 10]
