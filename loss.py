@@ -171,7 +171,7 @@ def policy_loss(
         if o.dual_clip is not None:  # arXiv 1912.09729: bounds the loss of NA, and ends its gradient, at delta > c
             token_loss = torch.where(advantages < 0, torch.minimum(token_loss, -o.dual_clip * advantages), token_loss)
         if o.rollout_correction != "none":
-            token_loss = token_loss * correction_weights(old_logprobs, rollout_logprobs, o.rollout_correction)
+            token_loss = token_loss * correction_weights(old_logprobs, rollout_logprobs, mask, o.rollout_correction)
         token_loss = token_loss.masked_fill(~mask, 0)
 
         # Every l_t depends on its own logprob only, so one gradient gives all the weights, whatever the objective.

@@ -77,7 +77,9 @@ class Config:
     advantages: t.one_of(loss.ADVANTAGES) | None = None  # group: divided by the std; group-mean or leave-one-out: not
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
-    rollout_correction: t.one_of(corrections.KINDS) = "none"  # or tis, mask: where vLLM and trainer differ
+    rollout_correction: t.one_of(corrections.KINDS) = (
+        "none"  # or one of ce_gppo/corrections.py: where vLLM and trainer differ
+    )
 
     # Updates.
     mini_batch_prompts: t.Count = 8  # groups per update; at most max_kept_prompts / mini_batch_prompts updates [16]

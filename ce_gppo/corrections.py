@@ -1,20 +1,42 @@
-"""Weights for the losses of tokens that vLLM sampled with other probabilities than the trainer's."""
+"""Weights for the losses of tokens that vLLM sampled with other probabilities than the trainer's.
+
+With r_t = pi_old / pi_vllm of a token, the same weights on both sides, over the T tokens of a response:
+
+| kind     | weight of a token                         | cap c | source                                                |
+|----------|-------------------------------------------|-------|-------------------------------------------------------|
+| tis      | min(r_t, c)                               | 2     | fengyao.notion.site/off-policy-rl                     |
+| mask     | 1 if 1/c <= r_t <= c, 0 otherwise         | 2     | the same with masks, as IcePop (arXiv 2510.18855) has |
+| seq-tis  | min(r_1 ... r_T, c)                       | 2     | verl's rollout correction, Seq-TIS                    |
+| seq-mask | 1 if 1/c <= r_1 ... r_T <= c, 0 otherwise | 2     | TRL's sequence_mask, which has c = 3 and no 1/c       |
+| geo-mask | the same of (r_1 ... r_T)^(1/T)           | 1.001 | verl's rollout correction, Geo-RS                     |
+
+The first two are biased and vary little; a response's product has no bias, and grows with its length.
+Masked tokens stay in the denominator of the loss. The weights have no gradient and leave the ratio pi / pi_old alone.
+"""
+
+import math
 
 from torch import Tensor
 
-KINDS = ("none", "tis", "mask")
-CAP = 2.0  # tis: the largest weight; mask: the largest ratio of the two, either way
+CAPS = {"tis": 2.0, "mask": 2.0, "seq-tis": 2.0, "seq-mask": 2.0, "geo-mask": 1.001}
+KINDS = ("none", *CAPS)
 
 
-def correction_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, kind: str, cap: float = CAP) -> Tensor:
-    """Factors [B, T] for the losses of tokens.
+def correction_weights(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, kind: str, cap: float | None = None
+) -> Tensor:
+    """Factors for the losses of tokens, [B, T], or [B, 1] where all tokens of a response have the same.
 
-    tis: sg(min(pi_old / pi_vllm, cap)), truncated importance sampling (fengyao.notion.site/off-policy-rl).
-    mask: 0 where that ratio is outside [1 / cap, cap], 1 elsewhere. Masked tokens stay in the denominator.
+    cap: None for the one in the table. Values where mask is 0 are never read.
     """
-    ratio = (old_logprobs - rollout_logprobs).clamp(-20, 20).exp()
-    if kind == "tis":
-        return ratio.clamp(max=cap)
-    if kind == "mask":
-        return ((ratio <= cap) & (ratio >= 1 / cap)).to(ratio.dtype)
-    raise ValueError(f"rollout_correction '{kind}' is unknown; known: {', '.join(KINDS)}")
+    if kind not in CAPS:
+        raise ValueError(f"rollout_correction '{kind}' is unknown; known: {', '.join(KINDS)}")
+    gap = (old_logprobs - rollout_logprobs).masked_fill(~mask, 0)  # [B, T]  log r_t
+    if kind.startswith(("seq", "geo")):
+        gap = gap.sum(-1, keepdim=True)  # [B, 1]
+    if kind.startswith("geo"):
+        gap = gap / mask.sum(-1, keepdim=True).clamp(min=1)
+    limit = math.log(cap or CAPS[kind])
+    if kind.endswith("tis"):
+        return gap.clamp(max=limit).exp()
+    return (gap.abs() <= limit).to(gap.dtype)

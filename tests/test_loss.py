@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loss as L
-from ce_gppo import betas
+from ce_gppo import betas, corrections
 from ce_gppo import entropy as E
 from ce_gppo.metrics import sums_to_metrics
 
@@ -207,12 +207,32 @@ def test_nothing_at_all_has_no_loss():
     assert policy_loss(**empty)[0].item() == 0
 
 
-@pytest.mark.parametrize("kind, weight", [("tis", lambda r: min(r, 2.0)), ("mask", lambda r: float(0.5 <= r <= 2.0))])
-def test_rollout_corrections_scale_the_gradient_and_leave_the_ratio_alone(kind, weight):
-    case = random_case(14)
-    rollout_logprobs = case["old_logprobs"] - torch.linspace(-2, 2, 11, dtype=torch.float64)
-    weights = (case["old_logprobs"] - rollout_logprobs).exp().apply_(weight)
-    assert weights.unique().numel() > 1
+def weight_of(kind: str, ratios: list[float], t: int) -> float:
+    """The table of corrections.py for token t of a response, in Python."""
+    product = math.prod(ratios)
+    return {
+        "tis": min(ratios[t], 2.0),
+        "mask": float(0.5 <= ratios[t] <= 2.0),
+        "seq-tis": min(product, 2.0),
+        "seq-mask": float(0.5 <= product <= 2.0),
+        "geo-mask": float(1 / 1.001 <= product ** (1 / len(ratios)) <= 1.001),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", corrections.CAPS)
+def test_rollout_corrections_scale_the_gradient_and_leave_the_ratio_alone(kind):
+    """An engine that disagrees: a lot with some responses, a little with others, in both directions."""
+    case = random_case(14, B=30)
+    g = torch.Generator().manual_seed(14)
+    size = torch.tensor([2.0, 0.2, 0.002], dtype=torch.float64).repeat(10)[:, None]
+    gap = size * torch.randn(30, 11, generator=g, dtype=torch.float64)
+    rollout_logprobs = (case["old_logprobs"] - gap).masked_fill(~case["mask"], torch.nan)
+    weights = torch.zeros(30, 11, dtype=torch.float64)
+    for i, row in enumerate(gap.exp().tolist()):
+        ratios = row[: case["mask"][i].sum()]
+        weights[i, : len(ratios)] = torch.tensor([weight_of(kind, ratios, t) for t in range(len(ratios))]).double()
+    capped = weights[case["mask"]] == (2.0 if kind.endswith("tis") else 0.0)
+    assert 0.1 < capped.double().mean() < 0.9
     settings = {"rollout_correction": kind, "rollout_logprobs": rollout_logprobs}
     torch.testing.assert_close(gradient(case, **settings), weights * gradient(case))
     _, plain = policy_loss(**case)
@@ -220,6 +240,14 @@ def test_rollout_corrections_scale_the_gradient_and_leave_the_ratio_alone(kind, 
     assert torch.equal(plain["ratio"], corrected["ratio"])
     assert torch.equal(plain["clipped_low"], corrected["clipped_low"])
     torch.testing.assert_close(corrected["weight"], weights * plain["weight"])
+
+
+@pytest.mark.parametrize("kind", corrections.CAPS)
+def test_an_engine_that_disagrees_by_far_gives_finite_weights(kind):
+    old, mask = torch.full((2, 400), -1.0), torch.ones(2, 400, dtype=torch.bool)
+    rollout = old + torch.tensor([[500.0], [-500.0]])
+    weights = corrections.correction_weights(old, rollout, mask, kind).expand(2, 400)
+    assert (weights[0] == 0).all() and (weights[1] == (2.0 if kind.endswith("tis") else 0.0)).all()
 
 
 @pytest.mark.parametrize("aggregation", L.AGGREGATIONS)

@@ -107,9 +107,9 @@ def test_rollout_correction_with_an_engine_that_disagrees(engine, base, prompts)
     assert ratio.max() > 1.5 and abs(ratio.mean() - 1) < 0.02 < abs((1 / ratio).mean() - 1)
 
     old, rollout = batch.old_logprobs, batch.rollout_logprobs
-    tis = correction_weights(old, rollout, "tis", cap=1.2)[mask]
+    tis = correction_weights(old, rollout, mask, "tis", cap=1.2)[mask]
     torch.testing.assert_close(tis, torch.tensor([min(r, 1.2) for r in ratio.tolist()]))
-    kept = correction_weights(old, rollout, "mask", cap=1.2)[mask]
+    kept = correction_weights(old, rollout, mask, "mask", cap=1.2)[mask]
     assert kept.tolist() == [float(1 / 1.2 <= r <= 1.2) for r in ratio.tolist()] and 0.5 < kept.mean() < 1
 
 

@@ -182,7 +182,7 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
             ["--entropy-target", "0.1", "--objective", "grpo"],
             "entropy_target = 0.1: objective grpo ignores it",
         ),
-        (["--rollout-correction", "is"], "rollout_correction 'is' is unknown; known: none, tis, mask"),
+        (["--rollout-correction", "is"], "rollout_correction 'is' is unknown; known: none, tis, mask, seq-tis"),
         (["--temperature", "nan"], "temperature = nan: must be above 0"),
         (["--model", "no/such/model"], "model 'no/such/model': no such folder"),
         (["--train-data", "nothing.jsonl"], "nothing.jsonl: no such file"),
