@@ -77,12 +77,11 @@ class Config:
     advantages: t.one_of(loss.ADVANTAGES) | None = None  # group: divided by the std; group-mean or leave-one-out: not
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
-    rollout_correction: t.one_of(corrections.KINDS) = (
-        "none"  # or one of ce_gppo/corrections.py: where vLLM and trainer differ
-    )
+    rollout_correction: t.one_of(corrections.KINDS) = "none"  # where vLLM and trainer differ: tis, mask or others
 
     # Updates.
     mini_batch_prompts: t.Count = 8  # groups per update; at most max_kept_prompts / mini_batch_prompts updates [16]
+    epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
     lr: t.Positive = 1e-4  # AdamW learning rate [1e-6]
     warmup_steps: t.CountOrZero = 5  # rollouts over which the learning rate grows to lr, then constant [10]
     max_grad_norm: t.Positive = 1.0  # gradients are clipped to this norm
@@ -95,7 +94,6 @@ class Config:
     eval_temperature: t.NonNegative = 1.0  # [0.6]
     eval_top_p: t.Share = 1.0  # [0.95]
     checkpoint_every: t.Count = 20  # steps; also after the last
-    keep_checkpoints: t.Count = 2  # the newest ones; older ones are removed
 
     # Machine. With torchrun (make train GPUS=8) every process has an engine, and its share of the prompts.
     shard: bool = False  # FSDP2 instead of DDP: weights, gradients and optimizer spread over all processes
@@ -138,7 +136,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     check_engine(engine, policy, problems[0], config, device)
     log = Report(folder, config, state.step, state.wandb_id) if dist.is_main() else None
     meter = Meter(model, device)
-    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, config.keep_checkpoints, state.step)
+    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
 
     try:
@@ -221,7 +219,7 @@ def select(groups: list[list[Response]], config: Config) -> tuple[list[list[Resp
 def learn(
     policy: torch.nn.Module, optimizer, groups, mini_batches, objective, lr: float, state: State, config, folder, meter
 ) -> list[Update]:
-    """Old logprobs and entropy of every response, then one update per mini-batch; each rank does its share of both."""
+    """Old logprobs and entropy of every response, then an update per mini-batch and epoch; each rank does its share."""
     trained = {id(r) for r in flatten(mini_batches)}
     dropped = [r for r in flatten(groups) if id(r) not in trained]
     *shares, dropped = (own_share(part) for part in (*mini_batches, dropped))
@@ -232,7 +230,7 @@ def learn(
         compute_old_logprobs(policy, pending, config.temperature, config.max_micro_batch_tokens, meter.device)
     updates = []
     with meter("update"):
-        for share in shares:
+        for share in shares * config.epochs:
             updates.append(update(policy, optimizer, share, objective, lr, config, meter.device))
             runs.watch_skipped(folder / "skipped", state, len(updates), share, updates[-1], config.lr)
     return updates
@@ -293,7 +291,7 @@ def report(
     state.no_signal = 0 if mini_batches else state.no_signal + 1
     if config.entropy_target:
         state.control = steer(state.control, state.entropy, config.entropy_target)
-    metrics |= meter.take(groups, mini_batches)
+    metrics |= meter.take(groups, mini_batches * config.epochs)
     if log:
         samples = sample_rows(groups, problems, partial(reward.extract_answer, thinking=config.thinking))
         log.log(state.step, metrics, samples, probability_histograms(flatten(mini_batches)))

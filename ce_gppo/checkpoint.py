@@ -25,6 +25,7 @@ from ce_gppo import dist
 from ce_gppo.types import RunEnded, UserError, starting
 
 MANIFEST = "manifest.json"
+KEEP = 2  # checkpoints of a run: the newest, and one before in case that is damaged
 NAME = re.compile(r"checkpoint-([0-9]{6}|[1-9][0-9]{6,})")
 
 
@@ -44,12 +45,12 @@ class Saver:
     """Saves a run's checkpoints beside its training, each a folder that vLLM and transformers load as it is.
 
     Inside are also trainer.pt (optimizer and `State`) and checksums. A checkpoint is written aside, flushed to the disk
-    and renamed: a folder of its name is whole. All but the newest `keep` are then removed.
+    and renamed: a folder of its name is whole. All but the newest KEEP are then removed.
     """
 
-    def __init__(self, run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, keep: int, step: int = 0):
+    def __init__(self, run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int = 0):
         """step: of the checkpoint that the run goes on from, 0 for a new one."""
-        self.run, self.model, self.tokenizer, self.optimizer, self.keep = run, model, tokenizer, optimizer, keep
+        self.run, self.model, self.tokenizer, self.optimizer = run, model, tokenizer, optimizer
         self.saved, self.saving = step, step  # the step of the last checkpoint that is written, and of the last begun
         self.thread: threading.Thread | None = None
         self.error = ""  # of the thread
@@ -97,7 +98,7 @@ class Saver:
         folder = self.run / f"checkpoint-{self.saving:06d}"
         try:
             _write(folder, self.model, weights, self.tokenizer, record)
-            prune(self.run, self.keep)
+            prune(self.run, KEEP)
         except (OSError, RuntimeError, SafetensorError) as failure:  # torch and safetensors raise their own
             self.error = f"{folder}: {failure}"
 

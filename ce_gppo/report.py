@@ -205,7 +205,7 @@ def start_wandb(folder: Path, config, run_id: str):
     run.define_metric("step", hidden=True)
     for group in dict.fromkeys(name.partition("/")[0] for metric in ALL for name in metric.each()):
         if group == "update_<k>":  # logged, without charts of their own
-            for k in range(1, config.max_kept_prompts // config.mini_batch_prompts + 1):
+            for k in range(1, updates_of_step(config) + 1):
                 run.define_metric(f"update_{k}/*", step_metric="step", hidden=True)
         else:
             run.define_metric(f"{group}/*", step_metric="step")
@@ -245,11 +245,15 @@ def _has_wandb_key() -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def updates_of_step(config) -> int:
+    """At most so many: fewer where fewer groups have a signal."""
+    return config.max_kept_prompts // config.mini_batch_prompts * config.epochs
+
+
 def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: str, step: int) -> str:
     """The derived sizes, to be read before the first step."""
     parameters = sum(p.numel() for p in model.parameters())
     responses = config.prompts_per_step * config.responses_per_prompt
-    updates = config.max_kept_prompts // config.mini_batch_prompts
     betas = "no betas" if config.beta1 is None else f"beta1 {config.beta1}, beta2 {config.beta2}"
     world = dist.world_size()
     return (
@@ -258,8 +262,8 @@ def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: st
         f"data         {problems}\n"
         f"objective    {config.objective}, {betas}, clip interval [{1 - config.eps_low:g}, {1 + config.eps_high:g}]\n"
         f"step         {config.prompts_per_step} prompts x {config.responses_per_prompt} = {responses} responses, "
-        f"then up to {updates} updates of {config.mini_batch_prompts * config.responses_per_prompt} responses; "
-        f"{config.steps} steps"
+        f"then up to {updates_of_step(config)} updates of {config.mini_batch_prompts * config.responses_per_prompt} "
+        f"responses; {config.steps} steps"
         + (f"; on {world} processes, {'sharded' if config.shard else 'copied'}" if world > 1 else "")
         + ("; shard does nothing, with one process" if config.shard and world == 1 else "")
     )

@@ -37,7 +37,6 @@ COMMON = {
     "mini_batch_prompts": 6,
     "eval_every": 20,
     "eval_samples": 8,
-    "keep_checkpoints": 1,
 }
 SETTINGS = {
     "grpo": {"objective": "grpo"},

@@ -27,7 +27,7 @@ def optimizer(tiny_model):
 
 @pytest.fixture
 def saver(tiny_model, tokenizer, optimizer, tmp_path):
-    return Saver(tmp_path, tiny_model, tokenizer, optimizer, keep=2)
+    return Saver(tmp_path, tiny_model, tokenizer, optimizer)
 
 
 def save(saver, state: State):

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]  # never two o
 ONE_UPDATE = """
 import json, sys, torch, train
 from ce_gppo import checkpoint, dist
+checkpoint.KEEP = 9
 from ce_gppo.forward import Policy
 from ce_gppo.model import load_model
 from helpers import resolved
@@ -35,7 +36,7 @@ objective = train.objective_of_step(config, 1, (0.5, 0.0))
 responses = responses_of_shares(shares)[dist.rank()]
 done = train.update(policy, optimizer, responses, objective, 1e-3, config, "cpu")
 gradients = {name: dist.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
-checkpoint.Saver(folder, model, tokenizer, optimizer, keep=9).finish(checkpoint.State("id", int(name)))
+checkpoint.Saver(folder, model, tokenizer, optimizer).finish(checkpoint.State("id", int(name)))
 done = {"loss": dist.all_sum(done.loss)[0], "grad_norm": done.grad_norm, "skipped": done.skipped}
 if dist.is_main():
     torch.save({"gradients": gradients, "done": done}, folder / f"result-{name}.pt")

@@ -1,5 +1,6 @@
 """The program as its user runs it: real vLLM, real data, whole runs in processes of their own."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -17,8 +18,10 @@ import train
 from ce_gppo import config as settings
 from ce_gppo import metrics, runs
 from ce_gppo.betas import betas_of_step, steer, steered_betas
+from ce_gppo.checkpoint import State
 from ce_gppo.entropy import QUADRANTS
-from ce_gppo.forward import Policy
+from ce_gppo.forward import Policy, compute_old_logprobs
+from ce_gppo.perf import Meter
 from ce_gppo.problems import problems_of_step
 from ce_gppo.types import Problem, Response, RunEnded, UserError
 from helpers import ROOT, SMALL, Forked, metrics_of, resolved, rows_of, run, start, without_timings
@@ -309,6 +312,29 @@ def test_truncated_responses_can_be_kept_out_of_the_update(tiny_model):
     gradients = torch.autograd.grad(expected, list(tiny_model.parameters()))
     for parameter, gradient in zip(tiny_model.parameters(), gradients, strict=True):
         assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+
+
+def test_epochs_go_over_the_same_mini_batches_with_the_same_old_logprobs(tiny_model, tmp_path):
+    """Two epochs by train.learn are four updates by hand, whose old logprobs are those before the first of them."""
+    by_hand = copy.deepcopy(tiny_model)
+    groups = [[response(5 + p, False, 1.0, p), response(9 - p, False, 0.0, p)] for p in range(1, 5)]
+    config = resolved(epochs=2, mini_batch_prompts=2, max_kept_prompts=4, eps_low=0.01, eps_high=0.01)
+    groups, mini_batches = train.select(groups, config)
+    copies = copy.deepcopy(mini_batches)
+    objective, state = train.objective_of_step(config, 1, (0.5, 0.0)), State("")
+    sgd = torch.optim.SGD(tiny_model.parameters(), lr=0.0)
+    arguments = groups, mini_batches, objective, 0.05, state, config, tmp_path, Meter(tiny_model, "cpu")
+    updates = train.learn(Policy(tiny_model), sgd, *arguments)
+
+    compute_old_logprobs(Policy(by_hand), sum(copies, []), 1.0, 10_000, "cpu")
+    sgd = torch.optim.SGD(by_hand.parameters(), lr=0.0)
+    for batch in (*copies, *copies):
+        train.update(Policy(by_hand), sgd, batch, objective, 0.05, config, "cpu")
+    for ours, expected in zip(tiny_model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+    logged = metrics.updates_to_metrics([updates])
+    assert logged["optim/updates"] == 4 and logged["update_1/kl_old"] < 1e-9 < logged["update_3/kl_old"]
+    assert logged["update_3/clip_low"] + logged["update_3/clip_high"] > 0 and "update_4/clip_low" in logged
 
 
 @pytest.mark.slow
