@@ -69,8 +69,7 @@ class Config:
     eps_high: t.NonNegative | None = None  # clip interval, above 1; None: 0.2 for most objectives
     beta1: t.ZeroToOne | None = None  # gradient kept by NA tokens below the interval; None: 0.75 [1.5B: 0.5]
     beta2: t.ZeroToOne | None = None  # gradient kept by PA tokens above the interval; None: 1.0
-    beta1_end: t.ZeroToOne | None = None  # if set, beta1 moves there linearly over the run
-    beta2_end: t.ZeroToOne | None = None  # if set, beta2 moves there linearly over the run
+    beta_schedule: str = ""  # betas at later steps, "100:0.5,1 200:0,1", with lines between; step 1 has beta1, beta2
     entropy_target: t.Positive | None = None  # nats; if set, the betas move within [0, beta1] and [0, beta2] to hold it
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
@@ -91,6 +90,7 @@ class Config:
     # Evaluation and checkpoints.
     eval_every: t.Count = 10  # steps; also before the first and after the last [5]
     eval_samples: t.Count = 4  # samples per held-out problem, the k of avg@k [32 for AIME]
+    eval_response_tokens: t.Count | None = None  # longer responses are cut; None: max_response_tokens [32768]
     eval_temperature: t.NonNegative = 1.0  # [0.6]
     eval_top_p: t.Share = 1.0  # [0.95]
     checkpoint_every: t.Count = 20  # steps; also after the last
@@ -126,7 +126,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     engine = Engine(
         source,
         tokenizer,
-        context=config.max_prompt_tokens + config.max_response_tokens,
+        context=config.max_prompt_tokens + max(config.max_response_tokens, config.eval_response_tokens),
         gpu_memory_utilization=config.gpu_memory_utilization,
         cpu_kv_cache_gib=config.cpu_kv_cache_gib,
         tensor_parallel=config.rollout_tp,

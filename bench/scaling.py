@@ -1,167 +1,264 @@
 """Memory of a GPU and time of a step, estimated: which model fits on how many GPUs, and with which settings.
 
     .venv/bin/python -m bench.scaling                      the table of docs/scaling.md
+    .venv/bin/python -m bench.scaling --recipes            memory, utilization and hours of recipes/, on GPUs of 80 GiB
     .venv/bin/python -m bench.scaling --gpu-memory 80 --mean-length 4000
 
 Run it from the repository root. It counts the bytes and the floating-point operations of the code, and divides them by
-rates. Rates marked `measured` were measured with torch on one H200. The others are from datasheets or guesses, and are
-marked so. The result was never compared with a run on a GPU: trust its order of magnitude, and which term is largest.
+rates. The settings are those of recipes/r1-distill-1.5b.toml, the constants those of the code. Rates marked `measured`
+were measured with torch on one H200. The others are from datasheets or guesses, and are marked so. The result was never
+compared with a run on a GPU: trust its order of magnitude, and which term is largest.
 """
 
+import functools
+import inspect
 import json
 import math
 from dataclasses import dataclass
 
-from ce_gppo.config import command
+import torch
+
+import loss
+import train
+from ce_gppo import dist
+from ce_gppo.config import RECIPES, command, parse
+from ce_gppo.entropy import TILE_LOGITS
+from rollout import Engine
 
 # Rates of one GPU.
 MATRIX_RATE = 788e12  # FLOP/s, bfloat16, 8192^3 on random data; measured
-MEMORY_RATE = 4.3e12  # bytes/s, device to device, read and written; measured
+MEMORY_RATE = {141: 4.3e12, 80: 3.0e12}  # bytes/s, by GiB. H200: measured; H100: the same share of its datasheet
 NODE_RATE = 350e9  # bytes/s per GPU within a node; guess from NVLink's 450e9 by datasheet
 NETWORK_RATE = 40e9  # bytes/s per GPU between nodes; guess from 400 Gbit/s InfiniBand's 50e9 by datasheet
+HOST_RATE = 25e9  # bytes/s between a GPU and its host; guess from PCIe 5's 64e9 by datasheet
 MFU = 0.4  # of the update; guess (0.68 is measured on two CPU cores, with a small model)
 DECODE_SHARE = 0.6  # of MEMORY_RATE, in vLLM's decoding; guess
+ASLEEP = 3.0  # GiB that a sleeping vLLM and CUDA's context keep; guess
 GPUS_A_NODE = 8
 
-SHAPES = {  # layers, hidden, intermediate, heads, key heads, vocabulary, tied
-    "1.5B": (28, 1536, 8960, 12, 2, 151936, True),
-    "7B": (28, 3584, 18944, 28, 4, 152064, False),
-    "32B": (64, 5120, 27648, 40, 8, 152064, False),
+RECIPE = parse(train.Config, ["--recipe", "r1-distill-1.5b"], loss.PUBLISHED)[0]
+RUNNING = inspect.signature(Engine.__init__).parameters["max_sequences"].default  # sequences at a time in one engine
+EVALUATED = 60  # problems, AIME24 and AIME25
+
+SHAPES = {  # layers, hidden, intermediate, heads, key heads, vocabulary; none ties its embedding to its head
+    "1.5B": (28, 1536, 8960, 12, 2, 151936),
+    "7B": (28, 3584, 18944, 28, 4, 152064),
+    "32B": (64, 5120, 27648, 40, 8, 152064),
 }
 
 
 @dataclass
 class Config:
-    gpu_memory: float = 141.0  # GiB of one GPU
-    prompts: int = 256  # per step, with 8 responses each; half of them are trained on (the paper's numbers)
-    mini_batch_prompts: int = 16  # groups per update: 8 updates per step
-    prompt_tokens: int = 200  # on average
+    recipes: bool = False  # the recipes instead of the table by size
+    gpu_memory: float = 141.0  # GiB of one GPU: 141 or 80
+    prompts: int = RECIPE.prompts_per_step  # per step
+    responses_per_prompt: int = RECIPE.responses_per_prompt
+    kept_prompts: int = RECIPE.max_kept_prompts  # groups trained on
+    mini_batch_prompts: int = RECIPE.mini_batch_prompts  # groups per update
+    prompt_tokens: int = 200  # on average; a guess
     mean_length: int = 6000  # tokens of a response on average; a guess
-    max_length: int = 16384  # tokens of the longest response
+    max_length: int = RECIPE.max_response_tokens  # tokens of the longest response
+    micro_batch_tokens: int = RECIPE.max_micro_batch_tokens
     gpus: tuple[int, ...] = (1, 8, 64, 1024)
 
 
 def parameters(name: str) -> tuple[float, float, float]:
     """Numbers of parameters: (all, in the layers, in the head)."""
-    layers, hidden, intermediate, heads, key_heads, vocabulary, tied = SHAPES[name]
+    layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
     layer = hidden * hidden * (2 + 2 * key_heads / heads) + 3 * hidden * intermediate
     head = vocabulary * hidden
-    return layers * layer + head * (1 if tied else 2), layers * layer, head
+    return layers * layer + 2 * head, layers * layer, head
 
 
-def memory(name: str, gpus: int, shard: bool, tensor_parallel: int, config: Config) -> dict[str, float]:
-    """GiB per GPU, by use. Trainer and vLLM share a GPU; the trainer's states stay there while vLLM samples."""
+def memory(name: str, gpus: int, shard: str, tensor_parallel: int, config: Config) -> dict[str, float]:
+    """GiB per GPU: of the policy in an update, of the policy and of vLLM's weights during rollouts; and the share of
+    the GPU that is left to vLLM then, in steps of 0.05 (gpu_memory_utilization)."""
     layers, hidden, intermediate, *_ = SHAPES[name]
     total, in_layers, head = parameters(name)
-    tokens = config.prompt_tokens + config.max_length  # a micro-batch has at least one response
-    states = 16 * total / (gpus if shard else 1)  # float32 weights, gradients and two moments
+    tokens = max(config.micro_batch_tokens, config.prompt_tokens + config.max_length)
+    parts = gpus if shard != "no" else 1
+    states = 0.0 if shard == "offload" else total / parts  # each is 4 bytes of a weight, its gradient, two moments
     # bfloat16 copies: of all weights under autocast; with shards only of two layers, embedding, head, and gradients.
-    copies = 4 * (2 * in_layers / layers + total - in_layers) if shard else 2 * total
+    copies = 2 * total if shard == "no" else 4 * (2 * in_layers / layers + total - in_layers)
     # Gradient checkpointing keeps each layer's input (float32), and everything of one layer (mostly bfloat16).
     activations = tokens * (layers * hidden * 4 + 30 * hidden + 10 * intermediate)
-    head_work = 4 * 2**26 + 4 * tokens * hidden * 2 + 4 * head
-    update = (states + copies + activations + head_work) / 2**30
-    engine = (2 * total / tensor_parallel) / 2**30
-    return {"update": update, "rollout_without_cache": states / 2**30 + engine, "states": states / 2**30}
+    head_work = 4 * 4 * TILE_LOGITS["cuda"] + 4 * tokens * hidden * 2 + 4 * head
+    update = (16 * states + copies + activations + head_work) / 2**30
+    # Gradients are freed before the rollout, except DDP's, which are its buckets.
+    policy = (16 if gpus > 1 and shard == "no" else 12) * states / 2**30
+    share = (config.gpu_memory - policy - ASLEEP) / config.gpu_memory
+    return {
+        "update": update,
+        "rollout": policy,
+        "engine": 2 * total / tensor_parallel / 2**30,
+        "utilization": math.floor(min(0.9, share) * 20) / 20,
+    }
 
 
-def seconds(name: str, gpus: int, shard: bool, tensor_parallel: int, config: Config) -> dict[str, float]:
-    """Seconds of a step, by part."""
-    layers, hidden, _, heads, key_heads, _, _ = SHAPES[name]
-    total, in_layers, head = parameters(name)
-    responses = config.prompts * 8
-    trained = responses / 2
-    updates = config.prompts / 2 / config.mini_batch_prompts
+@functools.cache
+def imbalance(ranks: int, responses: int, mean: int, longest: int) -> dict[str, float]:
+    """The most tokens of a rank over the mean, for mini-batches of long-tailed lengths: simulated, the mean of 50.
 
-    # Rollout: for each token decoding reads the weights and the cache of every running sequence once.
+    dealt: by dist.largest_first, as the code does. round_robin: groups dealt in turn. least: no deal can be better, as
+    one response may be longer than the mean of the ranks. The lengths are log-normal, cut at the limit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = {"dealt": 0.0, "round_robin": 0.0, "least": 0.0}
+    for _ in range(50):
+        normal = torch.randn(responses, generator=generator)  # [responses]
+        lengths = ((0.8 * normal - 0.32).exp() * mean).clamp(1, longest).long().tolist()  # 0.32: half of 0.8 squared
+        share = sum(lengths) / min(ranks, responses)
+        owners = dist.largest_first(lengths, ranks)
+        loads, turns = [0] * ranks, [0] * ranks
+        for i, (length, owner) in enumerate(zip(lengths, owners, strict=True)):
+            loads[owner] += length
+            turns[i // 8 % ranks] += length
+        found["dealt"] += max(loads) / share / 50
+        found["round_robin"] += max(turns) / share / 50
+        found["least"] += max(1.0, max(lengths) / share) / 50
+    return found
+
+
+def rollout_seconds(name: str, gpus: int, shard: str, tensor_parallel: int, responses: int, config: Config) -> float:
+    """For each token decoding reads the weights and the cache of every running sequence once."""
+    layers, hidden, _, heads, key_heads, _ = SHAPES[name]
+    total, *_ = parameters(name)
     engines = gpus // tensor_parallel
-    room = 0.9 * config.gpu_memory - memory(name, gpus, shard, tensor_parallel, config)["rollout_without_cache"]
+    rate = MEMORY_RATE[min(MEMORY_RATE, key=lambda gib: abs(gib - config.gpu_memory))]
+    need = memory(name, gpus, shard, tensor_parallel, config)
+    room = need["utilization"] * config.gpu_memory - need["engine"] - 2  # 2 GiB for vLLM's activations and graphs
     cache_of_token = 2 * layers * key_heads * (hidden // heads) * 2
-    running = min(
-        math.ceil(responses / engines), room * tensor_parallel * 2**30 / (cache_of_token * config.mean_length)
-    )
+    fit = room * tensor_parallel * 2**30 / (cache_of_token * config.mean_length)
+    running = min(math.ceil(responses / engines), RUNNING, fit)
     read = 2 * total + running * config.mean_length / 2 * cache_of_token
-    token = read / (tensor_parallel * MEMORY_RATE * DECODE_SHARE)
+    token = read / (tensor_parallel * rate * DECODE_SHARE)
     waves = max(1.0, math.ceil(responses / engines) / max(running, 1e-9))
     # At least one response runs to the limit, at the end with no other beside it.
-    last = max(0, config.max_length - config.mean_length * waves) * 2 * total / (tensor_parallel * MEMORY_RATE)
-    rollout = waves * config.mean_length * token + last / DECODE_SHARE
+    last = max(0, config.max_length - config.mean_length * waves) * 2 * total / (tensor_parallel * rate)
+    return waves * config.mean_length * token + last / DECODE_SHARE
 
-    # Forward over all responses; forward, recomputation and backward over those trained on. Of more GPUs than a
-    # mini-batch has responses, some are idle.
+
+def seconds(name: str, gpus: int, shard: str, tensor_parallel: int, config: Config) -> dict[str, float]:
+    """Seconds of a step, by part."""
+    layers, hidden, *_ = SHAPES[name]
+    total, in_layers, head = parameters(name)
+    responses = config.prompts * config.responses_per_prompt
+    trained = config.kept_prompts * config.responses_per_prompt
+    updates = config.kept_prompts / config.mini_batch_prompts
+
+    # Old logprobs: forward over what is trained on, except the first mini-batch. Update: forward, recomputation and
+    # backward. Of more GPUs than a mini-batch has responses, some are idle.
     length = config.prompt_tokens + config.mean_length
     forward = 2 * (in_layers * length + head * config.mean_length) + 2 * layers * hidden * length**2
-    rate = MATRIX_RATE * MFU
-    old_logprobs = forward * responses / min(gpus, responses) / rate
-    at_work = min(gpus, trained / updates)
-    update = 4 * forward * trained / at_work / rate
+    mini_batch = int(trained / updates)
+    waiting = imbalance(gpus, mini_batch, config.mean_length, config.max_length)["dealt"] / min(gpus, mini_batch)
+    pass_ = forward * trained * waiting / (MATRIX_RATE * MFU)
 
     # DDP moves gradients once per update. FSDP moves weights twice and gradients once per micro-batch.
     link = NODE_RATE if gpus <= GPUS_A_NODE else NETWORK_RATE
-    micro_batches = math.ceil(trained / updates / at_work)
-    bytes_moved = (2 * 2 + 4) * total * micro_batches if shard else 2 * 4 * total
-    communication = 0.0 if gpus == 1 else updates * bytes_moved / link
-    sync = 4 * total / link if shard else 2 * total / MEMORY_RATE
+    micro_batches = math.ceil(mini_batch / min(gpus, mini_batch) * length / config.micro_batch_tokens)
+    moved = (2 * 2 + 4) * total * micro_batches if shard != "no" else 2 * 4 * total
+    communication = 0.0 if gpus == 1 else updates * moved / link
+    if shard == "offload":  # the same to and from the host, of this GPU's shard; and AdamW there
+        communication += updates * (2 * 4 + 4) * total * micro_batches / gpus / HOST_RATE
+    rate = MEMORY_RATE[min(MEMORY_RATE, key=lambda gib: abs(gib - config.gpu_memory))]
     return {
-        "rollout": rollout,
-        "old_logprobs": old_logprobs,
-        "update": update,
+        "rollout": rollout_seconds(name, gpus, shard, tensor_parallel, responses, config),
+        "old_logprobs": pass_ * (1 - 1 / updates),
+        "update": 4 * pass_,
         "communication": communication,
-        "sync": sync,
+        "sync": 2 * total / rate if shard == "no" else 4 * total / link,
     }
 
 
 def plan(name: str, gpus: int, config: Config) -> dict:
     """The simplest settings that fit: copies rather than shards, and engines on as few GPUs as possible."""
-    for shard in (False, True):
+    for shard in ("no", "yes"):
         for tensor_parallel in (1, 2, 4, 8):
-            if (shard and gpus == 1) or tensor_parallel > gpus:
+            if (shard == "yes" and gpus == 1) or tensor_parallel > gpus:
                 continue
             need = memory(name, gpus, shard, tensor_parallel, config)
-            # The cache needs at least a tenth of the GPU; a sleeping vLLM keeps about 3 GiB.
-            if (
-                max(need["update"] + 3, need["rollout_without_cache"] + 0.1 * config.gpu_memory)
-                < 0.95 * config.gpu_memory
-            ):
+            room = need["utilization"] * config.gpu_memory - need["engine"]
+            # The cache needs at least a tenth of the GPU.
+            if need["update"] + ASLEEP < 0.95 * config.gpu_memory and room > 0.1 * config.gpu_memory:
                 time = seconds(name, gpus, shard, tensor_parallel, config)
                 row = {"model": name, "gpus": gpus, "shard": shard, "rollout_tp": tensor_parallel, "memory_gib": need}
                 return row | {"seconds": time | {"step": sum(time.values())}}
-    return {
-        "model": name,
-        "gpus": gpus,
-        "memory_gib": memory(name, gpus, gpus > 1, min(gpus, 8), config),
-        "seconds": None,
-    }
+    need = memory(name, gpus, "yes" if gpus > 1 else "no", min(gpus, 8), config)
+    return {"model": name, "gpus": gpus, "memory_gib": need, "seconds": None}
+
+
+def recipe_rows() -> list[dict]:
+    """Each recipe on 1 GPU of 80 GiB, where it fits, and on 8. A response in evaluations has 10,000 tokens; a guess."""
+    rows = []
+    for path in sorted(RECIPES.glob("*.toml")):
+        recipe = parse(train.Config, ["--recipe", path.stem], loss.PUBLISHED)[0]
+        config = Config(gpu_memory=80.0, max_length=recipe.max_response_tokens)
+        name = next(name for name in SHAPES if name in recipe.model)
+        for gpus in (1, 8):
+            row = plan(name, gpus, config) | {"recipe": path.stem, "steps": recipe.steps}
+            if row["seconds"]:
+                held_out = Config(gpu_memory=80.0, mean_length=10000, max_length=recipe.eval_response_tokens)
+                where = name, gpus, row["shard"], row["rollout_tp"]
+                evaluation = rollout_seconds(*where, EVALUATED * recipe.eval_samples, held_out) / recipe.eval_every
+                row["seconds"]["evaluation"] = evaluation
+                row["hours"] = recipe.steps * (row["seconds"]["step"] + evaluation) / 3600
+            if row["seconds"] or gpus > 1:
+                rows.append(row)
+    return rows
+
+
+def show_recipes() -> None:
+    rows = recipe_rows()
+    print(json.dumps({"rows": rows}))
+    print("| recipe | GPUs | settings | GiB: update | utilization | step s | evaluation s a step | steps | hours |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        need = row["memory_gib"]
+        start = f"| `{row['recipe']}` | {row['gpus']} | "
+        if row["seconds"] is None:
+            print(f"{start}does not fit | {need['update']:.0f} | | | | {row['steps']:,} | |")
+            continue
+        time = row["seconds"]
+        print(
+            f"{start}{settings_of(row)} | {need['update']:.0f} | {need['utilization']:.2f} | {time['step']:,.0f} | "
+            f"{time['evaluation']:,.0f} | {row['steps']:,} | {row['hours']:,.0f} |"
+        )
+
+
+def settings_of(row: dict) -> str:
+    shard = {"no": [], "yes": ["shard"], "offload": ["shard offload"]}[row["shard"]]
+    return " ".join(shard + [f"rollout_tp {row['rollout_tp']}"] * (row["rollout_tp"] > 1)) or "-"
 
 
 def main(config: Config) -> None:
+    if config.recipes:
+        return show_recipes()
     rows = [plan(name, gpus, config) for name in SHAPES for gpus in config.gpus]
-    print(json.dumps({"config": vars(config), "rows": rows}))
+    mini_batch = config.mini_batch_prompts * config.responses_per_prompt
+    deals = {ranks: imbalance(ranks, mini_batch, config.mean_length, config.max_length) for ranks in (8, 64)}
+    print(json.dumps({"config": vars(config), "rows": rows, "imbalance": deals}))
     print(
         "| model | GPUs | settings | GiB: update, rollout | rollout s | old logprobs s | update s | moving s | step s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         need, time = row["memory_gib"], row["seconds"]
-        gib = f"{need['update']:.0f}, {need['rollout_without_cache']:.0f} + cache"
+        gib = f"{need['update']:.0f}, {need['rollout'] + need['engine']:.0f} + cache"
         if time is None:
             print(f"| {row['model']} | {row['gpus']} | does not fit | {gib} | | | | | |")
             continue
-        settings = (
-            " ".join(["shard"] * row["shard"] + [f"rollout_tp {row['rollout_tp']}"] * (row["rollout_tp"] > 1)) or "-"
-        )
-        cells = [
-            time["rollout"],
-            time["old_logprobs"],
-            time["update"],
-            time["communication"] + time["sync"],
-            time["step"],
-        ]
-        print(
-            f"| {row['model']} | {row['gpus']} | {settings} | {gib} | "
-            + " | ".join(f"{cell:,.0f}" for cell in cells)
-            + " |"
-        )
+        moving = time["communication"] + time["sync"]
+        cells = [time["rollout"], time["old_logprobs"], time["update"], moving, time["step"]]
+        cells = " | ".join(f"{cell:,.0f}" for cell in cells)
+        print(f"| {row['model']} | {row['gpus']} | {settings_of(row)} | {gib} | {cells} |")
+    print(
+        f"\nThe most tokens of a rank over the mean; mini-batches of {mini_batch} responses of long-tailed lengths:\n"
+    )
+    print("| ranks | largest first | groups in turn | least possible |")
+    print("|---|---|---|---|")
+    for ranks, deal in deals.items():
+        print(f"| {ranks} | {deal['dealt']:.3f} | {deal['round_robin']:.3f} | {deal['least']:.3f} |")
 
 
 if __name__ == "__main__":

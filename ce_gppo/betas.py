@@ -1,6 +1,10 @@
-"""beta1 and beta2 of a step: constant, on a line, or moved by a controller that holds entropy at a target."""
+"""beta1 and beta2 of a step: constant, on a schedule, or moved by a controller that holds entropy at a target."""
 
+import itertools
 import math
+import re
+
+from ce_gppo.types import UserError
 
 GAIN, INTEGRAL_GAIN = 4.0, 0.4  # of the controller, per rollout; relative errors of entropy vary by about 0.03
 
@@ -22,10 +26,35 @@ def steered_betas(u: float, beta1: float, beta2: float) -> tuple[float, float]:
     return (1 - u) * beta1, u * beta2
 
 
+def read_schedule(text: str) -> list[tuple[int, float, float]]:
+    """(step, beta1, beta2) of each point of a schedule such as "584:0,1 585:0.5,1". UserError for anything else."""
+    points = []
+    for point in text.split():
+        found = re.fullmatch(r"(\d{1,9}):([\d.]+),([\d.]+)", point)
+        try:
+            step, beta1, beta2 = int(found[1]), float(found[2]), float(found[3])
+        except (TypeError, ValueError):  # no match, or a number such as 1.2.3
+            raise UserError(
+                f"beta_schedule: '{point}' is no point; step:beta1,beta2 is needed, such as 585:0.5,1"
+            ) from None
+        if not (beta1 <= 1 and beta2 <= 1):
+            raise UserError(f"beta_schedule: the betas in '{point}' must be at least 0 and at most 1")
+        if step <= (points[-1][0] if points else 1):
+            raise UserError(
+                f"beta_schedule: the steps must rise, and the first be 2 or later, as step 1 has beta1 and beta2; "
+                f"'{point}' does not"
+            )
+        points.append((step, beta1, beta2))
+    return points
+
+
 def betas_of_step(config, step: int, u: float) -> tuple[float | None, float | None]:
-    """beta1 and beta2 of this step: steered, or on a line from the first step to the last, or constant."""
+    """beta1 and beta2 of this step: steered, or on lines between the points of the schedule, or constant."""
     if config.entropy_target:
         return steered_betas(u, config.beta1, config.beta2)
-    progress = (step - 1) / max(1, config.steps - 1)
-    ends = (config.beta1, config.beta1_end), (config.beta2, config.beta2_end)
-    return tuple(beta if end is None else beta + progress * (end - beta) for beta, end in ends)
+    points = [(1, config.beta1, config.beta2), *read_schedule(config.beta_schedule)]
+    for (start, *before), (end, *after) in itertools.pairwise(points):
+        if step < end:
+            progress = (step - start) / (end - start)
+            return tuple(a + progress * (b - a) for a, b in zip(before, after, strict=True))
+    return points[-1][1:]

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ce_gppo import dist
+from ce_gppo.betas import read_schedule
 from ce_gppo.report import wandb_mode
 from ce_gppo.types import STARTING, RunEnded, UserError
 
@@ -107,6 +108,7 @@ def resolve(config, published: dict[str, dict]):
     """The configuration, checked, with each None that stands for a value of the objective's paper filled in."""
     check_ranges(config)
     values = dict(published[config.objective])
+    values["eval_response_tokens"] = config.max_response_tokens
     values["overlong_buffer"] = config.max_response_tokens // 5 if config.objective == "dapo" else 0  # dapo: its paper
     unset = {name: value for name, value in values.items() if getattr(config, name) is None}
     given, config = config, dataclasses.replace(config, **unset)
@@ -116,13 +118,13 @@ def resolve(config, published: dict[str, dict]):
 
 def check_together(given, config, published: dict[str, dict]) -> None:
     """UserError for settings that are wrong together, or that the objective would ignore."""
-    ignored = [] if config.objective in WITH_BETAS else ["beta1", "beta2", "beta1_end", "beta2_end", "entropy_target"]
+    ignored = [] if config.objective in WITH_BETAS else ["beta1", "beta2", "beta_schedule", "entropy_target"]
     ignored += ["dual_clip"] if config.objective in ("cispo", "rloo") else []
     ignored += ["eps_low", "eps_high"] if config.objective == "rloo" else []
     for name in ignored:
-        if getattr(given, name) not in (None, published[config.objective].get(name)):
+        if getattr(given, name) not in (None, "", published[config.objective].get(name)):
             raise UserError(f"{name} = {getattr(given, name)}: objective {config.objective} ignores it; leave it out")
-    moving = config.beta1_end is not None or config.beta2_end is not None
+    read_schedule(config.beta_schedule)
     for wrong, message in (
         (
             config.max_kept_prompts > config.prompts_per_step,
@@ -143,8 +145,8 @@ def check_together(given, config, published: dict[str, dict]) -> None:
             f"eval_temperature = 0 gives {config.eval_samples} equal samples; eval_samples = 1 is enough",
         ),
         (
-            config.entropy_target is not None and moving,
-            "entropy_target moves the betas: it cannot go with beta1_end or beta2_end",
+            config.entropy_target is not None and config.beta_schedule,
+            "entropy_target moves the betas: it cannot go with beta_schedule",
         ),
         (
             "/" in config.run_name or config.run_name in (".", ".."),
@@ -165,27 +167,39 @@ def rollout_tp_problem(config) -> str:
     return f"rollout_tp = {config.rollout_tp}: must divide the number of processes, {dist.world_size()}"
 
 
-def read_recipe(Config: type, name: str) -> dict:
-    """The settings in recipes/<name>.toml, each of its field's type. UserError for an unknown recipe, name or type."""
-    path = RECIPES / f"{name}.toml"
+def read_recipe(Config: type, name: str, children: tuple[str, ...] = ()) -> dict:
+    """The settings in recipes/<name>.toml, each of its field's type. UserError for an unknown recipe, name or type.
+
+    A recipe with a line `extends = "parent"` has its parent's settings, except those that it sets itself.
+    children: the recipes that extend this one, in a row.
+    """
+    path, child = RECIPES / f"{name}.toml", f"{RECIPES / children[-1]}.toml: extends = " if children else ""
+    if name in children:
+        raise UserError(f"{child}'{name}' goes round in a circle: {', '.join((*children, name))}")
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-        raise UserError(f"recipe '{name}' is unknown; known: {known}")
+        raise UserError(f"{child or 'recipe '}'{name}' is unknown; known: {known}")
     try:
         values = tomllib.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not TOML ({error}); lines of `name = value` are needed") from None
-    types = typing.get_type_hints(Config)
+    types, parent, inherited = typing.get_type_hints(Config), values.pop("extends", None), {}
+    if parent is not None:
+        if not isinstance(parent, str):
+            raise UserError(f"{path}: extends = {parent!r}, where the name of a recipe is needed")
+        inherited = read_recipe(Config, parent, (*children, name))
     if unknown := values.keys() - types.keys():
         raise UserError(f"{path}: unknown settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(types))}")
     for key, value in values.items():
         kinds = typing.get_args(types[key]) or (types[key],)  # any one of a union
         if type(value) is int and float in kinds:
             values[key] = value = float(value)
+        if value == "None" and type(None) in kinds:  # as on the command line: TOML has no value for it
+            values[key] = value = None
         if type(value) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
             raise UserError(f"{path}: {key} = {value!r}, where {names} is needed")
-    return values
+    return inherited | values
 
 
 def saved_config(Config: type, folder: str):

@@ -113,11 +113,10 @@ def load_sets(config, tokenizer, context: int) -> tuple[list[Problem], list[Prob
     UserError where prompts and responses do not fit the model's context, or its tokenizer hides </think>.
     """
     starting(f"problems of {config.train_data} and {config.eval_data} cannot be read")
-    longest = config.max_prompt_tokens + config.max_response_tokens
-    if longest > context:
-        raise UserError(
-            f"max_prompt_tokens + max_response_tokens = {longest} is beyond the model's context of {context}"
-        )
+    for name in ("max_response_tokens", "eval_response_tokens"):
+        longest = config.max_prompt_tokens + getattr(config, name)
+        if longest > context:
+            raise UserError(f"max_prompt_tokens + {name} = {longest} is beyond the model's context of {context}")
     if config.thinking:
         check_thinking(tokenizer)
     limits = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix

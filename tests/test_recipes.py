@@ -7,11 +7,12 @@ import pytest
 
 import loss
 import train
+from bench import scaling
 from ce_gppo import config as settings
+from ce_gppo.betas import betas_of_step
 from ce_gppo.types import UserError
 from helpers import ROOT, Forked, quick
 
-NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
 PAPER = {  # arXiv 2509.20712, Table 1, section 4.1 and appendix A.1: objective, beta1, eps_high, average
     "r1-distill-1.5b": ("ce_gppo", 0.5, 0.2, 54.9),
     "r1-distill-1.5b-grpo": ("grpo", None, 0.2, 49.1),
@@ -20,6 +21,19 @@ PAPER = {  # arXiv 2509.20712, Table 1, section 4.1 and appendix A.1: objective,
     "r1-distill-7b-grpo": ("grpo", None, 0.2, 60.5),
     "r1-distill-7b-dapo": ("dapo", None, 0.28, 64.5),
 }
+FIGURES = {  # the paper's figures 2 to 6: objective, betas, steps
+    "figure2": ("ce_gppo", (0.75, 1.0), 500),
+    "figure2-grpo": ("grpo", (None, None), 500),
+    "figure2-dapo": ("dapo", (None, None), 500),
+    "figure3-1.5b": ("ce_gppo", (0.5, 1.0), 1000),
+    "figure3-7b": ("ce_gppo", (0.75, 1.0), 1000),
+    "figure4": ("ce_gppo", (0.5, 1.0), 300),
+    "figure5": ("ce_gppo", (0.5, 1.0), 500),
+    "figure5-grpo": ("grpo", (None, None), 500),
+    "figure5-dapo": ("dapo", (None, None), 500),
+    "figure6": ("ce_gppo", (0.0, 1.0), 1000),
+}
+RUN = ["r1-distill-1.5b", "r1-distill-7b-dapo", "figure6"]  # each way of writing a recipe once
 
 
 def parse(arguments: list[str]) -> train.Config:
@@ -34,7 +48,11 @@ def recipe(tmp_path, monkeypatch):
     return (tmp_path / "mine.toml").write_text
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_is_known():
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == PAPER.keys() | FIGURES.keys()
+
+
+@pytest.mark.parametrize("name", PAPER)
 def test_published_settings(name):
     config = parse(["--recipe", name])
     objective, beta1, eps_high, average = PAPER[name]
@@ -51,10 +69,38 @@ def test_published_settings(name):
     text = (ROOT / "recipes" / f"{name}.toml").read_text()
     scores = re.search(r"# Expect: AIME24 (.+), AIME25 (.+), HMMT25 (.+), MATH500 (.+), AMC23 (\S+) ", text).groups()
     assert sum(map(float, scores)) / 5 == pytest.approx(average, abs=0.06) and f"on average {average}, from" in text
-    assert "# Needs: " in text
-    for line in text.splitlines():
-        if re.match(r"(?!objective)\w+ = ", line):
-            assert "  # " in line, f"no source: {line}"
+    for path in (ROOT / "recipes").glob("*.toml"):
+        for line in path.read_text().splitlines():
+            if re.match(r"(?!objective|extends|beta2 = .None)\w+ = ", line):
+                assert "  # " in line, f"no source: {path}: {line}"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_differs_in_what_it_shows(name):
+    config = parse(["--recipe", name])
+    assert (config.objective, (config.beta1, config.beta2), config.steps) == FIGURES[name]
+    base = settings.read_recipe(train.Config, "r1-distill-7b" if "7B" in config.model else "r1-distill-1.5b")
+    own = settings.read_recipe(train.Config, name)
+    different = {key for key in base.keys() | own.keys() if base.get(key) != own.get(key)}
+    assert different <= {"objective", "beta1", "beta2", "eps_high", "steps", "beta_schedule"}
+
+
+def test_figure_6_is_a_switch():
+    config = parse(["--recipe", "figure6"])
+    assert [betas_of_step(config, step, 0.5) for step in (1, 300, 584, 585, 1000)] == [(0, 1)] * 3 + [(0.5, 1)] * 2
+
+
+def test_the_page_of_the_paper_names_every_figure():
+    page = (ROOT / "docs" / "paper.md").read_text()
+    assert not [name for name in FIGURES if f"RECIPE={name} " not in page]
+
+
+def test_vllm_gets_what_the_policy_leaves_of_80_gib():
+    """As bench.scaling counts it, in steps of 0.05; one step less is a reserve."""
+    for row in scaling.recipe_rows():
+        if row["gpus"] == 8:
+            left = row["memory_gib"]["utilization"]
+            assert left - 0.051 <= parse(["--recipe", row["recipe"]]).gpu_memory_utilization <= left
 
 
 def test_a_baseline_differs_in_its_objective_alone():
@@ -75,9 +121,39 @@ def test_the_command_line_wins(recipe):
     assert config.seed == train.Config().seed and type(config.lr) is float
 
 
+def test_a_recipe_extends_another(recipe, tmp_path):
+    """Only the lines that differ; None takes back what the parent sets, as on the command line."""
+    (tmp_path / "root.toml").write_text('objective = "ce_gppo"\nbeta1 = 0.5\nlr = 1e-6\nsteps = 7\n')
+    (tmp_path / "yours.toml").write_text('extends = "root"\nobjective = "grpo"\nbeta1 = "None"\nsteps = 8\n')
+    recipe('extends = "yours"\nsteps = 9\n')
+    config = parse(["--recipe", "mine"])
+    assert (config.objective, config.beta1, config.lr, config.steps) == ("grpo", None, 1e-6, 9)
+
+
+def test_recipes_that_extend_in_a_circle(recipe, tmp_path):
+    (tmp_path / "yours.toml").write_text('extends = "mine"')
+    recipe('extends = "yours"')
+    with pytest.raises(UserError, match=r"yours\.toml: extends = 'mine' goes round in a circle: mine, yours, mine"):
+        parse(["--recipe", "mine"])
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
+        ('extends = "his"', r"mine\.toml: extends = 'his' is unknown; known: mine, yours"),
+        ('extends = "mine"', r"mine\.toml: extends = 'mine' goes round in a circle: mine, mine"),
+        ('extends = ["yours"]', r"mine\.toml: extends = \['yours'\], where the name of a recipe is needed"),
+        ('steps = "None"', r"steps = 'None', where int is needed"),
+        ("beta_schedule = 5", r"beta_schedule = 5, where str is needed"),
+        ('beta_schedule = "5"', r"beta_schedule: '5' is no point; step:beta1,beta2 is needed"),
+        ('beta_schedule = "5:0.5"', r"'5:0\.5' is no point"),
+        ('beta_schedule = "5:0.5,1.2.3"', r"'5:0\.5,1\.2\.3' is no point"),
+        ('beta_schedule = "5:0.5,-1"', r"'5:0\.5,-1' is no point"),
+        ('beta_schedule = "5:0.5,1.5"', r"the betas in '5:0\.5,1\.5' must be at least 0 and at most 1"),
+        ('beta_schedule = "1:0.5,1"', r"the steps must rise.*'1:0\.5,1' does not"),
+        ('beta_schedule = "9:0.5,1 9:0,1"', r"the steps must rise.*'9:0,1' does not"),
+        ('objective = "grpo"\nbeta_schedule = "9:0,1"', r"beta_schedule = 9:0,1: objective grpo ignores it"),
+        ('entropy_target = 0.1\nbeta_schedule = "9:0,1"', r"cannot go with beta_schedule"),
         ("learning_rate = 1", r"mine\.toml: unknown settings learning_rate; known: .*\blr\b"),
         ('resume = "out/x"', r"unknown settings resume"),
         ("steps = 1.5", r"mine\.toml: steps = 1\.5, where int is needed"),
@@ -111,9 +187,8 @@ def test_missing_data_names_the_script_that_makes_it():
 SMALL = {
     **{"model": "data/arithmetic/base", "steps": 2, "eval-samples": 1},
     **{"prompts-per-step": 16, "max-kept-prompts": 8, "mini-batch-prompts": 2, "max-micro-batch-tokens": 2048},
-    **{"max-prompt-tokens": 32, "max-response-tokens": 48},
+    **{"max-prompt-tokens": 32, "max-response-tokens": 48, "eval-response-tokens": 48},
 }
-RUN = ["r1-distill-1.5b", "r1-distill-7b-dapo"]
 SCRIPT = """
 import sys
 import loss, train
@@ -140,7 +215,7 @@ def test_two_steps(tmp_path):
         record = json.loads((tmp_path / name / "config.json").read_text())
         assert record["recipe"] == name
         record = record["config"]
-        assert record["objective"] == PAPER[name][0] and record["lr"] == 1e-6
+        assert record["objective"] == (PAPER | FIGURES)[name][0] and record["lr"] == 1e-6
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["optim/updates"] > 0
         assert (tmp_path / name / "checkpoint-000002").is_dir() and 0 < rows[2]["eval/arithmetic/avg_at_k"] < 1

@@ -261,10 +261,12 @@ def test_one_setting_makes_a_baseline():
     assert settings.resolve(dapo, loss.PUBLISHED) == dapo
 
 
-def test_betas_move_linearly():
-    config = resolved(steps=5, beta1=0.5, beta2=1.0, beta1_end=1.0, beta2_end=0.0)
-    moved = [betas_of_step(config, step, 0.1) for step in range(1, 6)]
-    assert moved == [(0.5, 1.0), (0.625, 0.75), (0.75, 0.5), (0.875, 0.25), (1.0, 0.0)]
+def test_betas_move_on_a_schedule():
+    """On lines between its points, from the betas at step 1; after the last point they stay."""
+    config = resolved(beta1=0.5, beta2=1.0, beta_schedule="5:1,0 6:0,1 8:0.5,1")
+    moved = [betas_of_step(config, step, 0.1) for step in range(1, 10)]
+    assert moved[:5] == [(0.5, 1.0), (0.625, 0.75), (0.75, 0.5), (0.875, 0.25), (1.0, 0.0)]
+    assert moved[5:] == [(0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (0.5, 1.0)]
     assert betas_of_step(resolved(), 3, 0.1) == (0.75, 1.0)
     assert betas_of_step(resolved(entropy_target=0.1), 3, 0.2) == pytest.approx((0.6, 0.2))
     assert betas_of_step(resolved(objective="grpo"), 3, 0.1) == (None, None)
