@@ -50,15 +50,18 @@ def make_groups(vocabulary: int, config: Config) -> list[list[Response]]:
     return groups
 
 
-def fold_without_s(z: torch.Tensor, m: torch.Tensor, sums: tuple) -> tuple[torch.Tensor, tuple]:
+def fold_without_s(z, m, sums, target_logits, place, temperature: float):
     """entropy._fold without the two sums that only S needs."""
+    z = z if temperature == 1 else z / temperature
+    inside = (place >= 0) & (place < z.shape[1])
+    target_logits = target_logits + z.gather(1, place.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1) * inside
     e, ez, ee, eez = sums
     new_m = torch.maximum(m, z.amax(1))
     shift = m - new_m
     scale = shift.exp()
     z = z - new_m[:, None]
     p = z.exp()
-    return new_m, (e * scale + p.sum(1), (ez + shift * e) * scale + z.mul_(p).sum(1), ee, eez)
+    return new_m, (e * scale + p.sum(1), (ez + shift * e) * scale + z.mul_(p).sum(1), ee, eez), target_logits
 
 
 def set_accounting(everything: bool, originals=(entropy._fold, forward.token_sums)) -> None:

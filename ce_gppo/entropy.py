@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 # ----------------------------------------------------------------------------------------------------------------------
 # Logprob, entropy and S of tokens, without a [tokens, vocabulary] tensor
 
+TILE_LOGITS = {"cuda": 2**27, "cpu": 2**20}  # in memory at a time: 512 MiB on a GPU; 4 MiB on a CPU, for its caches
+
 
 def token_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, width: int | None = None
@@ -21,11 +23,11 @@ def token_statistics(
     """Logprob of `targets`, full-vocabulary entropy in nats, and S: [N, D], [V, D], [N] -> three times [N], float32.
 
     All three are of softmax(logits / temperature), the distribution that was sampled from. The first two have
-    gradients. width: how many entries of the vocabulary have their logits in memory at a time. By default these logits
-    take 4 MiB on a CPU, which fits its caches, and 64 MiB on a GPU; matrix products are fastest at round widths.
+    gradients. width: how many entries of the vocabulary have their logits in memory at a time. Default: as
+    TILE_LOGITS allows; matrix products are fastest at round widths.
     """
     if width is None:
-        width = max(256, (2**24 if hidden.is_cuda else 2**20) // max(1, len(hidden)) // 256 * 256)
+        width = max(256, TILE_LOGITS["cuda" if hidden.is_cuda else "cpu"] // max(1, len(hidden)) // 256 * 256)
     return TokenStatistics.apply(hidden, weight, targets, temperature, width)
 
 
@@ -48,10 +50,9 @@ class TokenStatistics(torch.autograd.Function):
         sums = tuple(torch.zeros_like(m) for _ in range(4))  # [N] each
         target_logits = torch.zeros_like(m)  # [N]
         for columns in _tiles(len(weight), width):
-            z = _logits(hidden, weight[columns], temperature)  # [N, W]
-            inside, place = _targets_in(columns, targets)
-            target_logits += z.gather(1, place[:, None]).squeeze(1) * inside
-            m, sums = _on_device(_fold, hidden)(z, m, sums)
+            z = _product(hidden, weight[columns].to(hidden.dtype).T)  # [N, W]
+            place = targets - columns.start  # of the target in this tile, [N]
+            m, sums, target_logits = _on_device(_fold, hidden)(z, m, sums, target_logits, place, temperature)
         e, ez, ee, eez = sums
         log_z = m + e.log()
         entropy = e.log() - ez / e
@@ -65,22 +66,20 @@ class TokenStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
-        hidden, weight, targets, log_z, entropy = ctx.saved_tensors
+        hidden, weight, targets, *of_tokens = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # [N, D]
         grad_weight = torch.empty_like(weight)  # [V, D]
         for columns in _tiles(len(weight), ctx.width):
-            z = _logits(hidden, weight[columns], ctx.temperature)  # [N, W]
-            grad_z = _on_device(_grad_logits, hidden)(z, log_z, entropy, grad_logprobs, grad_entropy)
-            if grad_logprobs is not None:
-                inside, place = _targets_in(columns, targets)
-                grad_z.scatter_add_(1, place[:, None], (grad_logprobs * inside)[:, None])
-            grad_z = (grad_z / ctx.temperature if ctx.temperature != 1 else grad_z).to(hidden.dtype)
-            if weight.dtype == torch.float32 == hidden.dtype:  # the same products, without a copy of each
-                grad_hidden.addmm_(grad_z, weight[columns])
-                torch.mm(grad_z.T, hidden, out=grad_weight[columns])
+            own_weight = weight[columns].to(hidden.dtype)  # [W, D]
+            z, place = _product(hidden, own_weight.T), targets - columns.start  # [N, W], [N]
+            inputs = z, *of_tokens, grad_logprobs, grad_entropy, place, ctx.temperature, hidden.dtype
+            grad_z = _on_device(_grad_logits, hidden)(*inputs, hidden.is_cuda)  # [N, W]
+            if hidden.is_cuda:
+                grad_hidden = torch.addmm(grad_hidden, grad_z, own_weight, out_dtype=torch.float32)
+                grad_weight[columns] = _product(grad_z.T, hidden)
             else:
-                grad_hidden += grad_z @ weight[columns].to(hidden.dtype)
-                grad_weight[columns] = grad_z.T @ hidden
+                grad_hidden.addmm_(grad_z, own_weight)
+                torch.mm(grad_z.T, hidden, out=grad_weight[columns])
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
@@ -88,25 +87,19 @@ def _tiles(length: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + width, length)) for start in range(0, length, width))
 
 
-def _targets_in(columns: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Which targets are in this tile, and their column in it (any column for the others). [N] each."""
-    place = targets - columns.start
-    inside = (place >= 0) & (targets < columns.stop)
-    return inside, place.clamp(0, columns.stop - columns.start - 1)
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product in float32; on a GPU from bfloat16 factors, and not rounded to bfloat16."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a @ b
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """[N, D], [W, D] -> [N, W] in float32; bfloat16 factors are not rounded again on a GPU."""
-    weight = weight.to(hidden.dtype)
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    else:
-        logits = (hidden @ weight.T).float()
-    return logits if temperature == 1 else logits / temperature
+# On a GPU each of the next two functions is compiled, so that a tile of logits is read and written as seldom as can be.
 
 
-def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Add a tile of logits [N, W] to the sums [N] about their running maximum m [N]."""
+def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...], target_logits: Tensor, place: Tensor, temperature: float):
+    """Add a tile of logits [N, W] to the sums [N] about their running maximum m [N], and find the targets' logits."""
+    z = z if temperature == 1 else z / temperature
+    inside = (place >= 0) & (place < z.shape[1])  # the others' targets are in another tile
+    target_logits = target_logits + z.gather(1, place.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1) * inside
     e, ez, ee, eez = sums
     new_m = torch.maximum(m, z.amax(1))
     shift = m - new_m
@@ -114,21 +107,33 @@ def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...]) -> tuple[Tensor, tuple
     z = z - new_m[:, None]
     p = z.exp()
     pz = z.mul_(p)  # in place: on a CPU the first touch of fresh memory costs more than the product
-    return new_m, (
+    sums = (
         e * scale + p.sum(1),
         (ez + shift * e) * scale + pz.sum(1),
         ee * scale**2 + p.norm(dim=1).square(),
         (eez + shift * ee) * scale**2 + p.mul_(pz).sum(1),
     )
+    return new_m, sums, target_logits
 
 
-def _grad_logits(z: Tensor, log_z: Tensor, entropy: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None):
-    """The gradient of a tile of logits [N, W], without the 1 of the target itself."""
-    log_p = z - log_z[:, None]
+def _grad_logits(z, log_z, entropy, grad_logprobs, grad_entropy, place, temperature: float, dtype, compare: bool):
+    """The gradient of a tile of logits [N, W]. All others are [N]; of the two gradients one may be None.
+
+    compare: find the targets by comparing every column with `place`. In a compiled function that costs nothing; without
+    compiling it is a pass over the tile, and one write per token is faster.
+    """
+    log_p = (z if temperature == 1 else z / temperature) - log_z[:, None]
     factor = torch.zeros_like(log_z)[:, None] if grad_logprobs is None else -grad_logprobs[:, None]
     if grad_entropy is not None:
         factor = factor - grad_entropy[:, None] * (log_p + entropy[:, None])
-    return log_p.exp().mul_(factor)
+    grad = log_p.exp().mul_(factor)
+    if grad_logprobs is not None and compare:
+        here = torch.arange(z.shape[1], device=z.device) == place[:, None]  # [N, W]
+        grad = torch.where(here, grad + grad_logprobs[:, None], grad)
+    elif grad_logprobs is not None:
+        inside = (place >= 0) & (place < z.shape[1])
+        grad.scatter_add_(1, place.clamp(0, z.shape[1] - 1)[:, None], (grad_logprobs * inside)[:, None])
+    return (grad if temperature == 1 else grad / temperature).to(dtype)
 
 
 _compiled = functools.cache(functools.partial(torch.compile, dynamic=True))  # once for each function, not for each tile

@@ -1,0 +1,101 @@
+"""What runs only on a GPU, as far as a CPU can tell: on tensors that pretend, with real signatures."""
+
+import types
+
+import pytest
+import torch
+
+from ce_gppo import entropy
+from test_policy import naive
+
+
+class LikeGpu(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU, and has the matrix products that exist only there."""
+
+    is_cuda = True
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.mm, torch.addmm) and (dtype := kwargs.pop("out_dtype", None)):
+            assert [x.dtype for x in args[-2:]] == [torch.bfloat16] * 2, "the factors must be in bfloat16"
+            args = [x.to(dtype) for x in args]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Context(types.SimpleNamespace):
+    """In the place of autograd's, which would make plain tensors of ours."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *_): ...
+
+    def set_materialize_grads(self, _): ...
+
+
+def head_like_gpu(hidden, weight, targets, temperature, width, to_logprobs, to_entropy):
+    """token_statistics and its gradients by the branches for a GPU."""
+    hidden, weight, targets = (x.as_subclass(LikeGpu) for x in (hidden, weight, targets))
+    with torch.no_grad():
+        context = Context()
+        values = entropy.TokenStatistics.forward(context, hidden, weight, targets, temperature, width)
+        gradients = entropy.TokenStatistics.backward(context, to_logprobs, to_entropy, None)
+    return [x.as_subclass(torch.Tensor) for x in (*values, *gradients[:2])]
+
+
+@pytest.mark.parametrize("width", [16, 53])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_head_on_a_gpu_matches_naive_float64(width, temperature):
+    """From bfloat16 hidden states and weights, with logits that are not rounded again; one target is nearly certain."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(24, 16, generator=g).bfloat16(), torch.randn(53, 16, generator=g) / 4
+    targets = torch.randint(53, (24,), generator=g)
+    weight[targets[0]] = hidden[0].float() / hidden[0].float().square().sum() * 9.8 * temperature  # this target's logit
+    to_logprobs, to_entropy = torch.randn(24, generator=g), torch.randn(24, generator=g)
+    h, w = hidden.double().requires_grad_(), weight.bfloat16().double().requires_grad_()
+    logprobs, H, S = naive(h, w, targets, temperature)
+    assert -0.02 < logprobs[0] < -0.0002
+    ((logprobs * to_logprobs).sum() + (H * to_entropy).sum()).backward()
+    found = head_like_gpu(hidden, weight, targets, temperature, width, to_logprobs, to_entropy)
+    for ours, expected in zip(found[:3], (logprobs, H, S), strict=True):
+        torch.testing.assert_close(ours.double(), expected.detach(), atol=1e-5, rtol=1e-5)
+    for ours, expected in zip(found[3:], (h.grad, w.grad), strict=True):  # the products of backward are in bfloat16
+        torch.testing.assert_close(ours.double(), expected, atol=0.02 * expected.abs().max().item(), rtol=0)
+    sure = head_like_gpu(hidden[:1], weight, targets[:1], temperature, width, to_logprobs[:1], None)[3].double()
+    logprob = naive(h[:1], w, targets[:1], temperature)[0]
+    (expected,) = torch.autograd.grad(logprob * to_logprobs[0], h)
+    assert (sure - expected[:1]).norm() < 0.02 * expected.norm(), "1 - p is taken before p is rounded to bfloat16"
+
+
+def test_on_a_gpu_all_elementwise_work_on_logits_is_compiled(monkeypatch):
+    """Outside of the compiled functions nothing as large as a tile is made, except by matrix products."""
+    N, D, V, width = 128, 8, 512, 256
+    inside, outside = [False], []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            product = func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            if not inside[0] and not product and isinstance(out, torch.Tensor) and out.numel() >= N * width:
+                outside.append(str(func))
+            return out
+
+    def compiled(function, tensor):
+        assert tensor.is_cuda
+
+        def call(*args):
+            inside[0] = True
+            out = function(*args)
+            inside[0] = False
+            return out
+
+        return call
+
+    monkeypatch.setattr(entropy, "_on_device", compiled)
+    hidden, weight, ones = torch.randn(N, D).bfloat16(), torch.randn(V, D), torch.ones(N)
+    with Watch():
+        head_like_gpu(hidden, weight, torch.zeros(N, dtype=torch.long), 0.7, width, ones, ones)
+    views = [name for name in outside if not name.startswith(("aten.permute", "aten.t.", "aten.detach"))]
+    to_float = "aten._to_copy.default"  # our stand-in for out_dtype
+    assert [name for name in views if name != to_float] == [] and len(views) <= 2 * V // width
