@@ -153,10 +153,9 @@ def policy_loss(
         raise ValueError(f"objective '{o.name}' is unknown; known: {', '.join(OBJECTIVES)}")
     if denominator is None:
         denominator = denominator_of(o, mask.sum().item(), mask.any(-1).sum().item())
-    if not logprobs.requires_grad:  # no training: the weights below still need a graph
-        logprobs = logprobs.detach().requires_grad_()
+    leaf = logprobs.detach().requires_grad_()  # gradients of logprobs themselves would start FSDP's backward hooks
     with torch.enable_grad():
-        masked_logprobs = logprobs.masked_fill(~mask, 0)
+        masked_logprobs = leaf.masked_fill(~mask, 0)
         old_logprobs = old_logprobs.masked_fill(~mask, 0)
         log_ratio = clamped(masked_logprobs.detach() - old_logprobs)  # [B, T]
         exponent = log_ratio
@@ -175,12 +174,15 @@ def policy_loss(
         token_loss = token_loss.masked_fill(~mask, 0)
 
         # Every l_t depends on its own logprob only, so one gradient gives all the weights, whatever the objective.
-        weight = -torch.autograd.grad(token_loss.sum(), logprobs, retain_graph=True)[0]
+        weight = -torch.autograd.grad(token_loss.sum(), leaf)[0]
         loss = aggregate(token_loss, mask, o.aggregation, denominator)
+        share = aggregate_weights(mask, o.aggregation, denominator).to(weight.dtype)  # [B, 1]
         if o.positive_nll_coef:  # the mean over the tokens of the correct responses, in every aggregation
             each = o.positive_nll_coef / max(1.0, correct_tokens) * (correct & mask)
             loss = loss - (each * masked_logprobs).sum()
-            weight = weight + each / aggregate_weights(mask, o.aggregation, denominator)
+            weight = weight + each / share
+        step = (logprobs - logprobs.detach()).masked_fill(~mask, 0)  # of value 0, with the gradient of logprobs
+        loss = loss.detach() - (weight * share * step).sum()
         if o.entropy_coef:
             loss = loss - o.entropy_coef * aggregate(entropy, mask, o.aggregation, denominator)
         clipped_low, clipped_high = out_of_clip(ratio, advantages, o)
@@ -209,7 +211,7 @@ def aggregate(values: Tensor, mask: Tensor, aggregation: str, denominator: float
 
 def aggregate_weights(mask: Tensor, aggregation: str, denominator: float) -> Tensor:
     """What `aggregate` multiplies each token by: [B, 1]."""
-    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1).double()
     return 1 / ((lengths if aggregation == "seq-mean-token-mean" else torch.ones_like(lengths)) * max(denominator, 1.0))
 
 

@@ -82,9 +82,8 @@ def warn(responses: list[Response]) -> None:
     unboxed = sum("\\boxed" not in r.text for r in responses) / len(responses)
     if truncated > 0.9:
         dist.say(
-            f"{truncated:.0%} of the first evaluation's responses are cut at max_response_tokens: raise it (or "
-            "eval_response_tokens, if you have set that), or look at samples.jsonl for responses that do not end, as of a "
-            "base model or of a wrong end-of-sequence token",
+            f"{truncated:.0%} of the first evaluation's responses are cut at eval_response_tokens: raise it, or look "
+            "at samples.jsonl for responses that do not end, as of a base model or of a wrong end-of-sequence token",
             warning=True,
         )
     if unboxed > 0.9:

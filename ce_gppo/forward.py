@@ -144,6 +144,7 @@ class Packing:
 
     order: Tensor  # [L]  packed indices of the sequences' tokens, one sequence after another, shared prompts repeated
     places: Tensor  # [N]  the inverse: a place in `order` of each packed token
+    as_packed: bool  # both are 0, 1, 2, ...: nothing moves
     starts: Tensor  # [B + 1]  int32, where the sequences start in `order`
     longest: int  # tokens
     blocks: list[tuple[int, int]]  # on a CPU: `order` as padded blocks [b, t] of sequences of similar length
@@ -216,8 +217,9 @@ def pack(sequences: list[list[int]], tokens: int, device: str) -> Packing:
 
     On a GPU attention takes sequences of any length. On a CPU it takes blocks, which have some padding.
     """
-    sequences = sorted(sequences, key=len)
-    blocks = [] if device.startswith("cuda") else similar_lengths([len(s) for s in sequences])
+    on_gpu = device.startswith("cuda")
+    sequences = sequences if on_gpu else sorted(sequences, key=len)
+    blocks = [] if on_gpu else similar_lengths([len(s) for s in sequences])
     lengths = [t for b, t in blocks for _ in range(b)] or [len(s) for s in sequences]
     starts = [0, *itertools.accumulate(lengths)]
     order = torch.zeros(starts[-1], dtype=torch.long)  # padding stays 0: a real token, whose result is never read
@@ -226,8 +228,9 @@ def pack(sequences: list[list[int]], tokens: int, device: str) -> Packing:
         place = slice(start, start + len(sequence))
         order[place] = torch.tensor(sequence)
         places[order[place]] = torch.arange(place.start, place.stop)  # a shared prompt's copies have equal results
+    as_packed = order.tolist() == list(range(tokens))
     starts = torch.tensor(starts, dtype=torch.int32)
-    return Packing(order.to(device), places.to(device), starts.to(device), max(lengths), blocks)
+    return Packing(order.to(device), places.to(device), as_packed, starts.to(device), max(lengths), blocks)
 
 
 def similar_lengths(lengths: list[int], waste: float = 0.15) -> list[tuple[int, int]]:
@@ -252,7 +255,9 @@ def packed_attention(
     if refused := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise UserError(f"{type(module).__name__}: attention with {refused[0]} is not supported")
     window = options.get("sliding_window")
-    q, k, v = (take(x[0].transpose(0, 1), packing.order) for x in (query, key, value))  # [L, H, d]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, d]
+    if not packing.as_packed:
+        q, k, v = (take(x, packing.order) for x in (q, k, v))  # [L, H, d]
     if query.is_cuda:
         q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
         ends = {
@@ -273,7 +278,7 @@ def packed_attention(
             )
             out.append(block.transpose(1, 2).flatten(0, 1))
         out = torch.cat(out)  # [L, H, d]
-    return take(out, packing.places)[None], None
+    return (out if packing.as_packed else take(out, packing.places))[None], None
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

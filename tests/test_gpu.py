@@ -1,11 +1,16 @@
 """What runs only on a GPU, as far as a CPU can tell: on tensors that pretend, with real signatures."""
 
+import inspect
+import itertools
 import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from ce_gppo import entropy
+import loss
+from ce_gppo import entropy, forward
+from helpers import group_of, responses_of
 from test_policy import naive
 
 
@@ -99,3 +104,65 @@ def test_on_a_gpu_all_elementwise_work_on_logits_is_compiled(monkeypatch):
     views = [name for name in outside if not name.startswith(("aten.permute", "aten.t.", "aten.detach"))]
     to_float = "aten._to_copy.default"  # our stand-in for out_dtype
     assert [name for name in views if name != to_float] == [] and len(views) <= 2 * V // width
+
+
+@pytest.mark.parametrize("options", [{}, {"positive_nll_coef": 0.1, "entropy_coef": 0.1, "dual_clip": 3.0}], ids=str)
+def test_the_loss_touches_the_model_s_graph_once(options):
+    """FSDP2 begins its backward in a hook of the outputs: a gradient taken inside the loss would start it early."""
+    g = torch.Generator().manual_seed(0)
+    outputs = torch.randn(2, 3, generator=g).requires_grad_(), torch.rand(2, 3, generator=g).requires_grad_()
+    calls = []
+    for output in outputs:
+        output.register_hook(lambda gradient: calls.append(gradient) or gradient)
+    extra = {"entropy": outputs[1], "correct": torch.tensor([[True], [False]]), "correct_tokens": 3.0}
+    mask, advantages = torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3)
+    result, _ = loss.policy_loss(outputs[0], torch.zeros(2, 3), advantages, mask, loss.Objective(**options), **extra)
+    assert not calls
+    result.backward()
+    assert len(calls) == 1 + bool(options)
+
+
+class CpuLikeGpu(str):
+    """The CPU, with the name of a GPU for those who ask."""
+
+    def startswith(self, prefix, *_):
+        return prefix == "cuda"
+
+
+VARLEN = inspect.signature(forward.varlen_attn)
+
+
+def varlen_attention(*args, **options):
+    """torch's varlen_attn by its definition, called with its real signature."""
+    call = VARLEN.bind(*args, **options).arguments
+    assert call["query"].dtype == torch.bfloat16 and call["cu_seq_q"].dtype == torch.int32
+    starts, out = call["cu_seq_q"].tolist(), []
+    assert max(b - a for a, b in itertools.pairwise(starts)) == call["max_q"] == call["max_k"]
+    for a, b in itertools.pairwise(starts):
+        q, k, v = (call[name][a:b].float().transpose(0, 1) for name in ("query", "key", "value"))  # [H, t, d]
+        left, right = call["window_size"]
+        assert right == 0
+        mask = torch.ones(b - a, b - a, dtype=torch.bool).tril()
+        mask = mask if left < 0 else mask.triu(-left)
+        out.append(F.scaled_dot_product_attention(q, k, v, mask, scale=call["scale"], enable_gqa=call["enable_gqa"]))
+    return torch.cat([x.transpose(0, 1) for x in out])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_on_a_gpu(monkeypatch, window, shared):
+    """The branch for a GPU gives what the one for a CPU gives, and moves nothing where no prompt is shared."""
+    responses = group_of(3, [4, 9, 2]) if shared else responses_of([(3, 4), (2, 9), (5, 1)])
+    on_cpu, on_gpu = (forward.collate(responses, device) for device in ("cpu", CpuLikeGpu("cpu")))
+    N = len(on_cpu.input_ids)
+    g = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, heads, N, 8, generator=g).bfloat16().float() for heads in (4, 2, 2)]
+    call = {"attention_mask": None, "scaling": 0.3, "sliding_window": window}
+    expected, _ = forward.packed_attention(None, *qkv, packing=on_cpu.packing, **call)
+    moved = []
+    monkeypatch.setattr(forward, "varlen_attn", varlen_attention)
+    monkeypatch.setattr(forward, "take", lambda *args, take=forward.take: moved.append(1) or take(*args))
+    pretending = [x.as_subclass(LikeGpu) for x in qkv]
+    found, _ = forward.packed_attention(None, *pretending, packing=on_gpu.packing, **call)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor).float(), expected, atol=1e-5, rtol=1e-5)
+    assert len(moved) == (4 if shared else 0)
