@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ce_gppo import dist
+from ce_gppo.advice import advice
 from ce_gppo.entropy import quadrants
 from ce_gppo.metrics import ALL
 from ce_gppo.types import Problem, Response, UserError
@@ -115,7 +116,7 @@ class Report:
             self.bar = None
 
     def close(self, checkpoints: list[Path]) -> None:
-        """The table at the end: what changed, how fast, where the time went, where things are."""
+        """The table at the end: what changed, how fast, where the time went, where things are. Then the advice."""
         if self.bar is not None:
             self.bar.close()
         rows = []
@@ -161,6 +162,7 @@ class Report:
             rows.append(("W&B, offline; upload with" if offline else "W&B", synced))
         width = max(len(name) for name, _ in rows)
         dist.say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+        dist.say("".join(f"\n- {sentence}" for sentence in advice(self.history, self.config)))
         self.file.close()
         self.samples.close()
 

@@ -1,0 +1,189 @@
+"""What happened in a run, from its metrics: one to four sentences, each fault with the setting to change.
+
+The limits are those of docs/metrics.md. They tell the good from the bad runs of docs/evidence.md and docs/log.md.
+"""
+
+LAST = 10  # "the end" is the mean of this many steps, or of the second half of a shorter run
+FREQUENT = 0.05  # share of the steps in which a fault has to show, twice at least
+MAX_KL_OLD = 0.01  # nats
+SURE = 0.4  # mean probability of clipped tokens: above it they are not the improbable ones that clipping is about
+MAX_TRUNCATED = 0.1
+MAX_WITHOUT_SIGNAL = 0.9
+MIN_CLIPPED = 0.001
+MAX_MISMATCH_KL = 1e-3  # nats
+CHANGED = 0.05  # of accuracy; less may be chance
+CALM = "No metric is outside its usual range."
+
+
+def advice(history: list[dict], config) -> list[str]:
+    """One to four sentences: up to three faults, the gravest first; entropy and accuracy; which way the betas pushed.
+
+    history: the rows of metrics.jsonl, in any of which a metric may be missing. config: train.py's, resolved.
+    Empty before the first step.
+    """
+    steps = [row for row in history if "entropy/mean" in row]  # without the evaluation before the first
+    if not steps:
+        return []
+    checks = [mismatch, unlearning]
+    if not unlearning(steps, config):  # it causes the others
+        checks += [far_updates, truncation, no_signal, idle_betas]
+    faults = [sentence for check in checks if (sentence := check(steps, config))]
+    summary, is_fault = entropy_for_accuracy(history, steps, config)
+    sentences = [*faults[:3], summary, *push_of_clipped(steps, config)]
+    return sentences[:4] if faults or is_fault else [CALM, *sentences]
+
+
+def mismatch(steps: list[dict], config) -> str | None:
+    kl = at_end(steps, "mismatch/kl")
+    if kl is None or kl <= MAX_MISMATCH_KL or config.rollout_correction != "none":
+        return None
+    return (
+        f"vLLM and the trainer gave the same tokens other probabilities (mismatch/kl {kl:.2g} nats at the end, where "
+        f"{MAX_MISMATCH_KL:g} is much): set rollout_correction to tis, or use the same precision on both sides."
+    )
+
+
+def unlearning(steps: list[dict], config) -> str | None:
+    far, trained = far_steps(steps, least_probability=SURE)
+    if not far:
+        return None
+    probability = sum(row["clip/prob_low"] for row in far) / len(far)
+    return (
+        f"In {len(far)} of {trained} steps, first in step {far[0]['step']}, sure tokens were unlearned: those clipped "
+        f"below had a probability of {probability:.2f} in the rollout (clip/prob_low), and kl/old reached "
+        f"{max(row['kl/old'] for row in far):.2g} nats; lower lr ({config.lr:g})"
+        + (f" or beta1 ({config.beta1:g})." if config.objective == "ce_gppo" and config.beta1 else ".")
+    )
+
+
+def far_updates(steps: list[dict], config) -> str | None:
+    far, trained = far_steps(steps)
+    if not far:
+        return None
+    return (
+        f"In {len(far)} of {trained} steps the updates went far from the policy that sampled: kl/old was above "
+        f"{MAX_KL_OLD:g} nats, and reached {max(row['kl/old'] for row in far):.2g}; lower lr ({config.lr:g})."
+    )
+
+
+def far_steps(steps: list[dict], least_probability: float = 0.0) -> tuple[list[dict], int]:
+    """(steps with kl/old above its limit and clip/prob_low above this; number of steps with updates).
+
+    Empty where these are few and not extreme: a single step with ten times the limit can end a policy.
+    """
+    trained = [row for row in steps if "kl/old" in row]
+    far = [row for row in trained if row["kl/old"] > MAX_KL_OLD]
+    far = [row for row in far if row.get("clip/prob_low", 0.0) >= least_probability]
+    enough = len(far) >= max(2, FREQUENT * len(trained)) or any(row["kl/old"] > 10 * MAX_KL_OLD for row in far)
+    return far if enough else [], len(trained)
+
+
+def truncation(steps: list[dict], config) -> str | None:
+    share = at_end(steps, "response/truncated")
+    if share is None or share <= MAX_TRUNCATED:
+        return None
+    limit = f"max_response_tokens ({config.max_response_tokens})"
+    first = steps[0].get("response/truncated", share)
+    if first > MAX_TRUNCATED:
+        return f"{share:.0%} of the responses were cut at the length limit at the end: raise {limit}."
+    return (
+        f"{share:.0%} of the responses were cut at the length limit at the end, {first:.0%} in the first step: raise "
+        f"overlong_buffer ({config.overlong_buffer}) if they repeat themselves (samples.jsonl), or else {limit}."
+    )
+
+
+def no_signal(steps: list[dict], config) -> str | None:
+    right, wrong = (at_end(steps, f"reward/group_solved_{name}") for name in ("all", "none"))
+    if right is None or wrong is None or right + wrong <= MAX_WITHOUT_SIGNAL:
+        return None
+    if min(right, wrong) > 0.2:
+        cure = f"the answers to one problem hardly differ: raise temperature ({config.temperature:g})"
+    elif right > wrong:
+        cure = "train on harder problems (train_data)"
+    else:
+        cure = "train on easier problems (train_data), or look in samples.jsonl for right answers that score 0"
+    return (
+        f"Few groups had a signal at the end: all answers were right in {right:.0%} of them, and wrong in {wrong:.0%}; "
+        f"{cure}."
+    )
+
+
+def idle_betas(steps: list[dict], config) -> str | None:
+    shares = [row["clip/low"] + row["clip/high"] for row in steps if "clip/low" in row and "clip/high" in row]
+    if not shares or config.beta1 is None or (share := sum(shares) / len(shares)) >= MIN_CLIPPED:
+        return None
+    if max(row.get("optim/updates", 2) for row in steps) == 1:
+        return (
+            "The betas did nothing: with one update per rollout no token can leave the clip interval; lower "
+            f"mini_batch_prompts ({config.mini_batch_prompts})."
+        )
+    return (
+        f"The betas did almost nothing: {share:.2%} of the tokens were outside the clip interval; take more updates "
+        f"per rollout (mini_batch_prompts, now {config.mini_batch_prompts}), a higher lr ({config.lr:g}), or a smaller "
+        f"eps_low ({config.eps_low:g}) and eps_high ({config.eps_high:g})."
+    )
+
+
+def entropy_for_accuracy(history: list[dict], steps: list[dict], config) -> tuple[str, bool]:
+    """(how far entropy went, and held-out accuracy meanwhile; whether that is a fault)."""
+    start, end = steps[0]["entropy/mean"], steps[-1]["entropy/mean"]
+    change = f"Entropy {'rose' if end > start else 'fell'} by {abs(end - start) / max(start, 1e-9):.0%}"
+    change += f", from {start:.3f} to {end:.3f} nats per token"
+    if abs(end - start) < 0.005 * start:
+        change = f"Entropy stayed at {end:.3f} nats per token"
+    evaluations = [accuracy for row in history if (accuracy := mean_accuracy(row)) is not None]
+    if len(evaluations) < 2:
+        return f"{change}.", False
+    first, last = evaluations[0], evaluations[-1]
+    said = f"{change}, while held-out accuracy went from {first:.3f} to {last:.3f}"
+    if last < first - CHANGED:
+        return f"{said}: the policy became worse; lower lr ({config.lr:g}).", True
+    if last > first + CHANGED or start / 2 < end < start * 1.5:
+        return f"{said}.", False
+    if end < start:
+        more, _ = levers(config)
+        return f"{said}: it fell without a gain; {more or f'raise entropy_coef ({config.entropy_coef:g})'}.", True
+    return f"{said}: it rose without a gain; lower lr ({config.lr:g}).", True
+
+
+def push_of_clipped(steps: list[dict], config) -> list[str]:
+    """Which way the clipped tokens pushed entropy. Empty where they got no gradient, or the objective has no betas."""
+    names = ("velocity/clipped_low", "velocity/clipped_high", "velocity/total")
+    trained = [row for row in steps if all(name in row for name in names)]
+    if not trained or config.beta1 is None:
+        return []
+    low, high, total = (1e4 * sum(row[name] for row in trained) / len(trained) for name in names)
+    if abs(low + high) < 0.05:  # shown as 0.0
+        return []
+    said = (
+        f"The clipped tokens pushed entropy {'up' if low + high > 0 else 'down'}: those below the interval by "
+        f"{low:+.1f}e-4 nats per token, those above by {high:+.1f}e-4, of {total:+.1f}e-4 in all"
+    )
+    if config.objective != "ce_gppo":
+        return [f"{said}; objective ce_gppo has betas to change that."]
+    if config.entropy_target or config.beta1_end is not None or config.beta2_end is not None:
+        return [f"{said}, with betas that moved; entropy_target, beta1_end and beta2_end say where to."]
+    more, less = levers(config)
+    ways = [f"{more} for more entropy"] * bool(more) + [f"{less} for less entropy"] * bool(less)
+    return [f"{said}; {', '.join(ways)}."]
+
+
+def levers(config) -> tuple[str, str]:
+    """How the betas give more entropy, and less. Empty where they are at their end, or the objective has none."""
+    if config.objective != "ce_gppo":
+        return "", ""
+    beta1, beta2 = config.beta1, config.beta2
+    more = [f"lower beta1 ({beta1:g})"] * (beta1 > 0) + [f"raise beta2 ({beta2:g})"] * (beta2 < 1)
+    less = [f"raise beta1 ({beta1:g})"] * (beta1 < 1) + [f"lower beta2 ({beta2:g})"] * (beta2 > 0)
+    return " or ".join(more), " or ".join(less)
+
+
+def at_end(steps: list[dict], name: str) -> float | None:
+    values = [row[name] for row in steps[-min(LAST, (len(steps) + 1) // 2) :] if name in row]
+    return sum(values) / len(values) if values else None
+
+
+def mean_accuracy(row: dict) -> float | None:
+    """avg@k of an evaluation, over all its sources; None for a row without one."""
+    values = [value for name, value in row.items() if name.startswith("eval/") and name.endswith("/avg_at_k")]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,69 @@
+"""The sentences at the end of a run, on stored runs of every kind."""
+
+import json
+import re
+
+import pytest
+
+from ce_gppo import metrics
+from ce_gppo.advice import CALM, advice
+from helpers import ROOT, resolved
+
+CASES = [json.loads(line) for line in (ROOT / "tests/cases/advice.jsonl").read_text().splitlines()]
+EXPECTED = {  # what each sentence has to contain, in its order
+    "calm": ["No metric", "Entropy fell by 60%, from 0.225 to 0.090 .* 0.303 to 0.912"],
+    "calm, betas (0, 1)": [
+        "No metric",
+        "Entropy fell by 59%",
+        r"entropy up: .*; raise beta1 \(0\) or lower beta2 \(1\)",
+    ],
+    "unlearning": [
+        r"In 4 of 40 steps, first in step 5, sure .* 0\.50 .* 0\.079 nats; lower lr \(0\.0002\) or beta1 \(0\.75\)",
+        r"from 0\.303 to 0\.237: the policy became worse; lower lr",
+        r"entropy down: .* -5\.9e-4 .* \+1\.0e-4, of -20\.6e-4 in all; lower beta1 \(0\.75\) for more entropy",
+    ],
+    "unlearning at once": [r"In 1 of 7 steps, first in step 1, .* 0\.56 nats", "rose by 218%.* worse", "entropy down"],
+    "far updates": [r"In 7 of 40 steps .* reached 0\.025; lower lr \(0\.0002\)", "Entropy fell by 60%"],
+    "truncation": ["100% .* raise max_response_tokens", "wrong in 100%; train on easier", "Entropy fell by 4%"],
+    "no signal": [
+        r"right in 40% of them, and wrong in 54%; .* raise temperature \(0\.01\)",
+        "with one update",
+        "worse",
+    ],
+    "idle betas": [r"almost nothing: 0\.00% .* higher lr \(1e-07\)", "Entropy fell by 3%"],
+    "one update": [r"with one update per rollout .* lower mini_batch_prompts \(32\)", "Entropy"],
+    "mismatch": [r"mismatch/kl 0\.004 nats .* set rollout_correction to tis", "Entropy fell by 60%"],
+    "entropy spent for nothing": [r"fell by 59%, .* without a gain; raise entropy_coef \(0\)", "entropy up"],
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_a_stored_run_gets_its_sentences(case):
+    sentences = advice(case["history"], resolved(**case["settings"]))
+    expected = EXPECTED[case["name"]]
+    assert len(sentences) == len(expected) <= 4, sentences
+    for sentence, pattern in zip(sentences, expected, strict=True):
+        assert re.search(pattern, sentence), sentence
+    assert (CALM in sentences) == case["name"].startswith("calm")
+
+
+def test_every_kind_is_stored():
+    assert [case["name"] for case in CASES] == list(EXPECTED)
+
+
+def test_a_history_with_holes_gets_sentences_or_none():
+    """A run that ends early, or metrics without a finite value, must not break the end of a run."""
+    assert advice([], resolved()) == [] == advice([{"step": 0, "eval/x/avg_at_k": 0.5}], resolved())
+    for case in CASES:
+        config = resolved(**case["settings"])
+        for name in {name for row in case["history"] for name in row} - {"step"}:
+            history = [{key: value for key, value in row.items() if key != name} for row in case["history"]]
+            assert (advice(history, config) == []) == (name == "entropy/mean")
+        assert 1 <= len(advice(case["history"][:2], config)) <= 4
+
+
+def test_what_it_reads_are_metrics():
+    read = re.findall(r'"([a-z]+/[a-z_{}]+)"', (ROOT / "ce_gppo/advice.py").read_text())
+    patterns = [metric.pattern() for metric in metrics.ALL]
+    assert len(read) > 8
+    assert all(any(p.fullmatch(name.replace("{name}", "all")) for p in patterns) for name in read), read
