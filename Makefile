@@ -12,7 +12,7 @@ FIND_PROJECT = echo "$(CURDIR)" > "$$(.venv/bin/python -c 'import site; print(si
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
 
-.PHONY: help setup data train eval figures workspace doctor bench reproduce test test-fast torture lint clean
+.PHONY: help setup data train eval figures view workspace doctor bench reproduce test test-fast torture lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -26,6 +26,9 @@ eval: setup $(if $(and $(MODEL),$(BENCH)),,data)  ## evaluate: MODEL=out/<run>/c
 
 figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 	@.venv/bin/python -m tools.figures $(RUNS) $(ARGS)
+
+view: setup  ## show what training did to single tokens, as one HTML file: RUN=out/<run>
+	@.venv/bin/python -m tools.view $(RUN) $(ARGS)
 
 workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
 	@.venv/bin/python -m tools.workspace --project $(PROJECT)

@@ -30,7 +30,7 @@ from ce_gppo.metrics import check_mismatch, step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.problems import check_files, load_sets, problems_of_step, seed_of_step
-from ce_gppo.report import Report, plan, probability_histograms, sample_rows
+from ce_gppo.report import Report, plan
 from ce_gppo.types import Problem, Response, RunEnded, Update
 from rollout import Engine, prepare_environment
 
@@ -134,7 +134,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     )
     engine.load_weights(named_weights(model))
     check_engine(engine, policy, problems[0], config, device)
-    log = Report(folder, config, state.step, state.wandb_id) if dist.is_main() else None
+    log = Report(folder, config, state.step, state.wandb_id, tokenizer) if dist.is_main() else None
     meter = Meter(model, device)
     saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
@@ -293,8 +293,8 @@ def report(
         state.control = steer(state.control, state.entropy, config.entropy_target)
     metrics |= meter.take(groups, mini_batches * config.epochs)
     if log:
-        samples = sample_rows(groups, problems, partial(reward.extract_answer, thinking=config.thinking))
-        log.log(state.step, metrics, samples, probability_histograms(flatten(mini_batches)))
+        extract = partial(reward.extract_answer, thinking=config.thinking)
+        log.log_step(state.step, metrics, groups, mini_batches, problems, extract)
 
 
 def objective_of_step(config: Config, step: int, control: tuple[float, float]) -> loss.Objective:

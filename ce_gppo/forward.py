@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ce_gppo import dist
 from ce_gppo.entropy import add_sums, token_statistics, token_sums
+from ce_gppo.tokens import follow
 from ce_gppo.types import Response, UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,8 +42,7 @@ class Policy(torch.nn.Module):
         weight = model.get_output_embeddings().weight  # [V, D]
         statistics = token_statistics(take(hidden, batch.predecessors), weight, batch.targets, temperature)
         zeros = torch.zeros(mask.shape, device=mask.device)
-        logprobs, entropy, S = (zeros.masked_scatter(mask, values) for values in statistics)
-        return logprobs, entropy, S
+        return tuple(zeros.masked_scatter(mask, values) for values in statistics)
 
 
 @torch.no_grad()
@@ -60,10 +60,9 @@ def compute_old_logprobs(
 def set_old_logprobs(responses: list[Response], logprobs: Tensor, entropy: Tensor, response_mask: Tensor) -> None:
     """Set old_logprobs and entropy from [B, R] tensors that the rollout weights gave."""
     lengths = [len(r.response_ids) for r in responses]
-    old_logprobs = logprobs.detach()[response_mask].cpu().split(lengths)
-    entropies = entropy.detach()[response_mask].cpu().split(lengths)
-    for i, response in enumerate(responses):
-        response.old_logprobs, response.entropy = old_logprobs[i], entropies[i]
+    old = (values.detach()[response_mask].cpu().split(lengths) for values in (logprobs, entropy))
+    for response, old_logprobs, old_entropy in zip(responses, *old, strict=True):
+        response.old_logprobs, response.entropy = old_logprobs, old_entropy
 
 
 def accumulate_gradients(
@@ -95,6 +94,7 @@ def accumulate_gradients(
         places += len(batch.packing.order) if chosen else 0
         old = batch.old_logprobs, batch.old_entropy
         sums.append(token_sums(info, logprobs, entropy, S, *old, batch.advantages, batch.response_mask))
+        follow(responses, chosen, batch, info, logprobs, entropy, S)
     tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in responses)
     sums = {name: value.cpu() for name, value in add_sums(sums).items()}  # other ranks have another GPU
     return losses, sums, 1 - tokens / places if places else 0.0

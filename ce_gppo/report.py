@@ -1,4 +1,4 @@
-"""What a run writes: metrics.jsonl, samples.jsonl, W&B, a bar or lines on the terminal, and a table at the end."""
+"""What a run writes: metrics, samples and tokens as JSONL, W&B, a bar or lines on a terminal, the table at the end."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,9 @@ from tqdm import tqdm
 from ce_gppo import dist
 from ce_gppo.advice import advice
 from ce_gppo.entropy import quadrants
+from ce_gppo.forward import flatten
 from ce_gppo.metrics import ALL
+from ce_gppo.tokens import token_rows
 from ce_gppo.types import Problem, Response, UserError
 
 LOGGED_SAMPLES = 4  # responses per step in samples.jsonl and in W&B
@@ -27,21 +29,37 @@ LOGGED_SAMPLES = 4  # responses per step in samples.jsonl and in W&B
 class Report:
     """One run's folder and its W&B run. `log` is called once per step; all is on the disk when it returns."""
 
-    def __init__(self, folder: Path, config, step: int, wandb_id: str):
-        """step: the last one that is kept, 0 for a new run. wandb_id: of the run's parts in W&B, which are one run."""
+    def __init__(self, folder: Path, config, step: int, wandb_id: str, tokenizer=None):
+        """step: the last one that is kept, 0 for a new run. wandb_id: of the run's parts in W&B, which are one run.
+
+        tokenizer: for the texts in tokens.jsonl.
+        """
         self.folder, self.config = folder, config
         self.path = folder / "metrics.jsonl"
         # Steps after the checkpoint will be done again; without one, the evaluation before the first step too.
         self.history = drop_later_steps(self.path, step or -1)
         drop_later_steps(folder / "samples.jsonl", step or -1)
+        drop_later_steps(folder / "tokens.jsonl", step or -1)
         self.file = self.path.open("a")
         self.samples = (folder / "samples.jsonl").open("a")
+        self.tokens = (folder / "tokens.jsonl").open("a")
+        self.tokenizer = tokenizer
         self.incomplete = False  # a write has failed: perhaps the disk is full
         self.wandb = start_wandb(folder, config, wandb_id)
         # A bar on a terminal, plain lines in a file.
         self.bar = tqdm(total=config.steps, initial=step, unit="step") if sys.stderr.isatty() else None
 
-    def log(self, step: int, metrics: dict, samples=(), histograms: dict[str, torch.Tensor] | None = None) -> None:
+    def log_step(self, step: int, metrics: dict, groups, mini_batches, problems, extract: Callable) -> None:
+        """Add a step of training, with samples, histograms, and its tokens where they are due. See sample_rows."""
+        samples = sample_rows(groups, problems, extract)
+        tokens = []
+        if step == 1 or step % self.config.eval_every == 0 or step == self.config.steps:
+            tokens = token_rows(groups, mini_batches, problems, self.tokenizer)
+        self.log(step, metrics, samples, probability_histograms(flatten(mini_batches)), tokens)
+
+    def log(
+        self, step: int, metrics: dict, samples=(), histograms: dict[str, torch.Tensor] | None = None, tokens=()
+    ) -> None:
         """Add a step, or metrics to the step that is the last one so far.
 
         What has no finite value, as the loss of a skipped update, is left out: JSON has no NaN.
@@ -52,7 +70,7 @@ class Report:
             self.incomplete = True  # the line on the disk is not what it should be
         else:
             self.history.append(row)
-        self._write(row, samples)
+        self._write(row, samples, tokens)
         self._show(row)
         if self.wandb:
             try:
@@ -61,7 +79,7 @@ class Report:
                 dist.say(f"W&B has failed and is off now ({error}); {self.path} goes on", warning=True)
                 self.wandb = None
 
-    def _write(self, row: dict, samples: list[dict]) -> None:
+    def _write(self, row: dict, samples: list[dict], tokens: list[dict]) -> None:
         try:
             if self.incomplete:  # all of it again, in a new file
                 aside = self.path.with_suffix(".partial")
@@ -71,8 +89,9 @@ class Report:
             else:
                 self.file.write(json.dumps(row) + "\n")
                 self.file.flush()
-            self.samples.writelines(json.dumps({"step": row["step"], **sample}) + "\n" for sample in samples)
-            self.samples.flush()
+            for file, more in ((self.samples, samples), (self.tokens, tokens)):
+                file.writelines(json.dumps({"step": row["step"], **each}) + "\n" for each in more)
+                file.flush()
         except OSError as error:
             dist.say(f"{self.path} is not written ({error}); trying again after the next step", warning=True)
             self.incomplete = True
@@ -162,9 +181,11 @@ class Report:
             rows.append(("W&B, offline; upload with" if offline else "W&B", synced))
         width = max(len(name) for name, _ in rows)
         dist.say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-        dist.say("".join(f"\n- {sentence}" for sentence in advice(self.history, self.config)))
+        if sentences := advice(self.history, self.config):
+            dist.say("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
         self.file.close()
         self.samples.close()
+        self.tokens.close()
 
 
 def drop_later_steps(path: Path, last_step: int) -> list[dict]:

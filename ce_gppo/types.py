@@ -32,6 +32,7 @@ class Response:
     advantage: float = 0.0
     old_logprobs: Tensor | None = None  # [R]  the trainer's, under the weights that sampled the response
     entropy: Tensor | None = None  # [R]  nats, of the same distribution
+    changes: dict[str, Tensor] | None = None  # [R] each, of a few responses: what the update did, see tokens.follow
 
 
 @dataclass

@@ -14,7 +14,7 @@ from reward import score
 PACKAGE = [  # each may import those above it, and those on its own line
     {"types", "verifier", "objectives", "corrections"},
     {"dist", "entropy", "betas"},
-    {"forward", "problems", "checkpoint", "metrics", "advice"},
+    {"forward", "tokens", "problems", "checkpoint", "metrics", "advice"},
     {"model", "perf", "config", "runs", "report", "evaluation"},
 ]
 LOSS = ("loss.py", "ce_gppo/objectives.py", "ce_gppo/corrections.py")

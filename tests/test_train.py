@@ -30,13 +30,15 @@ from tools import workspace
 
 def test_a_run_leaves_everything_behind(finished):
     folder, output = finished
-    assert {p.name for p in folder.iterdir()} >= {"config.json", "metrics.jsonl", "samples.jsonl", "source", "wandb"}
+    files = {"config.json", "metrics.jsonl", "samples.jsonl", "tokens.jsonl", "source", "wandb"}
+    assert {p.name for p in folder.iterdir()} >= files
     record = json.loads((folder / "config.json").read_text())
     assert record["config"]["steps"] == 4 and record["config"]["objective"] == "ce_gppo"
     for source in ("loss.py", "ce_gppo/forward.py"):
         assert (folder / "source" / source).read_text() == (ROOT / source).read_text()
     for phrase in ("accuracy, eval/arithmetic/avg_at_k", "entropy, nats per token", "tokens/s", "checkpoint-000004"):
         assert phrase in output
+    assert re.search("^- Entropy .* while held-out accuracy went from", output, re.M)
     assert "wandb sync" in output and list(folder.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -105,6 +107,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
     ids = [path.name.rpartition("-")[2] for path in (tmp_path / "cut" / "wandb").glob("offline-run-*")]
     assert len(ids) == 2 and ids[0] == ids[1], "both parts go into one W&B run"
     assert without_timings(metrics_of(tmp_path / "cut")) == without_timings(metrics_of(finished[0]))
+    assert (tmp_path / "cut" / "tokens.jsonl").read_text() == (finished[0] / "tokens.jsonl").read_text()
     ours, expected = (load_file(f / "checkpoint-000004" / "model.safetensors") for f in (tmp_path / "cut", finished[0]))
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
 
