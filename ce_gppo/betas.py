@@ -6,6 +6,7 @@ import re
 
 from ce_gppo.types import UserError
 
+WITH_BETAS = ("ce_gppo", "lp_only", "lp_only_half")  # objectives whose betas can be set
 GAIN, INTEGRAL_GAIN = 4.0, 0.4  # of the controller, per rollout; relative errors of entropy vary by about 0.03
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ce_gppo import dist
-from ce_gppo.betas import read_schedule
+from ce_gppo.betas import WITH_BETAS, read_schedule
 from ce_gppo.report import wandb_mode
 from ce_gppo.types import STARTING, RunEnded, UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-WITH_BETAS = ("ce_gppo", "lp_only", "lp_only_half")  # objectives whose betas can be set
 
 
 def command(main: Callable, Config: type | None = None, description: str | None = None) -> None:

@@ -1,5 +1,6 @@
 """What is logged of a rollout, against loops; the run's folder; the figures."""
 
+import itertools
 import json
 import math
 import types
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import wandb
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import loss
 import train
 from ce_gppo import config, metrics, report
 from ce_gppo.types import Problem, Response, UserError
-from helpers import resolved
+from helpers import ROOT, resolved
 from reward import extract_answer
 from tools import figures
 
@@ -88,12 +91,14 @@ def test_a_resumed_report_drops_the_steps_that_will_be_done_again(tmp_path):
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "entr'  # the disk was full, say
     (tmp_path / "metrics.jsonl").write_text(text)
     (tmp_path / "samples.jsonl").write_text(text)
+    (tmp_path / "tokens.jsonl").write_text(text)
     again = report.Report(tmp_path, types.SimpleNamespace(steps=10), 3, "x")
     again.log(4, {"entropy/mean": 0.5})
     again.close([])
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 1, 2, 3]
+    assert (tmp_path / "tokens.jsonl").read_text() == (tmp_path / "samples.jsonl").read_text()
     assert [row["step"] for row in kept] == [0, 1, 2, 3, 4] and kept[4]["entropy/mean"] == 0.5
 
 
@@ -249,3 +254,21 @@ def test_runs_are_grouped_by_everything_except_the_seed():
     name = report.group_of(resolved())
     assert name == report.group_of(resolved(seed=3, run_name="x", out="y", wandb_project="z"))
     assert name.startswith("ce_gppo-") and name != report.group_of(resolved(lr=3e-5))
+
+
+def test_what_wandb_makes_of_the_sweep_file_is_a_command_line_of_train():
+    """Every combination of the file's values, made into arguments by W&B's own code, after a way through JSON."""
+    sweep = yaml.safe_load((ROOT / "tools/sweep.yaml").read_text())
+    choices = {name: choice.get("values", [choice.get("value")]) for name, choice in sweep["parameters"].items()}
+    combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    for wanted in json.loads(json.dumps(combinations)):
+        arguments = create_sweep_command_args({"args": {name: {"value": value} for name, value in wanted.items()}})[
+            "args"
+        ]
+        given, _, _ = config.parse(train.Config, arguments, loss.PUBLISHED)
+        assert {name: getattr(given, name) for name in wanted} == wanted
+    assert len(combinations) == 36
+    patterns = [metric.pattern() for metric in metrics.ALL]
+    assert any(pattern.fullmatch(sweep["metric"]["name"]) for pattern in patterns)
+    command = [part for part in sweep["command"] if not part.startswith("$")]
+    assert command == [".venv/bin/python"] and (ROOT / sweep["program"]).exists()
