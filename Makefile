@@ -7,6 +7,7 @@ LOCK := requirements/$(PLATFORM).txt
 TORCH := $(shell grep '^torch==' $(LOCK))
 CHECK_PYTHON = test -n "$(PYTHON)" || \
 	{ echo "make: no Python 3.11 to 3.14 found; install one, or say make PYTHON=/path/to/python3" >&2; exit 2; }
+CHECK_GPU = .venv/bin/python -c 'import torch; torch.cuda.is_available() or exit("make: torch cannot use the GPU; CUDA 13.0 of requirements/cuda.txt needs driver 580 or newer, and nvidia-smi shows yours")'
 # So that `.venv/bin/python tools/evaluate.py` works as `-m tools.evaluate` does.
 FIND_PROJECT = echo "$(CURDIR)" > "$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/this-project.pth"
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
@@ -89,6 +90,7 @@ setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --no-deps -r $<
 	@$(FIND_PROJECT)
+	@$(CHECK_GPU)
 	@touch $@
 
 clean:  ## remove .venv, the default data and base policy, and caches; runs in out/ are kept

@@ -12,11 +12,13 @@ from ce_gppo import dist
 from ce_gppo.model import stop_token_ids
 from ce_gppo.types import Response, UserError, starting
 
+CPU_CACHE_GIB = 1  # vLLM's cache without a GPU, where its own VLLM_CPU_KVCACHE_SPACE is not set
+
 
 def prepare_environment() -> None:
     """What vLLM and torch read from the process's environment. Call it first, before vLLM is imported."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, weights in memory
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if torch.cuda.is_available() else "ERROR")
     if not torch.cuda.is_available():  # or vLLM pins torch to one thread, and the trainer with it
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
@@ -27,7 +29,7 @@ class Engine:
     """A vLLM engine inside this process, holding its own copy of the weights of `model`.
 
     model: folder or hub name. tokenizer: decodes. context: tokens of prompt and response together.
-    gpu_memory_utilization: share of the GPU's memory that vLLM takes. cpu_kv_cache_gib: its cache where there is none.
+    gpu_memory_utilization: share of the GPU's memory for vLLM. cpu_kv_cache_gib: its cache without a GPU.
     tensor_parallel: neighbouring ranks that hold one engine together; they must make the same calls.
     """
 
@@ -38,7 +40,7 @@ class Engine:
         *,
         context: int,
         gpu_memory_utilization: float = 0.9,
-        cpu_kv_cache_gib: float = 1.0,
+        cpu_kv_cache_gib: float | None = None,
         max_sequences: int = 512,
         tensor_parallel: int = 1,
         seed: int = 0,
@@ -50,8 +52,10 @@ class Engine:
         self.cuda = torch.cuda.is_available()
         if self.cuda:
             options = {"dtype": "bfloat16", "enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
+            options["hf_overrides"] = {"head_dtype": "float32"}  # logits that are not rounded, as the trainer's
         else:  # there gpu_memory_utilization is a share of the RAM that must be free at the start
             options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05}
+            cpu_kv_cache_gib = cpu_kv_cache_gib or float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB))
             options["kv_cache_memory_bytes"] = int(cpu_kv_cache_gib * 2**30)
         if dist.world_size() > 1:  # vLLM joins the process group that is there, and takes this rank's GPU
             options["distributed_executor_backend"] = "external_launcher"
@@ -73,7 +77,7 @@ class Engine:
         except ValueError as error:
             if "cache" not in str(error):
                 raise
-            name = "gpu_memory_utilization" if self.cuda else "cpu_kv_cache_gib"
+            name = "gpu_memory_utilization" if self.cuda else "VLLM_CPU_KVCACHE_SPACE, GiB in the environment,"
             raise UserError(f"{name} is too small for the cache of a response of {context} tokens; raise it") from None
         self.stop_token_ids = stop_token_ids(model, tokenizer)
         starting("")

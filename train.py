@@ -99,7 +99,6 @@ class Config:
     shard: bool = False  # FSDP2 instead of DDP: weights, gradients and optimizer spread over all processes
     rollout_tp: t.Count = 1  # processes that share one engine, for models too large for one GPU [32B: 2 or 4]
     gpu_memory_utilization: t.Share = 0.5  # share of the GPU's memory for vLLM, which sleeps during the updates
-    cpu_kv_cache_gib: t.Positive = 1.0  # GiB for vLLM's cache, without a GPU
 
 
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.1}
@@ -128,7 +127,6 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         tokenizer,
         context=config.max_prompt_tokens + max(config.max_response_tokens, config.eval_response_tokens),
         gpu_memory_utilization=config.gpu_memory_utilization,
-        cpu_kv_cache_gib=config.cpu_kv_cache_gib,
         tensor_parallel=config.rollout_tp,
         seed=config.seed,
     )

@@ -115,7 +115,6 @@ def quick(out: Path) -> list[str]:
     """Settings that make a run short and that no test looks at."""
     return [
         *("--out", str(out), "--train-data", rows_of("train", 256), "--eval-data", rows_of("eval", 16)),
-        *("--cpu-kv-cache-gib", "0.1"),
     ]
 
 

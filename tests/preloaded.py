@@ -3,9 +3,9 @@
 import gc
 import importlib
 
-from rollout import prepare_environment
+import rollout
 
-prepare_environment()
+rollout.prepare_environment()
 for name in (
     "train",
     "tyro",
@@ -18,5 +18,6 @@ for name in (
     "vllm.v1.worker.cpu_worker",
 ):
     importlib.import_module(name)
+rollout.CPU_CACHE_GIB = 0.1  # one takes a second to be filled with zeros
 gc.collect()
 gc.freeze()  # a forked run then collects only its own objects

@@ -269,9 +269,7 @@ def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, w
     questions = {"1+2=?": "3", "9-4+2=?": "7", "5+5-1+3+2=?": "14", "8-1-1-1-1=?": "4", "7+7=?": "14"}
     bench = write_rows(*(problem(question, answer, "sums") for question, answer in questions.items()))
     path = tmp_path / "responses.jsonl"
-    config = evaluate.Config(
-        model=BASE, bench=bench, k=4, max_response_tokens=48, write_every=8, out=str(path), cpu_kv_cache_gib=0.25
-    )
+    config = evaluate.Config(model=BASE, bench=bench, k=4, max_response_tokens=48, write_every=8, out=str(path))
     evaluate.main(config)
     whole = path.read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()[1:]]

@@ -1,6 +1,9 @@
 """Real vLLM: what it samples, what it says of it, and that the trainer's weights really arrive."""
 
 import inspect
+import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -13,7 +16,7 @@ from ce_gppo.forward import Policy, compute_old_logprobs
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.problems import load_problems
 from ce_gppo.types import Problem, UserError
-from helpers import BASE, DATA, Forked, resolved
+from helpers import BASE, DATA, ROOT, Forked, resolved
 from rollout import Engine, decode, stop_token_ids
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rollout")]  # of one engine
@@ -183,6 +186,71 @@ def test_on_a_gpu_every_response_has_a_seed_of_its_own(cuda):
     assert [params.seed for params in requests] == ([100, 104, 108] if cuda else [None] * 3)
 
 
+class Recorded:
+    """In the place of vllm.LLM. Every call must fit the signature of the installed vLLM, and is written down."""
+
+    calls = []
+
+    def __init__(self, **options):
+        import vllm
+        from vllm.engine.arg_utils import EngineArgs
+
+        known = {*inspect.signature(vllm.LLM.__init__).parameters, *inspect.signature(EngineArgs.__init__).parameters}
+        assert options.keys() <= known, options.keys() - known
+        self.options = options
+
+    def collective_rpc(self, method, kwargs):
+        from vllm import LLM
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        inspect.signature(LLM.collective_rpc).bind(self, method, kwargs=kwargs)
+        inspect.signature(getattr(GPUModelRunner, method)).bind(self, **kwargs)
+        self.calls.append((method, list(kwargs["weights_iterator"])))
+
+    def __getattr__(self, name):
+        from vllm import LLM
+
+        method = getattr(LLM, name)
+
+        def call(**kwargs):
+            inspect.signature(method).bind(self, **kwargs)
+            self.calls.append((name, kwargs))
+
+        return call
+
+
+def test_on_a_gpu_the_engine_is_called_as_vllm_wants(tiny_folder, tokenizer, monkeypatch):
+    """Options, and the way from sleep to new weights; the head's logits are in float32, as the trainer's are."""
+    import vllm
+
+    monkeypatch.setattr(vllm, "LLM", Recorded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine = Engine(str(tiny_folder), tokenizer, context=64)
+    engine.sleep()
+    engine.wake([("a", 1)])
+    assert engine.llm.calls == [
+        ("sleep", {"level": 2}),
+        ("wake_up", {"tags": ["weights"]}),
+        ("reload_weights", [("a", 1)]),
+        ("reset_prefix_cache", {}),
+        ("wake_up", {"tags": ["kv_cache"]}),
+    ]
+    options = engine.llm.options
+    read = {"dtype": options["dtype"], "hf_overrides": options["hf_overrides"]}
+    config = vllm.config.ModelConfig(str(tiny_folder), **read)
+    assert config.dtype == torch.bfloat16 and config.head_dtype == torch.float32
+    head = inspect.getsource(vllm.model_executor.layers.logits_processor.LogitsProcessor._apply_head)
+    assert "torch.mm(flat, lm_head.weight.t(), out_dtype=self.head_dtype)" in head, "the product of entropy._product"
+
+
+def test_without_a_gpu_an_install_for_one_says_what_is_wrong():
+    """The command that the Makefile runs after an install for a GPU."""
+    command = re.search(r"^CHECK_GPU = .venv/bin/python -c '(.+)'$", (ROOT / "Makefile").read_text(), re.M)[1]
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert (done.returncode == 0) == torch.cuda.is_available()
+    assert torch.cuda.is_available() or "make: torch cannot use the GPU" in done.stderr and "580" in done.stderr
+
+
 def test_a_folder_cannot_change_the_sampling(tiny_folder, tokenizer):
     """generation_config.json names end-of-sequence ids, several perhaps; its top_p and the like are not used."""
     (tiny_folder / "generation_config.json").write_text('{"eos_token_id": [5, 9], "top_p": 0.1, "temperature": 0.1}')
@@ -195,7 +263,9 @@ def test_ids_past_the_vocabulary_are_survived(tokenizer):
 
 
 def test_a_cache_too_small_for_one_response_names_the_setting(base):
-    with pytest.raises(UserError, match="cpu_kv_cache_gib is too small for the cache of a response of 512 tokens"):
+    with pytest.raises(
+        UserError, match="VLLM_CPU_KVCACHE_SPACE, .* is too small for the cache of a response of 512 tokens"
+    ):
         Engine(BASE, base[1], context=512, cpu_kv_cache_gib=0.0001)
 
 

@@ -44,7 +44,6 @@ class Config:
     out: str = ""  # JSONL file of the responses; empty: out/eval/<model>.<benchmarks>.k<k>.jsonl
     write_every: t.Count = 512  # responses sampled between two writes: a killed run loses at most these
     gpu_memory_utilization: t.Share = 0.9  # share of the GPU's memory for vLLM
-    cpu_kv_cache_gib: t.Positive = 1.0  # GiB for vLLM's cache, without a GPU
     seed: t.Seed = 0
     compare: tuple[str, str] | None = None  # two result files: where the second is better and worse than the first
 
@@ -76,7 +75,7 @@ def main(config: Config) -> None:
 
     settings = asdict(config) | {"max_response_tokens": max_tokens, "weights": fingerprint(config.model)}
     settings["data"] = hashlib.sha256(json.dumps([[p.prompt, p.answer] for p in problems]).encode()).hexdigest()
-    for name in ("out", "compare", "gpu_memory_utilization", "cpu_kv_cache_gib"):  # they change no response
+    for name in ("out", "compare", "gpu_memory_utilization"):  # they change no response
         del settings[name]
     path = Path(config.out or default_out(config, problems))
     size = max(1, config.write_every // config.k)  # problems a chunk; each has a seed of its own, so it can be redone
@@ -93,7 +92,6 @@ def main(config: Config) -> None:
             tokenizer,
             context=longest + max_tokens,
             gpu_memory_utilization=config.gpu_memory_utilization,
-            cpu_kv_cache_gib=config.cpu_kv_cache_gib,
             seed=config.seed,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
