@@ -26,7 +26,7 @@ from ce_gppo.checkpoint import State
 from ce_gppo.config import command, parse
 from ce_gppo.evaluation import check_engine, evaluate_policy
 from ce_gppo.forward import Batch, Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
-from ce_gppo.metrics import check_mismatch, step_metrics
+from ce_gppo.metrics import MEASURED, check_mismatch, step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.problems import check_files, load_sets, problems_of_step, seed_of_step
@@ -79,6 +79,7 @@ class Config:
     rollout_correction: t.one_of(corrections.KINDS) = "none"  # where vLLM and trainer differ: tis, mask or others
 
     # Updates.
+    old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios get its error
     mini_batch_prompts: t.Count = 8  # groups per update; at most max_kept_prompts / mini_batch_prompts updates [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
     lr: t.Positive = 1e-4  # AdamW learning rate [1e-6]
@@ -217,13 +218,18 @@ def select(groups: list[list[Response]], config: Config) -> tuple[list[list[Resp
 def learn(
     policy: torch.nn.Module, optimizer, groups, mini_batches, objective, lr: float, state: State, config, folder, meter
 ) -> list[Update]:
-    """Old logprobs and entropy of every response, then an update per mini-batch and epoch; each rank does its share."""
+    """Old logprobs and entropy, then an update per mini-batch and epoch; each rank does its share of both."""
     trained = {id(r) for r in flatten(mini_batches)}
-    dropped = [r for r in flatten(groups) if id(r) not in trained]
-    *shares, dropped = (own_share(part) for part in (*mini_batches, dropped))
+    others = [r for r in flatten(groups) if id(r) not in trained][::MEASURED]  # only for entropy/mean
+    *shares, others = (own_share(part) for part in (*mini_batches, others))
     with meter("old_logprobs"):
         # The first mini-batch needs no pass of its own: its update begins with the weights that sampled it.
-        pending = {id(r) for r in flatten([*shares[1:], dropped])}
+        later = flatten(shares[1:])
+        if config.old_logprobs == "sampler":
+            for r in later:
+                r.old_logprobs = r.rollout_logprobs
+            later = []
+        pending = {id(r) for r in (*later, *others)}
         pending = [r for r in flatten(groups) if id(r) in pending]  # by group, whose prompt is then computed once
         compute_old_logprobs(policy, pending, config.temperature, config.max_micro_batch_tokens, meter.device)
     updates = []
@@ -231,6 +237,7 @@ def learn(
         for share in shares * config.epochs:
             updates.append(update(policy, optimizer, share, objective, lr, config, meter.device))
             runs.watch_skipped(folder / "skipped", state, len(updates), share, updates[-1], config.lr)
+    dist.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
     return updates
 
 
@@ -281,10 +288,10 @@ def report(
     log: Report | None, problems, groups, mini_batches, updates, objective, lr: float, state: State, config, meter
 ) -> None:
     """Bring the state up to date, and log the step's metrics over all ranks. Collective."""
-    metrics = step_metrics(groups, updates, state.entropy) | {"optim/lr": lr}
+    metrics = step_metrics(groups, mini_batches, updates, state.entropy) | {"optim/lr": lr}
     if objective.beta1 is not None:
         metrics |= {"optim/beta1": objective.beta1, "optim/beta2": objective.beta2}
-    check_mismatch(metrics)
+    check_mismatch(metrics, meter.device)
     state.step, state.entropy = state.step + 1, metrics["entropy/mean"]
     state.no_signal = 0 if mini_batches else state.no_signal + 1
     if config.entropy_target:

@@ -77,7 +77,7 @@ def step(policy, optimizer, groups, config: train.Config, folder: Path, meter: M
     objective = train.objective_of_step(config, 1, state.control)
     updates = train.learn(policy, optimizer, groups, mini_batches, objective, 0.0, state, config, folder, meter)
     if everything:
-        step_metrics(groups, updates, 0.0)
+        step_metrics(groups, mini_batches, updates, 0.0)
         probability_histograms(train.flatten(mini_batches))
     else:
         torch.cat([r.entropy for r in train.flatten(groups)]).mean().item()

@@ -148,6 +148,10 @@ def check_together(given, config, published: dict[str, dict]) -> None:
             "entropy_target moves the betas: it cannot go with beta_schedule",
         ),
         (
+            config.old_logprobs == "sampler" and config.rollout_correction != "none",
+            "rollout_correction corrects from vLLM's logprobs to the trainer's: it needs old_logprobs = trainer",
+        ),
+        (
             "/" in config.run_name or config.run_name in (".", ".."),
             f"run_name = {config.run_name}: a name is needed, not a path; --out names the folder of the runs",
         ),

@@ -85,9 +85,11 @@ def accumulate_gradients(
         batch = collate(chosen, device)
         with dist.no_sync(policy) if index < len(passes) else contextlib.nullcontext():
             logprobs, entropy, S = policy(batch, temperature)  # [B, R] each
-            if chosen and chosen[0].old_logprobs is None:  # the first update of a rollout, with its weights
+            if chosen and chosen[0].entropy is None:  # not measured, as in the first update of a rollout
+                batch.old_entropy = entropy.detach()
+            if chosen and chosen[0].old_logprobs is None:
                 set_old_logprobs(chosen, logprobs, entropy, batch.response_mask)
-                batch.old_logprobs, batch.old_entropy = logprobs.detach(), entropy.detach()
+                batch.old_logprobs = logprobs.detach()
             loss, info = batch_loss(batch, logprobs, entropy)
             (loss * dist.world_size()).backward()  # DDP and FSDP2 divide by it
         losses.append(loss.item())
@@ -192,11 +194,10 @@ def collate(responses: list[Response], device: str = "cpu") -> Batch:
     lengths = torch.tensor([len(r.response_ids) for r in responses])
     response_mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, R]
 
-    def padded(values: list[Tensor]) -> Tensor:
-        return torch.zeros(response_mask.shape).masked_scatter(response_mask, torch.cat(values))
+    def padded(values: list[Tensor | None]) -> Tensor:  # None: not measured
+        values = [torch.zeros(n) if value is None else value for n, value in zip(lengths, values, strict=True)]
+        return torch.zeros(response_mask.shape).masked_scatter(response_mask, torch.cat(values)).to(device)
 
-    unknown = [torch.zeros(len(r.response_ids)) for r in responses]
-    measured = responses[0].old_logprobs is not None
     return Batch(
         input_ids=torch.tensor(ids, device=device),
         position_ids=torch.tensor(positions, device=device),
@@ -204,10 +205,10 @@ def collate(responses: list[Response], device: str = "cpu") -> Batch:
         predecessors=torch.tensor(predecessors, device=device),
         targets=torch.tensor(targets, device=device),
         response_mask=response_mask.to(device),
-        old_logprobs=padded([r.old_logprobs for r in responses] if measured else unknown).to(device),
-        old_entropy=padded([r.entropy for r in responses] if measured else unknown).to(device),
-        rollout_logprobs=padded([r.rollout_logprobs for r in responses]).to(device),
-        advantages=padded([torch.full((len(r.response_ids),), r.advantage) for r in responses]).to(device),
+        old_logprobs=padded([r.old_logprobs for r in responses]),
+        old_entropy=padded([r.entropy for r in responses]),
+        rollout_logprobs=padded([r.rollout_logprobs for r in responses]),
+        advantages=padded([torch.full((len(r.response_ids),), r.advantage) for r in responses]),
         correct=torch.tensor([[r.verdict > 0] for r in responses], device=device),
     )
 

@@ -294,7 +294,7 @@ def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: st
 
 def probability_histograms(responses: list[Response]) -> dict[str, torch.Tensor]:
     """Probabilities of the sampled tokens under the rollout weights, by quadrant, of the responses that have them."""
-    responses = [r for r in responses if r.old_logprobs is not None]
+    responses = [r for r in responses if r.entropy is not None]
     if not responses:
         return {}
     old_logprobs = torch.cat([r.old_logprobs for r in responses])  # [N]

@@ -30,8 +30,8 @@ class Response:
     verdict: float = 0.0  # the verifier's: 1 is right, 0 is wrong
     reward: float = 0.0  # the verdict, and the penalty for length if there is one
     advantage: float = 0.0
-    old_logprobs: Tensor | None = None  # [R]  the trainer's, under the weights that sampled the response
-    entropy: Tensor | None = None  # [R]  nats, of the same distribution
+    old_logprobs: Tensor | None = None  # [R]  the trainer's, under the weights that sampled the response, or vLLM's
+    entropy: Tensor | None = None  # [R]  nats, under those weights; None: not measured, and old_logprobs not either
     changes: dict[str, Tensor] | None = None  # [R] each, of a few responses: what the update did, see tokens.follow
 
 

@@ -45,8 +45,10 @@ def test_rollout_metrics_against_loops():
     groups, rewards = groups_of()
     responses = [r for group in groups for r in group]
     cuts = [(0, 1), (1, 4), (4, 6)]  # three ranks with different shares
-    parts = [metrics.own_values(groups[a:b]) for a, b in cuts]
-    found = metrics.rollout_metrics(groups, parts, previous_entropy=0.25)
+    parts = [[r for group in groups[2:] for r in group], [r for group in groups[:2] for r in group]]
+    own = [[groups[max(a, 2) : b], groups[a : min(b, 2)]] for a, b in cuts]
+    measured = [[metrics.own_values([r for group in part for r in group]) for part in rank] for rank in own]
+    found = metrics.rollout_metrics(groups, parts, measured, previous_entropy=0.25)
     entropy = np.concatenate([r.entropy.numpy() for r in responses]).astype(np.float64)
     gap = np.concatenate([(r.old_logprobs - r.rollout_logprobs).numpy() for r in responses]).astype(np.float64)
     expected = {
@@ -66,6 +68,23 @@ def test_rollout_metrics_against_loops():
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_a_sample_of_the_others_counts_for_all_of_them():
+    """entropy/mean and quantiles, by repeating each measured value as often as it stands for a token."""
+    groups, _ = groups_of()
+    parts = [[r for group in groups[2:] for r in group], [r for group in groups[:2] for r in group]]
+    for i, r in enumerate(parts[1]):
+        r.entropy = r.entropy * 2 if i % 4 == 0 else None
+    found = metrics.rollout_metrics(groups, parts, [[metrics.own_values(part) for part in parts]], None)
+    trained = torch.cat([r.entropy for r in parts[0]])
+    sample = torch.cat([r.entropy for r in parts[1][::4]])
+    tokens = sum(len(r.response_ids) for r in parts[1])
+    repeated = np.concatenate([trained.repeat(len(sample)).numpy(), sample.repeat(tokens).numpy()]).astype(np.float64)
+    assert len(sample) < tokens and found["entropy/mean"] == pytest.approx(repeated.mean(), rel=1e-5)
+    for q in (0.1, 0.9):
+        expected = np.quantile(repeated, q, method="inverted_cdf")
+        assert found[f"entropy/p{round(100 * q)}"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_histograms_hold_every_trained_token_once():

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import loss
 import train
+from ce_gppo import checkpoint, metrics, perf, runs
 from ce_gppo import config as settings
-from ce_gppo import metrics, runs
 from ce_gppo.betas import betas_of_step, steer, steered_betas
 from ce_gppo.checkpoint import State
 from ce_gppo.entropy import QUADRANTS
@@ -24,7 +24,7 @@ from ce_gppo.forward import Policy, compute_old_logprobs
 from ce_gppo.perf import Meter
 from ce_gppo.problems import problems_of_step
 from ce_gppo.types import Problem, Response, RunEnded, UserError
-from helpers import ROOT, SMALL, Forked, metrics_of, resolved, rows_of, run, start, without_timings
+from helpers import ROOT, SMALL, Forked, group_of, metrics_of, resolved, rows_of, run, start, without_timings
 from tools import workspace
 
 
@@ -234,11 +234,22 @@ def test_every_setting_says_what_it_is(capsys):
 
 @pytest.mark.parametrize(
     "gap, entropy, message",
-    [(0.2, 0.5, "do not have the same weights"), (math.nan, 0.5, "not finite"), (0.0, math.nan, "not finite")],
+    [(0.25, 0.5, "do not have the same weights"), (math.nan, 0.5, "not finite"), (0.0, math.nan, "not finite")],
 )
 def test_a_stale_engine_or_a_broken_policy_ends_the_run(gap, entropy, message):
     with pytest.raises(RunEnded, match=message):
-        metrics.check_mismatch({"mismatch/mean": gap, "entropy/mean": entropy})
+        metrics.check_mismatch({"mismatch/mean": gap, "entropy/mean": entropy}, "cpu")
+
+
+@pytest.mark.parametrize("device, level", [("cpu", 0.001), ("cuda:0", 0.05)])
+def test_a_mismatch_that_rounding_does_not_explain_is_told_once_at_each_level(device, level, capsys):
+    metrics._warn_of_mismatch.cache_clear()
+    for gap in (0.9 * level, 1.1 * level, 1.2 * level, 3.9 * level, 3.8 * level):
+        metrics.check_mismatch({"mismatch/mean": gap, "entropy/mean": 0.5}, device)
+    lines = capsys.readouterr().err.splitlines()
+    assert [f"more than {factor * level:g} nats" in line for factor, line in zip((1, 2), lines, strict=True)] == [
+        True
+    ] * 2
 
 
 def test_problems_of_a_step_cover_the_data_once_an_epoch():
@@ -376,3 +387,51 @@ def test_select_filters_caps_and_cuts_evenly():
     )
     assert len(everything[0]) == 120
     assert train.select([[response(3, False, 1.0, 0)] * 2], config)[1] == []
+
+
+def learn(model, folder, **settings):
+    """(groups, mini-batches, updates, metrics) of train.learn on six random groups, of which two have no signal."""
+    groups = [group_of(4, [3 + (5 * p + 3 * i) % 7 for i in range(8)], seed=p) for p in range(6)]
+    for p, group in enumerate(groups):
+        for i, r in enumerate(group):
+            r.old_logprobs = r.entropy = None
+            r.reward = r.verdict = float(p == 0 or (p > 1 and i % 2))
+    config = resolved(mini_batch_prompts=2, max_kept_prompts=4, **settings)
+    groups, mini_batches = train.select(groups, config)
+    state, meter = checkpoint.State("id"), perf.Meter(model, "cpu")
+    objective = train.objective_of_step(config, 1, state.control)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    updates = train.learn(Policy(model), optimizer, groups, mini_batches, objective, 0.5, state, config, folder, meter)
+    return groups, mini_batches, updates, metrics.step_metrics(groups, mini_batches, updates, None)
+
+
+def test_old_logprobs_only_of_what_trains(tiny_model, tmp_path):
+    """And the entropy of one in four of the others. All by the weights before the first update; no gradient is left."""
+    before = copy.deepcopy(tiny_model)
+    groups, mini_batches, _, row = learn(tiny_model, tmp_path)
+    everything = [r for group in groups for r in group]
+    others = [r for group in groups[:2] for r in group]
+    measured = [r for batch in mini_batches for r in batch] + others[::4]
+    assert {id(r) for r in everything if r.entropy is not None} == {id(r) for r in measured} and len(measured) == 36
+    found = [(r.old_logprobs, r.entropy) for r in measured]
+    compute_old_logprobs(Policy(before), everything, 1.0, 4096, "cpu")
+    for (old_logprobs, entropy), r in zip(found, measured, strict=True):
+        torch.testing.assert_close(old_logprobs, r.old_logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(entropy, r.entropy, atol=1e-5, rtol=0)
+    exact = torch.cat([r.entropy for r in everything]).mean().item()
+    assert row["entropy/mean"] == pytest.approx(exact, rel=0.01)
+    assert all(parameter.grad is None for parameter in tiny_model.parameters()), "vLLM needs the memory"
+
+
+def test_old_logprobs_of_the_sampler(tiny_model, tmp_path, monkeypatch):
+    """From the second mini-batch on they are vLLM's, without a pass; the first has the trainer's, which are free."""
+    passes = []
+    monkeypatch.setattr(train, "compute_old_logprobs", lambda policy, responses, *_: passes.append(responses))
+    _, (first, second), updates, row = learn(tiny_model, tmp_path, old_logprobs="sampler")
+    assert [len(responses) for responses in passes] == [4], "a sample of the groups without a signal, for entropy/mean"
+    assert all(r.entropy is not None and not torch.equal(r.old_logprobs, r.rollout_logprobs) for r in first)
+    assert all(r.entropy is None and r.old_logprobs is r.rollout_logprobs for r in second)
+    assert row["update_1/ratio_max"] == 1 and row["mismatch/mean"] > 0
+    old = torch.cat([r.rollout_logprobs for r in second]).sum()
+    assert old < 0 and row["update_2/ratio_max"] != pytest.approx(1, abs=1e-3)
+    assert sum(updates[1].sums[f"tokens/{q}"] for q in QUADRANTS) == sum(len(r.response_ids) for r in second)

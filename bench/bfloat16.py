@@ -1,0 +1,100 @@
+"""What bfloat16 does to logprobs: vLLM's and the trainer's arithmetic on a GPU, emulated on a CPU.
+
+    .venv/bin/python -m bench.bfloat16                                          the base policy of the default task
+    .venv/bin/python -m bench.bfloat16 --model out/<run>/checkpoint-000050
+
+Run it from the repository root. vLLM samples responses in float32. Their logprobs are then computed with the same
+weights in four ways: in float32; as vLLM does on a GPU, with bfloat16 weights and activations, and logits in bfloat16
+(its default) or in float32 (head_dtype, as rollout.py sets it); and as the trainer does there, with bfloat16 products
+over float32 weights. Kernels of a GPU add up in another order than these, which changes single tokens, not the scale.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import train
+from bench import common
+from ce_gppo.config import command
+from ce_gppo.forward import Batch, collate, flatten, micro_batches, take
+from ce_gppo.metrics import MAX_MISMATCH, WARN_MISMATCH, quantile
+from ce_gppo.model import load_model
+from ce_gppo.problems import load_problems
+from ce_gppo.types import Response
+from rollout import Engine, prepare_environment
+
+WAYS = ("float32", "vllm, bfloat16 head", "vllm, float32 head", "trainer")
+PAIRS = (
+    ("vllm, float32 head", "trainer"),  # what the mismatch of a run on a GPU is
+    ("vllm, bfloat16 head", "trainer"),  # what it was without head_dtype
+    ("vllm, float32 head", "float32"),
+    ("vllm, bfloat16 head", "float32"),
+    ("trainer", "float32"),
+)
+
+
+@dataclass
+class Config:
+    model: str = train.Config.model  # folder or hub name
+    data: str = train.Config.train_data  # JSONL file of problems
+    prompts: int = 64
+    responses: int = 8  # to each prompt
+    max_response_tokens: int = train.Config.max_response_tokens
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """[N, D] of the packed tokens, in the model's own dtype or in autocast's."""
+    inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "packing": batch.packing}
+    return take(model.base_model(**inputs, use_cache=False).last_hidden_state[0], batch.predecessors)
+
+
+@torch.no_grad()
+def logprobs_by_way(model: PreTrainedModel, half: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """Logprobs of the batch's response tokens, [N], in each of WAYS. half: the model in bfloat16."""
+    exact_head = model.get_output_embeddings().weight  # [V, D]
+    head = exact_head.bfloat16().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = hidden_states(model, batch).bfloat16().float()  # as Policy.forward rounds it on a GPU
+    sampled = hidden_states(half, batch).float()
+    logits = {  # products of bfloat16 factors, added up in float32
+        "float32": hidden_states(model, batch) @ exact_head.T,
+        "vllm, bfloat16 head": (sampled @ head.T).bfloat16().float(),
+        "vllm, float32 head": sampled @ head.T,
+        "trainer": trained @ head.T,
+    }
+    return {way: z.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0] for way, z in logits.items()}
+
+
+def sample(config: Config, tokenizer) -> list[Response]:
+    problems, _ = load_problems(config.data, tokenizer, train.Config.max_prompt_tokens)
+    engine = Engine(config.model, tokenizer, context=train.Config.max_prompt_tokens + config.max_response_tokens)
+    prompts = [problem.prompt_ids for problem in problems[: config.prompts]]
+    options = {"max_tokens": config.max_response_tokens, "temperature": 1.0, "seed": 0}
+    return flatten(engine.generate(prompts, config.responses, **options))
+
+
+def main(config: Config) -> None:
+    prepare_environment()
+    model, tokenizer = load_model(config.model)
+    responses = sample(config, tokenizer)
+    half, _ = load_model(config.model)
+    half = half.bfloat16()
+    batches = [collate([responses[i] for i in rows]) for rows in micro_batches(responses, 4096)]
+    parts = [logprobs_by_way(model, half, batch) for batch in batches]
+    logprobs = {way: torch.cat([part[way] for part in parts]) for way in WAYS}
+    result = {"bench": "bfloat16", "date": time.strftime("%Y-%m-%d"), "model": config.model}
+    result |= {"tokens": len(logprobs["float32"]), "warns_at": WARN_MISMATCH["cuda"], "ends_at": MAX_MISMATCH}
+    rows = [("logprobs, nats", "mean |difference|", "99 %", "largest")]
+    for a, b in PAIRS:
+        gap = (logprobs[a] - logprobs[b]).abs()
+        found = gap.mean().item(), quantile(gap, 0.99), gap.max().item()
+        result |= {f"{a} - {b}/{name}": value for name, value in zip(("mean", "p99", "max"), found, strict=True)}
+        rows.append((f"{a} - {b}", *(f"{value:.5f}" for value in found)))
+    common.show(result, rows)
+
+
+if __name__ == "__main__":
+    command(main, Config, __doc__)
