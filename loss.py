@@ -40,6 +40,7 @@ class Objective:
     dual_clip: float | None = None
     aggregation: str = "token-mean"  # of AGGREGATIONS
     max_response_tokens: int = 1  # what seq-mean-token-sum-norm divides by
+    kl_coef: float = 0.0
     entropy_coef: float = 0.0
     positive_nll_coef: float = 0.0
     rollout_correction: str = "none"  # of corrections.KINDS
@@ -129,6 +130,7 @@ def policy_loss(
     old_entropy: Tensor | None = None,
     entropy: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
     correct: Tensor | None = None,
     correct_tokens: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,14 +141,16 @@ def policy_loss(
 
     denominator: `denominator_of` the WHOLE mini-batch, over all micro-batches and ranks. The losses of the parts then
     add up to the loss of the whole. Default: this call's own.
-    old_entropy [B, T] is needed by some objectives; entropy, rollout_logprobs [B, T], correct [B, 1] and correct_tokens
-    (of the whole mini-batch) where the objective has an entropy_coef, a rollout_correction, a positive_nll_coef.
+    old_entropy [B, T] is needed by some objectives; entropy, rollout_logprobs, ref_logprobs [B, T], correct [B, 1] and
+    correct_tokens (of the whole mini-batch) where the objective has an entropy_coef, a rollout_correction, a kl_coef, a
+    positive_nll_coef.
 
     Returns (loss, info). info holds [B, T] tensors without gradient:
         log_ratio       log pi / pi_old of the token, clamped to +-20; 0 where masked
         ratio           pi / pi_old (gspo: the response's)
         weight          g = -dl/dlogprob, the gradient weight that each token really got, before aggregation
         clipped_low     ratio < 1 - eps_low and A < 0;   clipped_high   ratio > 1 + eps_high and A > 0   (bool)
+        kl_reference    of the token, with a kl_coef
     """
     o, mask = objective, mask.bool()
     if o.name not in OBJECTIVES:
@@ -171,23 +175,27 @@ def policy_loss(
             token_loss = torch.where(advantages < 0, torch.minimum(token_loss, -o.dual_clip * advantages), token_loss)
         if o.rollout_correction != "none":
             token_loss = token_loss * correction_weights(old_logprobs, rollout_logprobs, mask, o.rollout_correction)
+        info = {"log_ratio": log_ratio, "ratio": ratio}
+        if o.kl_coef:  # k3 of KL(pi || pi_ref), as in GRPO, arXiv 2402.03300, eq. 4
+            gap = clamped(ref_logprobs.masked_fill(~mask, 0) - masked_logprobs)
+            kl = gap.exp() - gap - 1
+            token_loss, info["kl_reference"] = token_loss + o.kl_coef * kl, kl.detach()
         token_loss = token_loss.masked_fill(~mask, 0)
 
         # Every l_t depends on its own logprob only, so one gradient gives all the weights, whatever the objective.
         weight = -torch.autograd.grad(token_loss.sum(), leaf)[0]
-        loss = aggregate(token_loss, mask, o.aggregation, denominator)
-        share = aggregate_weights(mask, o.aggregation, denominator).to(weight.dtype)  # [B, 1]
+        denominator, divisor = max(float(denominator), 1.0), divisors(mask, o.aggregation)
+        loss = (token_loss / divisor).sum() / denominator  # 0 without any token, not NaN
         if o.positive_nll_coef:  # the mean over the tokens of the correct responses, in every aggregation
             each = o.positive_nll_coef / max(1.0, correct_tokens) * (correct & mask)
             loss = loss - (each * masked_logprobs).sum()
-            weight = weight + each / share
+            weight = weight + each * divisor * denominator
         step = (logprobs - logprobs.detach()).masked_fill(~mask, 0)  # of value 0, with the gradient of logprobs
-        loss = loss.detach() - (weight * share * step).sum()
+        loss = loss.detach() - (weight / divisor * step).sum() / denominator
         if o.entropy_coef:
-            loss = loss - o.entropy_coef * aggregate(entropy, mask, o.aggregation, denominator)
+            loss = loss - o.entropy_coef * (entropy.masked_fill(~mask, 0) / divisor).sum() / denominator
         clipped_low, clipped_high = out_of_clip(ratio, advantages, o)
-        info = {"log_ratio": log_ratio, "ratio": ratio, "weight": weight}
-        return loss, info | {"clipped_low": clipped_low, "clipped_high": clipped_high}
+        return loss, info | {"weight": weight, "clipped_low": clipped_low, "clipped_high": clipped_high}
 
 
 def clamped(log_ratio: Tensor) -> Tensor:
@@ -201,22 +209,14 @@ def clamped(log_ratio: Tensor) -> Tensor:
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
-def aggregate(values: Tensor, mask: Tensor, aggregation: str, denominator: float) -> Tensor:
-    """[B, T] -> scalar. Empty responses count nowhere. Without any token the result is 0, not NaN."""
-    values = values.masked_fill(~mask.bool(), 0)
-    if aggregation == "seq-mean-token-mean":
-        values = values / mask.sum(-1, keepdim=True).clamp(min=1)
-    return values.sum() / max(float(denominator), 1.0)
-
-
-def aggregate_weights(mask: Tensor, aggregation: str, denominator: float) -> Tensor:
-    """What `aggregate` multiplies each token by: [B, 1]."""
-    lengths = mask.sum(-1, keepdim=True).clamp(min=1).double()
-    return 1 / ((lengths if aggregation == "seq-mean-token-mean" else torch.ones_like(lengths)) * max(denominator, 1.0))
+def divisors(mask: Tensor, aggregation: str) -> Tensor:
+    """What the losses of a response's tokens are divided by, [B, 1]: its length, or 1. Empty ones count nowhere."""
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    return lengths if aggregation == "seq-mean-token-mean" else torch.ones_like(lengths)
 
 
 def denominator_of(o: Objective, tokens: float, responses: float) -> float:
-    """What `aggregate` divides by, from the numbers of tokens and of non-empty responses in the whole mini-batch."""
+    """What the sum over all tokens is divided by: tokens and non-empty responses are those of the whole mini-batch."""
     if o.aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation '{o.aggregation}' is unknown; known: {', '.join(AGGREGATIONS)}")
     if o.aggregation == "token-mean":

@@ -30,8 +30,9 @@ from ce_gppo.metrics import MEASURED, check_mismatch, step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.problems import check_files, load_sets, problems_of_step, seed_of_step
+from ce_gppo.reference import load_reference, set_reference_logprobs
 from ce_gppo.report import Report, plan
-from ce_gppo.types import Problem, Response, RunEnded, Update
+from ce_gppo.types import Problem, Response, Update
 from rollout import Engine, prepare_environment
 
 
@@ -46,7 +47,6 @@ class Config:
     out: str = "out"  # folder of the runs
     run_name: str = ""  # its folder in `out`; empty: objective, seed and time, or an interrupted run is continued
     seed: t.Seed = 0  # for the samples and the order of the problems
-    wandb_project: str = "ce-gppo"  # W&B project of the run
 
     # Rollouts.
     steps: t.Count = 50  # rollouts, each followed by several updates
@@ -74,6 +74,7 @@ class Config:
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
     advantages: t.one_of(loss.ADVANTAGES) | None = None  # group: divided by the std; group-mean or leave-one-out: not
+    kl_coef: t.NonNegative = 0.0  # KL divergence from the model that the run began with, as in GRPO; 0: off
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
     rollout_correction: t.one_of(corrections.KINDS) = "none"  # where vLLM and trainer differ: tis, mask or others
@@ -103,7 +104,6 @@ class Config:
 
 
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.1}
-MAX_NO_SIGNAL = 20  # rollouts in a row in which every group has equal rewards, before the run ends
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,6 +123,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     state = checkpoint.load(last, model, optimizer) if last else State(wandb_id)
     dist.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))
     dist.say(plan(config, folder, model, device, sizes, state.step))
+    reference = load_reference(config, device)  # before the engine, with which the start is over
     engine = Engine(
         source,
         tokenizer,
@@ -147,21 +148,17 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
             if not groups:
                 break  # the rollout is lost, not the policy: the resumed run samples it again
             groups, mini_batches = select(groups, config)
+            set_reference_logprobs(reference, mini_batches, config, meter)
             objective = objective_of_step(config, step, state.control)
             lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
             updates = learn(policy, optimizer, groups, mini_batches, objective, lr, state, config, folder, meter)
             with meter("sync"):
                 engine.wake(named_weights(model))
             report(log, chosen, groups, mini_batches, updates, objective, lr, state, config, meter)
-            hopeless = state.no_signal >= MAX_NO_SIGNAL
-            if step % config.checkpoint_every == 0 or step == config.steps or hopeless or dist.any_rank(stop()):
+            ends = step == config.steps or state.no_signal >= runs.MAX_NO_SIGNAL
+            if step % config.checkpoint_every == 0 or ends or dist.any_rank(stop()):
                 saver.save(state)
-            if hopeless:
-                saver.finish(state)
-                raise RunEnded(
-                    f"{state.no_signal} rollouts in a row had no group with unequal rewards; use easier or harder "
-                    "problems, or look at samples.jsonl for right answers that the verifier does not find"
-                )
+            runs.check_signal(state, saver)
             evaluate(step)  # after saving: it may take long, and a resumed run makes up for it
         saver.finish(state)
     finally:
@@ -277,6 +274,7 @@ def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
             old_entropy=batch.old_entropy,
             entropy=entropy,
             rollout_logprobs=batch.rollout_logprobs,
+            ref_logprobs=batch.ref_logprobs,
             correct=batch.correct,
             correct_tokens=correct_tokens,
         )

@@ -213,6 +213,8 @@ def token_sums(
             "ratio/min": ratio.min() if len(ratio) else mask.new_tensor(torch.inf, dtype=torch.float32),
             "ratio/max": ratio.max() if len(ratio) else mask.new_tensor(-torch.inf, dtype=torch.float32),
         }
+        if "kl_reference" in values:
+            sums["kl/reference"] = values["kl_reference"].sum()
         for name, members in quadrants(old_logprobs, old_entropy, advantages).items():
             sums[f"tokens/{name}"] = members.sum()
             sums[f"entropy/{name}"] = old_entropy[members].sum()

@@ -165,6 +165,7 @@ class Batch:
     old_logprobs: Tensor  # [B, R]
     old_entropy: Tensor  # [B, R]
     rollout_logprobs: Tensor  # [B, R]
+    ref_logprobs: Tensor  # [B, R]  0 without a reference policy
     advantages: Tensor  # [B, R]
     correct: Tensor  # [B, 1]  True where the verifier found the answer right
 
@@ -208,6 +209,7 @@ def collate(responses: list[Response], device: str = "cpu") -> Batch:
         old_logprobs=padded([r.old_logprobs for r in responses]),
         old_entropy=padded([r.entropy for r in responses]),
         rollout_logprobs=padded([r.rollout_logprobs for r in responses]),
+        ref_logprobs=padded([r.ref_logprobs for r in responses]),
         advantages=padded([torch.full((len(r.response_ids),), r.advantage) for r in responses]),
         correct=torch.tensor([[r.verdict > 0] for r in responses], device=device),
     )

@@ -147,6 +147,13 @@ METRICS = {
             swept=True,
         ),
         Metric(
+            "kl/reference",
+            "nats",
+            "divergence from the model that the run began with (k3), of the trained tokens; with kl_coef",
+            "grows slowly",
+            always=False,
+        ),
+        Metric(
             "update_<k>/clip_low clip_high weight_low weight_high ratio_min ratio_max kl_old",
             "",
             "the same by update within the step; the first update is at ratio 1",

@@ -29,7 +29,7 @@ class Meter:
     def __call__(self, part: str):
         start = self._now()
         yield
-        self.seconds[f"time/{part}"] = self._now() - start
+        self.seconds[f"time/{part}"] = self.seconds.get(f"time/{part}", 0.0) + self._now() - start
 
     def take(self, groups: list[list[Response]], mini_batches: list[list[Response]]) -> dict[str, float]:
         """time/* and perf/* of the step: of all that happened since the last `take`."""

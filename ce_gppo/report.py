@@ -206,6 +206,8 @@ def drop_later_steps(path: Path, last_step: int) -> list[dict]:
 def start_wandb(folder: Path, config, run_id: str):
     """A W&B run, or None where WANDB_MODE=disabled. Offline without a key: nothing here asks for an account.
 
+    It belongs to the project WANDB_PROJECT, by default ce-gppo, of WANDB_ENTITY, by default the key's owner.
+
     A resumed run has the run_id of before, and goes on in the same W&B run.
     """
     mode = wandb_mode()
@@ -214,8 +216,7 @@ def start_wandb(folder: Path, config, run_id: str):
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    entity, _, project = config.wandb_project.rpartition("/")
-    options = {"entity": entity or None, "project": project, "group": group_of(config), "name": folder.name}
+    options = {"project": os.environ.get("WANDB_PROJECT", "ce-gppo"), "group": group_of(config), "name": folder.name}
     options |= {"dir": folder, "id": run_id, "mode": mode}
     if mode != "offline":
         options |= {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
@@ -238,7 +239,7 @@ def start_wandb(folder: Path, config, run_id: str):
 def group_of(config) -> str:
     """The same name for runs that differ only in their seed and in where they are written."""
     settings = dataclasses.asdict(config)
-    for name in ("seed", "run_name", "out", "wandb_project"):
+    for name in ("seed", "run_name", "out"):
         del settings[name]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return f"{config.objective}-{digest[:6]}"

@@ -20,6 +20,7 @@ from ce_gppo.types import Response, RunEnded, Update, UserError
 
 ROOT = Path(__file__).parents[1]
 MAX_SKIPPED_UPDATES = 5  # in a row, before the run ends
+MAX_NO_SIGNAL = 20  # rollouts in a row in which every group has equal rewards, before the run ends
 
 
 def locate(config, resume: str) -> tuple[Path, Path | None]:
@@ -207,4 +208,14 @@ def watch_skipped(
         raise RunEnded(
             f"{state.skipped} updates in a row had no finite gradient; {folder} has their inputs, "
             f"and a lower lr than {lr:g} may help"
+        )
+
+
+def check_signal(state: checkpoint.State, saver: checkpoint.Saver) -> None:
+    """RunEnded after MAX_NO_SIGNAL rollouts from which nothing could be learned, once the checkpoint is written."""
+    if state.no_signal >= MAX_NO_SIGNAL:
+        saver.finish(state)
+        raise RunEnded(
+            f"{state.no_signal} rollouts in a row had no group with unequal rewards; use easier or harder "
+            "problems, or look at samples.jsonl for right answers that the verifier does not find"
         )

@@ -288,6 +288,22 @@ def test_cispo_is_ce_gppo_inside_the_interval():
     assert not torch.allclose(gradient(wide, objective="cispo"), gradient(wide, objective="ce_gppo"))
 
 
+def test_kl_to_the_reference_is_k3():
+    """Its value and gradient by autograd over the estimator's own formula; what is masked is never read."""
+    case = random_case(17)
+    g = torch.Generator().manual_seed(17)
+    reference = case["old_logprobs"] + torch.randn(case["mask"].shape, generator=g, dtype=torch.float64)
+    settings = {"kl_coef": 0.3, "ref_logprobs": reference.masked_fill(~case["mask"], torch.nan)}
+    logprobs = case["logprobs"].clone().requires_grad_()
+    k3 = (reference - logprobs).exp() - (reference - logprobs) - 1
+    (0.3 * k3[case["mask"]].mean()).backward()
+    torch.testing.assert_close(gradient(case, **settings) - gradient(case), logprobs.grad, atol=1e-12, rtol=0)
+    value, info = policy_loss(**case, **settings)
+    expected = policy_loss(**case)[0] + 0.3 * k3[case["mask"]].mean()
+    assert value.item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(info["weight"], -gradient(case, **settings) * case["mask"].sum())
+
+
 def test_rloo_is_reinforce_at_any_ratio():
     case = random_case(10)
     expected = -case["advantages"] * case["mask"] / case["mask"].sum()

@@ -13,6 +13,8 @@ from ce_gppo import entropy, forward, perf
 from ce_gppo.entropy import token_statistics
 from ce_gppo.forward import Policy
 from ce_gppo.model import load_model
+from ce_gppo.perf import Meter
+from ce_gppo.reference import load_reference, set_reference_logprobs
 from ce_gppo.types import Response, UserError
 from helpers import group_of, resolved, responses_of
 from tools import doctor
@@ -243,7 +245,9 @@ def test_positive_nll_is_the_mean_over_correct_responses(tiny_model):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"dual_clip": 1.5}, {"rollout_correction": "tis"}, {"rollout_correction": "mask"}], ids=str
+    "changes",
+    [{}, {"dual_clip": 1.5}, {"rollout_correction": "tis"}, {"rollout_correction": "mask"}, {"kl_coef": 0.3}],
+    ids=str,
 )
 def test_options_through_the_real_update(tiny_model, changes):
     """The equation token by token, in Python, by autograd over whole logits."""
@@ -252,11 +256,13 @@ def test_options_through_the_real_update(tiny_model, changes):
     for r in responses:  # ratios on both sides of the interval, and an engine that disagrees
         r.old_logprobs = logprobs_of(tiny_model, r).detach() + 0.6 * torch.randn(len(r.response_ids), generator=g)
         r.rollout_logprobs = r.old_logprobs + torch.randn(len(r.response_ids), generator=g)
+        r.ref_logprobs = r.old_logprobs + torch.randn(len(r.response_ids), generator=g)
     found, _ = update_gradient(tiny_model, responses, objective="ce_gppo", max_micro_batch_tokens=30, **changes)
     tiny_model.zero_grad()
     total, kinds = torch.zeros(()), set()
     for r in responses:
-        for logprob, old, vllm in zip(logprobs_of(tiny_model, r), r.old_logprobs, r.rollout_logprobs, strict=True):
+        old_ones = r.old_logprobs, r.rollout_logprobs, r.ref_logprobs
+        for logprob, old, vllm, reference in zip(logprobs_of(tiny_model, r), *old_ones, strict=True):
             delta, A = (logprob - old).exp(), r.advantage
             if delta < 0.8 and A < 0:
                 kind, token = "low", -0.75 * 0.8 / delta.detach() * delta * A
@@ -272,6 +278,9 @@ def test_options_through_the_real_update(tiny_model, changes):
             elif changes.get("rollout_correction") == "mask" and not 0.5 <= correction <= 2:
                 kind, token = "masked", 0 * token
             kinds.add(kind)
+            if "kl_coef" in changes:
+                kind, token = "kl", token + 0.3 * ((reference - logprob).exp() - (reference - logprob) - 1)
+            kinds.add(kind)
             total = total + token
     (total / sum(len(r.response_ids) for r in responses)).backward()
     expected = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
@@ -283,6 +292,21 @@ def logprobs_of(model, response: Response) -> torch.Tensor:
     """[R], by transformers with its own attention."""
     log_p = torch.log_softmax(naive_logits(model, response), -1)
     return log_p.gather(1, torch.tensor(response.response_ids)[:, None])[:, 0]
+
+
+def test_the_reference_is_the_model_that_the_run_began_with(tiny_model, tiny_folder):
+    """Its logprobs are those of the folder, whatever the policy has become; without a kl_coef it is not even loaded."""
+    config = resolved(model=str(tiny_folder), kl_coef=0.1, max_micro_batch_tokens=20)
+    assert load_reference(resolved(model="no/such/model"), "cpu") is None
+    reference = load_reference(config, "cpu")
+    mini_batches = [responses_of([(4, 9), (3, 5)]), responses_of([(2, 3)], seed=1)]
+    expected = [logprobs_of(tiny_model, r).detach() for batch in mini_batches for r in batch]
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter.add_(1)
+    set_reference_logprobs(reference, mini_batches, config, Meter(tiny_model, "cpu"))
+    for r, logprobs in zip(sum(mini_batches, []), expected, strict=True):
+        torch.testing.assert_close(r.ref_logprobs, logprobs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("aggregation", loss.AGGREGATIONS)

@@ -246,7 +246,7 @@ def test_metrics_are_json_always(tmp_path, monkeypatch):
 
 
 def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
-    """entity/project, an empty WANDB_MODE, a key in $NETRC; and all parts of an offline run are to be uploaded."""
+    """WANDB_PROJECT, an empty WANDB_MODE, a key in $NETRC; and all parts of an offline run are to be uploaded."""
     seen = []
     real = wandb.init
     monkeypatch.setattr(wandb, "init", lambda **options: seen.append(options) or real(**options))
@@ -256,11 +256,12 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="WANDB_MODE=quiet: online, offline"):  # before anything else
         config.parse(train.Config, [], loss.PUBLISHED)
     monkeypatch.setenv("WANDB_MODE", "")
-    for step in (0, 1):
-        log = report.Report(tmp_path, resolved(wandb_project="team/sums"), step, "abcd1234")
+    for step, project in enumerate(("", "sums")):
+        monkeypatch.setenv("WANDB_PROJECT", project)
+        log = report.Report(tmp_path, resolved(), step, "abcd1234")
         log.log(step + 1, {"entropy/mean": 0.5})
         log.close([])
-    assert all((o["entity"], o["project"], o["mode"]) == ("team", "sums", "offline") for o in seen)
+    assert [(o["project"], o["mode"]) for o in seen] == [("ce-gppo", "offline"), ("sums", "offline")]
     parts = sorted(str(path) for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert len(parts) == 2 and f"sync --id abcd1234 {' '.join(parts)}" in capsys.readouterr().out
     (tmp_path / "keys").write_text("machine api.wandb.ai login user password " + "0" * 40)
@@ -271,7 +272,7 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
 
 def test_runs_are_grouped_by_everything_except_the_seed():
     name = report.group_of(resolved())
-    assert name == report.group_of(resolved(seed=3, run_name="x", out="y", wandb_project="z"))
+    assert name == report.group_of(resolved(seed=3, run_name="x", out="y"))
     assert name.startswith("ce_gppo-") and name != report.group_of(resolved(lr=3e-5))
 
 

@@ -24,7 +24,7 @@ from ce_gppo.types import UserError
 
 QUADRANTS = {"pa_lp": "PA&LP", "na_hp": "NA&HP", "pa_hp": "PA&HP", "na_lp": "NA&LP"}  # the first two raise entropy
 QUADRANT_COLORS = {"pa_lp": "#2a9d8f", "na_hp": "#8ecae6", "pa_hp": "#f4a261", "na_lp": "#d62828"}
-NOT_SETTINGS = ("seed", "run_name", "out", "resume", "wandb_project")  # runs of one group may differ in these
+NOT_SETTINGS = ("seed", "run_name", "out", "resume")  # runs of one group may differ in these
 
 
 @dataclass
