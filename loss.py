@@ -120,30 +120,20 @@ def out_of_clip(ratio: Tensor, advantages: Tensor, o: Objective) -> tuple[Tensor
 
 
 def policy_loss(
+    batch,
     logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    entropy: Tensor | None,
     objective: Objective,
-    *,
     denominator: float | None = None,
-    old_entropy: Tensor | None = None,
-    entropy: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    correct: Tensor | None = None,
     correct_tokens: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one micro-batch, and what it did to each token.
 
-    logprobs, old_logprobs, advantages, mask: [B, T], aligned with the response's tokens. old_logprobs are the
-    trainer's own, under the rollout weights. Values where mask is 0 are never read.
-
+    batch: a forward.Batch, or anything that has response_mask, old_logprobs, advantages [B, T], and what the objective
+    needs of old_entropy, rollout_logprobs, ref_logprobs [B, T], correct [B, 1]. logprobs, entropy [B, T]: the policy's
+    now. All are aligned with the response's tokens. Values where the mask is 0 are never read.
     denominator: `denominator_of` the WHOLE mini-batch, over all micro-batches and ranks. The losses of the parts then
-    add up to the loss of the whole. Default: this call's own.
-    old_entropy [B, T] is needed by some objectives; entropy, rollout_logprobs, ref_logprobs [B, T], correct [B, 1] and
-    correct_tokens (of the whole mini-batch) where the objective has an entropy_coef, a rollout_correction, a kl_coef, a
-    positive_nll_coef.
+    add up to the loss of the whole. Default: this call's own. correct_tokens: of the whole mini-batch, too.
 
     Returns (loss, info). info holds [B, T] tensors without gradient:
         log_ratio       log pi / pi_old of the token, clamped to +-20; 0 where masked
@@ -152,7 +142,7 @@ def policy_loss(
         clipped_low     ratio < 1 - eps_low and A < 0;   clipped_high   ratio > 1 + eps_high and A > 0   (bool)
         kl_reference    of the token, with a kl_coef
     """
-    o, mask = objective, mask.bool()
+    o, mask = objective, batch.response_mask.bool()
     if o.name not in OBJECTIVES:
         raise ValueError(f"objective '{o.name}' is unknown; known: {', '.join(OBJECTIVES)}")
     if denominator is None:
@@ -160,24 +150,26 @@ def policy_loss(
     leaf = logprobs.detach().requires_grad_()  # gradients of logprobs themselves would start FSDP's backward hooks
     with torch.enable_grad():
         masked_logprobs = leaf.masked_fill(~mask, 0)
-        old_logprobs = old_logprobs.masked_fill(~mask, 0)
+        old_logprobs = batch.old_logprobs.masked_fill(~mask, 0)
         log_ratio = clamped(masked_logprobs.detach() - old_logprobs)  # [B, T]
         exponent = log_ratio
         if o.name == "gspo":
             exponent = (log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
         ratio = exponent.exp()  # [B, T]
         unit = (masked_logprobs - masked_logprobs.detach()).exp()
-        advantages = advantages.masked_fill(~mask, 0)
+        advantages = batch.advantages.masked_fill(~mask, 0)
 
-        tokens = Tokens(ratio, unit, advantages, masked_logprobs, old_logprobs, old_entropy)
+        tokens = Tokens(ratio, unit, advantages, masked_logprobs, old_logprobs, batch.old_entropy)
         token_loss = OBJECTIVES[o.name][0](tokens, o)
         if o.dual_clip is not None:  # arXiv 1912.09729: bounds the loss of NA, and ends its gradient, at delta > c
             token_loss = torch.where(advantages < 0, torch.minimum(token_loss, -o.dual_clip * advantages), token_loss)
         if o.rollout_correction != "none":
-            token_loss = token_loss * correction_weights(old_logprobs, rollout_logprobs, mask, o.rollout_correction)
+            token_loss = token_loss * correction_weights(
+                old_logprobs, batch.rollout_logprobs, mask, o.rollout_correction
+            )
         info = {"log_ratio": log_ratio, "ratio": ratio}
         if o.kl_coef:  # k3 of KL(pi || pi_ref), as in GRPO, arXiv 2402.03300, eq. 4
-            gap = clamped(ref_logprobs.masked_fill(~mask, 0) - masked_logprobs)
+            gap = clamped(batch.ref_logprobs.masked_fill(~mask, 0) - masked_logprobs)
             kl = gap.exp() - gap - 1
             token_loss, info["kl_reference"] = token_loss + o.kl_coef * kl, kl.detach()
         token_loss = token_loss.masked_fill(~mask, 0)
@@ -187,7 +179,7 @@ def policy_loss(
         denominator, divisor = max(float(denominator), 1.0), divisors(mask, o.aggregation)
         loss = (token_loss / divisor).sum() / denominator  # 0 without any token, not NaN
         if o.positive_nll_coef:  # the mean over the tokens of the correct responses, in every aggregation
-            each = o.positive_nll_coef / max(1.0, correct_tokens) * (correct & mask)
+            each = o.positive_nll_coef / max(1.0, correct_tokens) * (batch.correct & mask)
             loss = loss - (each * masked_logprobs).sum()
             weight = weight + each * divisor * denominator
         step = (logprobs - logprobs.detach()).masked_fill(~mask, 0)  # of value 0, with the gradient of logprobs

@@ -25,14 +25,14 @@ from ce_gppo.betas import betas_of_step, steer
 from ce_gppo.checkpoint import State
 from ce_gppo.config import command, parse
 from ce_gppo.evaluation import check_engine, evaluate_policy
-from ce_gppo.forward import Batch, Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
+from ce_gppo.forward import Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
 from ce_gppo.metrics import MEASURED, check_mismatch, step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
-from ce_gppo.problems import check_files, load_sets, problems_of_step, seed_of_step
+from ce_gppo.problems import check_files, load_sets, problems_of_batch, seed_of_step
 from ce_gppo.reference import load_reference, set_reference_logprobs
 from ce_gppo.report import Report, plan
-from ce_gppo.types import Problem, Response, Update
+from ce_gppo.types import Problem, Response, Update, has_signal
 from rollout import Engine, prepare_environment
 
 
@@ -50,12 +50,13 @@ class Config:
 
     # Rollouts.
     steps: t.Count = 50  # rollouts, each followed by several updates
-    prompts_per_step: t.Count = 64  # problems per rollout [256]
+    prompts_per_step: t.Count = 64  # problems per batch of a rollout [256]
     responses_per_prompt: t.GroupSize = 8  # responses to each problem, one group
     temperature: t.Positive = 1.0  # sampling temperature; logprobs in training use it too
     max_prompt_tokens: t.Count = 64  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: t.Count = 64  # longer responses are cut, and are wrong unless already boxed [16384]
     filter_groups: bool = True  # drop groups of equal rewards, which have no signal (DAPO's dynamic sampling)
+    max_rollout_batches: t.Count | None = None  # sample again where too few groups have a signal; None: 1, dapo: 3 [1]
     max_kept_prompts: t.Count = 64  # groups trained on at most, of those with a signal [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
@@ -85,7 +86,6 @@ class Config:
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
     lr: t.Positive = 1e-4  # AdamW learning rate [1e-6]
     warmup_steps: t.CountOrZero = 5  # rollouts over which the learning rate grows to lr, then constant [10]
-    max_grad_norm: t.Positive = 1.0  # gradients are clipped to this norm
     max_micro_batch_tokens: t.Count = 16384  # tokens in one pass through the model; bounds the memory
     gradient_checkpointing: bool = False  # recompute the layers in backward: a third more time, far less memory [true]
 
@@ -104,6 +104,7 @@ class Config:
 
 
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.1}
+MAX_GRAD_NORM = 1.0  # gradients are clipped to it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,8 +144,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         evaluate(state.step)  # before the first step, or of a resumed run that was stopped while it evaluated
         while state.step < config.steps and not dist.any_rank(stop()):
             step = state.step + 1
-            chosen = problems_of_step(problems, step, config.prompts_per_step, config.seed)
-            groups = sample(engine, chosen, step, config, meter, stop)
+            chosen, groups = sample(engine, problems, state.batches, config, meter, stop)
             if not groups:
                 break  # the rollout is lost, not the policy: the resumed run samples it again
             groups, mini_batches = select(groups, config)
@@ -173,37 +173,47 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
 
 
 def sample(
-    engine: Engine, problems: list[Problem], step: int, config: Config, meter: Meter, stop: Callable[[], bool]
-) -> list[list[Response]]:
-    """A group of responses to each problem, with rewards, sampled over all ranks. Empty once `stop` is true."""
+    engine: Engine, problems: list[Problem], batches: int, config: Config, meter: Meter, stop: Callable[[], bool]
+) -> tuple[list[Problem], list[list[Response]]]:
+    """(problems, a group of responses to each, with rewards), over all ranks. Empty once `stop` is true.
+
+    Batches of prompts are sampled until max_kept_prompts groups have a signal (DAPO's dynamic sampling), at most
+    max_rollout_batches of them. batches: those of earlier steps, which decide the problems and the samples of this one.
+    """
+    chosen, groups = [], []
+    for batch in range(batches + 1, batches + 1 + config.max_rollout_batches):
+        with meter("rollout"):
+            new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
+            mine = dist.round_robin(len(new), config.rollout_tp)  # what this rank's engine samples
+            scorer = reward.BackgroundScorer([new[i].answer for i in mine], thinking=config.thinking)
+            sampled = engine.generate(
+                [new[i].prompt_ids for i in mine],
+                config.responses_per_prompt,
+                max_tokens=config.max_response_tokens,
+                temperature=config.temperature,
+                seed=seed_of_step(config.seed, batch, dist.rank() // config.rollout_tp),
+                on_group=scorer.add,  # the verifier begins with the first complete group
+                stop=stop,
+            )
+            if dist.any_rank(stop()):
+                return [], []
+        with meter("reward"):
+            reward.set_rewards(sampled, scorer.finish(), config.max_response_tokens, config.overlong_buffer)
+            chosen, groups = chosen + new, groups + dist.gather_dealt(sampled, config.rollout_tp)
+        if sum(map(has_signal, groups)) >= config.max_kept_prompts:
+            break
     with meter("rollout"):
-        mine = dist.round_robin(len(problems), config.rollout_tp)  # what this rank's engine samples
-        scorer = reward.BackgroundScorer([problems[i].answer for i in mine], thinking=config.thinking)
-        groups = engine.generate(
-            [problems[i].prompt_ids for i in mine],
-            config.responses_per_prompt,
-            max_tokens=config.max_response_tokens,
-            temperature=config.temperature,
-            seed=seed_of_step(config.seed, step, dist.rank() // config.rollout_tp),
-            on_group=scorer.add,  # the verifier begins with the first complete group
-            stop=stop,
-        )
-        if dist.any_rank(stop()):
-            return []
         engine.sleep()
-    with meter("reward"):
-        reward.set_rewards(groups, scorer.finish(), config.max_response_tokens, config.overlong_buffer)
-        return dist.gather_dealt(groups, config.rollout_tp)
+    return chosen, groups
 
 
 def select(groups: list[list[Response]], config: Config) -> tuple[list[list[Response]], list[list[Response]]]:
     """(the groups with their advantages, the mini-batches to train on). Pure: the arguments stay as they are."""
     rewards = torch.tensor([[r.reward for r in group] for group in groups])  # [P, G]
     advantages = loss.group_advantages(rewards, config.advantages).tolist()  # [P, G]
-    has_signal = (rewards.amax(1) > rewards.amin(1)).tolist()  # [P]
     for_each = zip(groups, advantages, strict=True)
     groups = [[replace(r, advantage=a) for r, a in zip(*pair, strict=True)] for pair in for_each]
-    kept = [group for group, signal in zip(groups, has_signal, strict=True) if signal or not config.filter_groups]
+    kept = [group for group in groups if has_signal(group) or not config.filter_groups]
     if config.mask_truncated:  # neither in the loss nor in its denominator
         kept = [[r for r in group if not r.truncated] for group in kept]
     kept = [group for group in kept if group][: config.max_kept_prompts]
@@ -243,7 +253,7 @@ def update(policy, optimizer, responses: list[Response], objective, lr: float, c
     dist.zero_gradients(policy, optimizer)
     passes = config.temperature, config.max_micro_batch_tokens, device
     losses, sums, padding = accumulate_gradients(policy, responses, loss_of(responses, objective), *passes)
-    grad_norm = dist.clip_gradients(policy, config.max_grad_norm)
+    grad_norm = dist.clip_gradients(policy, MAX_GRAD_NORM)
     skipped = dist.any_rank(not math.isfinite(grad_norm + sum(losses)))
     if not skipped:
         for group in optimizer.param_groups:
@@ -262,24 +272,8 @@ def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
         sum(len(r.response_ids) for r in responses if r.verdict > 0),
         len(responses),
     )
-
-    def batch_loss(batch: Batch, logprobs: torch.Tensor, entropy: torch.Tensor):
-        return loss.policy_loss(
-            logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            batch.response_mask,
-            objective,
-            denominator=loss.denominator_of(objective, tokens, sequences),
-            old_entropy=batch.old_entropy,
-            entropy=entropy,
-            rollout_logprobs=batch.rollout_logprobs,
-            ref_logprobs=batch.ref_logprobs,
-            correct=batch.correct,
-            correct_tokens=correct_tokens,
-        )
-
-    return batch_loss
+    denominator = loss.denominator_of(objective, tokens, sequences)
+    return partial(loss.policy_loss, objective=objective, denominator=denominator, correct_tokens=correct_tokens)
 
 
 def report(
@@ -290,6 +284,7 @@ def report(
     if objective.beta1 is not None:
         metrics |= {"optim/beta1": objective.beta1, "optim/beta2": objective.beta2}
     check_mismatch(metrics, meter.device)
+    state.batches += len(groups) // config.prompts_per_step
     state.step, state.entropy = state.step + 1, metrics["entropy/mean"]
     state.no_signal = 0 if mini_batches else state.no_signal + 1
     if config.entropy_target:

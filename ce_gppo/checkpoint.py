@@ -35,6 +35,7 @@ class State:
 
     wandb_id: str
     step: int = 0  # the last one that is done
+    batches: int = 0  # of prompts, sampled in these steps
     entropy: float | None = None  # mean of the last rollout, nats
     control: tuple[float, float] = (0.5, 0.0)  # the entropy controller's u and relative error
     skipped: int = 0  # updates without a finite gradient, in a row

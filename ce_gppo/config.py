@@ -109,6 +109,7 @@ def resolve(config, published: dict[str, dict]):
     values = dict(published[config.objective])
     values["eval_response_tokens"] = config.max_response_tokens
     values["overlong_buffer"] = config.max_response_tokens // 5 if config.objective == "dapo" else 0  # dapo: its paper
+    values["max_rollout_batches"] = 3 if config.objective == "dapo" and config.filter_groups else 1
     unset = {name: value for name, value in values.items() if getattr(config, name) is None}
     given, config = config, dataclasses.replace(config, **unset)
     check_together(given, config, published)
@@ -126,8 +127,14 @@ def check_together(given, config, published: dict[str, dict]) -> None:
     read_schedule(config.beta_schedule)
     for wrong, message in (
         (
-            config.max_kept_prompts > config.prompts_per_step,
-            f"max_kept_prompts = {config.max_kept_prompts} is more than prompts_per_step = {config.prompts_per_step}",
+            config.max_kept_prompts > config.prompts_per_step * config.max_rollout_batches,
+            f"max_kept_prompts = {config.max_kept_prompts} is more than prompts_per_step = {config.prompts_per_step}"
+            + (f" in {config.max_rollout_batches} batches" if config.max_rollout_batches > 1 else ""),
+        ),
+        (
+            config.max_rollout_batches > 1 and not config.filter_groups,
+            f"max_rollout_batches = {config.max_rollout_batches}: without filter_groups no group is dropped, so that "
+            "nothing is sampled again",
         ),
         (
             config.max_kept_prompts % config.mini_batch_prompts,

@@ -106,6 +106,8 @@ METRICS = {
             always=False,
             swept=True,
         ),
+        Metric("rollout/prompts", "", "prompts sampled: prompts_per_step, or more where max_rollout_batches allows it"),
+        Metric("rollout/unused", "share", "of the sampled responses that no update used", "below 0.5"),
         Metric("response/length_mean length_max", "tokens", "length of the responses", swept=True),
         Metric("response/truncated", "share", "responses cut at the length limit", "below 0.1", swept=True),
     ],
@@ -227,6 +229,8 @@ def step_metrics(
             parts[id(response) not in trained].append(response)
     measured = dist.all_gather([own_values(part) for part in parts])
     metrics = rollout_metrics(groups, parts, measured, previous_entropy)
+    metrics["rollout/prompts"] = len(groups)
+    metrics["rollout/unused"] = 1 - sum(map(len, mini_batches)) / sum(map(len, groups))
     return metrics | updates_to_metrics(dist.all_gather(updates))
 
 

@@ -1,4 +1,4 @@
-"""Problems from JSONL files, as token ids for the engine, and which of them each step takes."""
+"""Problems from JSONL files, as token ids for the engine, and which of them each batch takes."""
 
 import datetime
 import hashlib
@@ -136,10 +136,10 @@ def check_thinking(tokenizer) -> None:
         raise UserError("thinking: the tokenizer drops </think> as a special token, so no answer could follow it")
 
 
-def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
-    """The `count` problems of this step: a new order every epoch, as a function of seed and step only."""
+def problems_of_batch(problems: list[Problem], batch: int, count: int, seed: int) -> list[Problem]:
+    """The `count` problems of a run's batch, from 1: a new order every epoch, as a function of seed and batch only."""
     chosen, order, epoch = [], None, None
-    for position in range((step - 1) * count, step * count):
+    for position in range((batch - 1) * count, batch * count):
         if position // len(problems) != epoch:
             epoch = position // len(problems)
             generator = torch.Generator().manual_seed(seed_of_step(seed, -1 - epoch))

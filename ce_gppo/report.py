@@ -285,7 +285,9 @@ def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: st
         f"model        {config.model}, {parameters / 1e6:,.2f} M parameters, on {device}\n"
         f"data         {problems}\n"
         f"objective    {config.objective}, {betas}, clip interval [{1 - config.eps_low:g}, {1 + config.eps_high:g}]\n"
-        f"step         {config.prompts_per_step} prompts x {config.responses_per_prompt} = {responses} responses, "
+        f"step         {config.prompts_per_step} prompts x {config.responses_per_prompt} = {responses} responses"
+        + (f", up to {config.max_rollout_batches} times" if config.max_rollout_batches > 1 else "")
+        + ", "
         f"then up to {updates_of_step(config)} updates of {config.mini_batch_prompts * config.responses_per_prompt} "
         f"responses; {config.steps} steps"
         + (f"; on {world} processes, {'sharded' if config.shard else 'copied'}" if world > 1 else "")

@@ -36,6 +36,11 @@ class Response:
     ref_logprobs: Tensor | None = None  # [R]  the reference policy's, where there is one
 
 
+def has_signal(group: list[Response]) -> bool:
+    """False for equal rewards, whose advantages are 0."""
+    return len({r.reward for r in group}) > 1
+
+
 @dataclass
 class Update:
     """What one optimizer step did. The sums and losses are of this rank's tokens, all else is the same on all ranks."""

@@ -114,9 +114,12 @@ def test_the_loss_touches_the_model_s_graph_once(options):
     calls = []
     for output in outputs:
         output.register_hook(lambda gradient: calls.append(gradient) or gradient)
-    extra = {"entropy": outputs[1], "correct": torch.tensor([[True], [False]]), "correct_tokens": 3.0}
-    mask, advantages = torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3)
-    result, _ = loss.policy_loss(outputs[0], torch.zeros(2, 3), advantages, mask, loss.Objective(**options), **extra)
+    tensors = {"old_logprobs": torch.zeros(2, 3), "advantages": torch.ones(2, 3), "old_entropy": torch.ones(2, 3)}
+    mask, correct = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[True], [False]])
+    batch = types.SimpleNamespace(
+        response_mask=mask, correct=correct, rollout_logprobs=None, ref_logprobs=None, **tensors
+    )
+    result, _ = loss.policy_loss(batch, *outputs, loss.Objective(**options), correct_tokens=3.0)
     assert not calls
     result.backward()
     assert len(calls) == 1 + bool(options)

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,8 +35,12 @@ def random_case(seed: int = 0, B: int = 5, T: int = 11, spread: float = 0.6) -> 
 def policy_loss(logprobs, old_logprobs, advantages, mask, *, objective: str = "ce_gppo", **settings):
     """L.policy_loss with the objective's settings given one by one."""
     of_objective = {name: value for name, value in settings.items() if name in L.Objective.__dataclass_fields__}
-    others = {name: value for name, value in settings.items() if name not in of_objective}
-    return L.policy_loss(logprobs, old_logprobs, advantages, mask, L.Objective(objective, **of_objective), **others)
+    others = {name: value for name, value in settings.items() if name in ("entropy", "denominator", "correct_tokens")}
+    records = dict.fromkeys(("old_entropy", "rollout_logprobs", "ref_logprobs", "correct"))
+    records |= {name: value for name, value in settings.items() if name not in of_objective | others}
+    batch = SimpleNamespace(response_mask=mask, old_logprobs=old_logprobs, advantages=advantages, **records)
+    entropy = others.pop("entropy", None)
+    return L.policy_loss(batch, logprobs, entropy, L.Objective(objective, **of_objective), **others)
 
 
 def gradient(case: dict[str, torch.Tensor], **settings) -> torch.Tensor:

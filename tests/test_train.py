@@ -22,7 +22,7 @@ from ce_gppo.checkpoint import State
 from ce_gppo.entropy import QUADRANTS
 from ce_gppo.forward import Policy, compute_old_logprobs
 from ce_gppo.perf import Meter
-from ce_gppo.problems import problems_of_step
+from ce_gppo.problems import problems_of_batch
 from ce_gppo.types import Problem, Response, RunEnded, UserError
 from helpers import ROOT, SMALL, Forked, group_of, metrics_of, resolved, rows_of, run, start, without_timings
 from tools import workspace
@@ -168,7 +168,8 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--seed", "4294967296"], "seed = 4294967296: must be at least 0 and at most 4.29"),
         (["--lr", "nan"], "lr = nan: must be above 0"),
         (["--lr", "0"], "lr = 0.0: must be above 0"),
-        (["--max-grad-norm", "0"], "max_grad_norm = 0.0: must be above 0"),
+        (["--max-rollout-batches", "0"], "max_rollout_batches = 0: must be at least 1"),
+        (["--max-rollout-batches", "2", "--no-filter-groups"], "max_rollout_batches = 2: without filter_groups"),
         (["--entropy-coef", "nan"], "entropy_coef = nan: must be at least 0"),
         (["--overlong-buffer", "-5"], "overlong_buffer = -5: must be at least 0"),
         (["--overlong-buffer", "65"], "overlong_buffer = 65 is more than max_response_tokens = 64"),
@@ -252,11 +253,11 @@ def test_a_mismatch_that_rounding_does_not_explain_is_told_once_at_each_level(de
     ] * 2
 
 
-def test_problems_of_a_step_cover_the_data_once_an_epoch():
+def test_problems_of_batches_cover_the_data_once_an_epoch():
     problems = [Problem("", [i], "", "") for i in range(10)]
-    chosen = [p.prompt_ids[0] for step in range(1, 6) for p in problems_of_step(problems, step, 4, seed=0)]
+    chosen = [p.prompt_ids[0] for batch in range(1, 6) for p in problems_of_batch(problems, batch, 4, seed=0)]
     assert sorted(chosen[:10]) == sorted(chosen[10:]) == list(range(10)) and chosen[:10] != chosen[10:]
-    assert [p.prompt_ids[0] for p in problems_of_step(problems, 1, 4, seed=1)] != chosen[:4]
+    assert [p.prompt_ids[0] for p in problems_of_batch(problems, 1, 4, seed=1)] != chosen[:4]
 
 
 def test_one_setting_makes_a_baseline():
@@ -266,6 +267,8 @@ def test_one_setting_makes_a_baseline():
     gspo = resolved(objective="gspo")
     assert (gspo.eps_low, gspo.eps_high, gspo.aggregation) == (3e-4, 4e-4, "seq-mean-token-mean")
     ours = resolved()
+    assert (dapo.max_rollout_batches, ours.max_rollout_batches) == (3, 1)
+    assert resolved(objective="dapo", filter_groups=False).max_rollout_batches == 1
     assert (ours.eps_low, ours.eps_high, ours.overlong_buffer, ours.aggregation) == (0.2, 0.2, 0, "token-mean")
     dr_grpo, rloo = resolved(objective="dr_grpo"), resolved(objective="rloo")
     assert (dr_grpo.advantages, dr_grpo.aggregation) == ("group-mean", "seq-mean-token-sum-norm")
@@ -301,13 +304,14 @@ def response(length: int, truncated: bool, reward: float, prompt: int) -> Respon
     return Response([prompt], ids, torch.full((length,), -2.0), truncated, "", reward, reward)
 
 
-def test_truncated_responses_can_be_kept_out_of_the_update(tiny_model):
+def test_truncated_responses_can_be_kept_out_of_the_update(tiny_model, monkeypatch):
     """Their group's advantages count them; the gradient is that of the others, over the tokens of the others."""
     groups = [
         [response(5, False, 1.0, 3), response(9, True, 0.0, 3), response(7, False, 0.0, 3)],
         [response(9, True, 0.0, 4), response(8, True, 1.0, 4), response(6, True, 0.0, 4)],
     ]
-    config = resolved(max_grad_norm=1e9, mask_truncated=True, beta1=0.5)
+    monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e9)
+    config = resolved(mask_truncated=True, beta1=0.5)
     groups, (kept,) = train.select(groups, config)
     assert [len(r.response_ids) for r in kept] == [5, 7]
     assert kept[0].advantage != pytest.approx(-kept[1].advantage), "the truncated one counts in the mean"
@@ -360,6 +364,64 @@ def test_a_step_whose_responses_are_all_truncated(tmp_path):
     run(tmp_path, "--run-name", "cut", *SMALL, *changed)
     row = metrics_of(tmp_path / "cut")[1]
     assert row["response/truncated"] == 1 and row["optim/updates"] == 0
+
+
+class Sampler:
+    """In vLLM's place: both responses to a problem of an odd number are right, and one of two to an even number."""
+
+    def __init__(self, stops_after: int = 99):
+        self.seeds, self.stops_after, self.asleep = [], stops_after, False
+
+    def generate(self, prompts, count, *, seed, on_group, **options):
+        assert not self.asleep
+        self.seeds.append(seed)
+        groups = []
+        for index, (number,) in enumerate(prompts):
+            texts = [r"\boxed{7}", r"\boxed{7}" if number % 2 else r"\boxed{8}"]
+            groups.append([Response([number], [1, 2], torch.zeros(2), False, text) for text in texts])
+            on_group(index, groups[-1])
+        return groups
+
+    def sleep(self):
+        self.asleep = True
+
+    def stopped(self) -> bool:
+        return len(self.seeds) >= self.stops_after
+
+
+def test_dynamic_sampling_refills_and_goes_on_where_it_was(tiny_model):
+    """Batches are sampled until enough groups have a signal. The next step begins after them, and so does a resumed
+    run, which knows only their number."""
+    problems = [Problem("", [number], "7", "") for number in range(48)]
+    settings = {"prompts_per_step": 8, "max_kept_prompts": 8, "responses_per_prompt": 2}
+    meter = Meter(tiny_model, "cpu")
+
+    def step(batches: int, engine: Sampler, **more) -> tuple[list[int], list[list[Response]]]:
+        config = resolved(**settings, **more)
+        chosen, groups = train.sample(engine, problems, batches, config, meter, engine.stopped)
+        numbers = [problem.prompt_ids[0] for problem in chosen]
+        assert numbers == [group[0].prompt_ids[0] for group in groups]
+        return numbers, groups
+
+    engine = Sampler()
+    numbers, groups = step(0, engine, max_rollout_batches=3)
+    batches = len(numbers) // 8
+    assert batches in (2, 3) and len(set(engine.seeds)) == len(engine.seeds) == batches and engine.asleep
+    assert sum(number % 2 == 0 for number in numbers[:-8]) < 8 <= sum(number % 2 == 0 for number in numbers)
+    _, mini_batches = train.select(groups, resolved(**settings))
+    even = [number for number in numbers if number % 2 == 0]
+    assert [r.prompt_ids[0] for r in mini_batches[0][::2]] == even[:8]
+    for r in sum(groups, []):
+        r.old_logprobs = r.entropy = r.rollout_logprobs
+    found = metrics.step_metrics(groups, mini_batches, [], None)
+    assert found["rollout/prompts"] == 8 * batches and found["rollout/unused"] == pytest.approx(1 - 1 / batches)
+
+    later, resumed = Sampler(), Sampler()
+    assert step(batches, later)[0] == step(batches, resumed)[0] and later.seeds == resumed.seeds != engine.seeds
+    order = [p.prompt_ids[0] for batch in range(1, 7) for p in problems_of_batch(problems, batch, 8, seed=0)]
+    assert numbers + step(batches, Sampler())[0] == order[: 8 * (batches + 1)], "one batch more, without a refill"
+    stopped = Sampler(stops_after=2)
+    assert step(0, stopped, max_rollout_batches=3) == ([], []) and not stopped.asleep
 
 
 def test_select_filters_caps_and_cuts_evenly():
