@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ce_gppo.corrections import correction_weights
-from ce_gppo.objectives import cispo, ppo_clip, reinforce
+from ce_gppo.objectives import cispo, clip_cov, high_entropy, kl_cov, ppo_clip, reinforce, sapo
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far outside any clip interval, and still finite when squared in float32
 
@@ -64,6 +64,7 @@ class Tokens:
     logprobs: Tensor
     old_logprobs: Tensor
     old_entropy: Tensor | None  # nats
+    chosen: Tensor | None  # 1 for those that the objective picks, 0 for the others; see selection.py
 
 
 def ce_gppo(x: Tokens, o: Objective) -> Tensor:
@@ -107,6 +108,10 @@ OBJECTIVES = {
     "rloo": (reinforce, {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"}),
     "lp_only": (lp_only, {"beta1": 0.75, "beta2": 1.0}),
     "lp_only_half": (lp_only_half, {"beta1": 0.75, "beta2": 1.0}),
+    "high_entropy": (high_entropy, {"eps_high": 0.28}),
+    "clip_cov": (clip_cov, {}),
+    "kl_cov": (kl_cov, {}),
+    "sapo": (sapo, {}),
 }
 PUBLISHED = {name: USUAL | settings for name, (_, settings) in OBJECTIVES.items()}
 
@@ -130,8 +135,8 @@ def policy_loss(
     """The loss of one micro-batch, and what it did to each token.
 
     batch: a forward.Batch, or anything that has response_mask, old_logprobs, advantages [B, T], and what the objective
-    needs of old_entropy, rollout_logprobs, ref_logprobs [B, T], correct [B, 1]. logprobs, entropy [B, T]: the policy's
-    now. All are aligned with the response's tokens. Values where the mask is 0 are never read.
+    needs of old_entropy, chosen, rollout_logprobs, ref_logprobs [B, T], correct [B, 1]. logprobs, entropy [B, T]: those
+    of the policy now. All are aligned with the response's tokens. Values where the mask is 0 are never read.
     denominator: `denominator_of` the WHOLE mini-batch, over all micro-batches and ranks. The losses of the parts then
     add up to the loss of the whole. Default: this call's own. correct_tokens: of the whole mini-batch, too.
 
@@ -159,7 +164,7 @@ def policy_loss(
         unit = (masked_logprobs - masked_logprobs.detach()).exp()
         advantages = batch.advantages.masked_fill(~mask, 0)
 
-        tokens = Tokens(ratio, unit, advantages, masked_logprobs, old_logprobs, batch.old_entropy)
+        tokens = Tokens(ratio, unit, advantages, masked_logprobs, old_logprobs, batch.old_entropy, batch.chosen)
         token_loss = OBJECTIVES[o.name][0](tokens, o)
         if o.dual_clip is not None:  # arXiv 1912.09729: bounds the loss of NA, and ends its gradient, at delta > c
             token_loss = torch.where(advantages < 0, torch.minimum(token_loss, -o.dual_clip * advantages), token_loss)

@@ -19,9 +19,9 @@ import torch
 
 import loss
 import reward
-from ce_gppo import checkpoint, corrections, dist, runs
+from ce_gppo import checkpoint, corrections, dist, runs, selection
 from ce_gppo import types as t
-from ce_gppo.betas import betas_of_step, steer
+from ce_gppo.betas import betas_of_step, bonus_of_step, first_control, next_control
 from ce_gppo.checkpoint import State
 from ce_gppo.config import command, parse
 from ce_gppo.evaluation import check_engine, evaluate_policy
@@ -71,7 +71,7 @@ class Config:
     beta1: t.ZeroToOne | None = None  # gradient kept by NA tokens below the interval; None: 0.75 [1.5B: 0.5]
     beta2: t.ZeroToOne | None = None  # gradient kept by PA tokens above the interval; None: 1.0
     beta_schedule: str = ""  # betas at later steps, "100:0.5,1 200:0,1", with lines between; step 1 has beta1, beta2
-    entropy_target: t.Positive | None = None  # nats; if set, the betas move within [0, beta1] and [0, beta2] to hold it
+    entropy_target: t.Positive | None = None  # nats; if set, betas move to hold it, or else entropy_coef, see betas.py
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
     advantages: t.one_of(loss.ADVANTAGES) | None = None  # group: divided by the std; group-mean or leave-one-out: not
@@ -120,8 +120,8 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     problems, held_out, sizes = load_sets(config, tokenizer, model.config.max_position_embeddings)
     policy = dist.distribute(Policy(model), config.shard, model._no_split_modules or [])  # has the weights of `model`
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
-    wandb_id = dist.rank0_then_broadcast(lambda: secrets.token_hex(4))
-    state = checkpoint.load(last, model, optimizer) if last else State(wandb_id)
+    new = State(dist.rank0_then_broadcast(lambda: secrets.token_hex(4)), control=first_control(config))
+    state = checkpoint.load(last, model, optimizer) if last else new
     dist.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))
     dist.say(plan(config, folder, model, device, sizes, state.step))
     reference = load_reference(config, device)  # before the engine, with which the start is over
@@ -230,8 +230,9 @@ def learn(
     others = [r for r in flatten(groups) if id(r) not in trained][::MEASURED]  # only for entropy/mean
     *shares, others = (own_share(part) for part in (*mini_batches, others))
     with meter("old_logprobs"):
-        # The first mini-batch needs no pass of its own: its update begins with the weights that sampled it.
-        later = flatten(shares[1:])
+        # The first mini-batch needs no pass of its own, as its update begins with the weights that sampled it; but some
+        # objectives choose its tokens before that.
+        later = flatten(shares if objective.name in selection.METHODS else shares[1:])
         if config.old_logprobs == "sampler":
             for r in later:
                 r.old_logprobs = r.rollout_logprobs
@@ -272,6 +273,7 @@ def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
         sum(len(r.response_ids) for r in responses if r.verdict > 0),
         len(responses),
     )
+    selection.choose(responses, objective.name)
     denominator = loss.denominator_of(objective, tokens, sequences)
     return partial(loss.policy_loss, objective=objective, denominator=denominator, correct_tokens=correct_tokens)
 
@@ -283,12 +285,14 @@ def report(
     metrics = step_metrics(groups, mini_batches, updates, state.entropy) | {"optim/lr": lr}
     if objective.beta1 is not None:
         metrics |= {"optim/beta1": objective.beta1, "optim/beta2": objective.beta2}
+    elif config.entropy_target:
+        metrics["optim/entropy_coef"] = objective.entropy_coef
     check_mismatch(metrics, meter.device)
     state.batches += len(groups) // config.prompts_per_step
     state.step, state.entropy = state.step + 1, metrics["entropy/mean"]
     state.no_signal = 0 if mini_batches else state.no_signal + 1
     if config.entropy_target:
-        state.control = steer(state.control, state.entropy, config.entropy_target)
+        state.control = next_control(config, state.control, state.entropy)
     metrics |= meter.take(groups, mini_batches * config.epochs)
     if log:
         extract = partial(reward.extract_answer, thinking=config.thinking)
@@ -298,7 +302,8 @@ def report(
 def objective_of_step(config: Config, step: int, control: tuple[float, float]) -> loss.Objective:
     beta1, beta2 = betas_of_step(config, step, control[0])
     fields = {name: getattr(config, name) for name in loss.Objective.__dataclass_fields__ if name != "name"}
-    return loss.Objective(config.objective, **fields | {"beta1": beta1, "beta2": beta2})
+    moved = {"beta1": beta1, "beta2": beta2, "entropy_coef": bonus_of_step(config, control)}
+    return loss.Objective(config.objective, **fields | moved)
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""beta1 and beta2 of a step: constant, on a schedule, or moved by a controller that holds entropy at a target."""
+"""beta1 and beta2 of a step: constant, on a schedule, or moved by a controller that holds entropy at a target.
+
+Objectives without betas have an entropy bonus, whose coefficient the target moves.
+"""
 
 import itertools
 import math
@@ -8,6 +11,37 @@ from ce_gppo.types import UserError
 
 WITH_BETAS = ("ce_gppo", "lp_only", "lp_only_half")  # objectives whose betas can be set
 GAIN, INTEGRAL_GAIN = 4.0, 0.4  # of the controller, per rollout; relative errors of entropy vary by about 0.03
+
+BONUS_STEP, MAX_BONUS = 0.005, 1.0  # of entropy_coef, per rollout; TRL's entropy_coef_delta and entropy_coef_max
+
+
+def first_control(config) -> tuple[float, float]:
+    """What `steer` or `adapt_bonus` starts from."""
+    return (0.5 if config.objective in WITH_BETAS else config.entropy_coef), 0.0
+
+
+def next_control(config, control: tuple[float, float], entropy: float) -> tuple[float, float]:
+    """After a rollout: the control of the lever that the objective has, its betas or the bonus."""
+    law = steer if config.objective in WITH_BETAS else adapt_bonus
+    return law(control, entropy, config.entropy_target)
+
+
+def adapt_bonus(control: tuple[float, float], entropy: float, target: float) -> tuple[float, float]:
+    """One step of the adaptive entropy bonus: (c, x) and a rollout's mean entropy -> the new (c, x), x as in `steer`.
+
+    c <- c + 0.005 if entropy <= target, c - 0.005 otherwise, within [0, 1] (Skywork-OR1, arXiv 2505.22312;
+    TRL's use_adaptive_entropy, which does it after each update).
+    """
+    error = math.log(max(entropy, 1e-6) / target)
+    return min(MAX_BONUS, max(0.0, control[0] + (BONUS_STEP if error <= 0 else -BONUS_STEP))), error
+
+
+def bonus_of_step(config, control: tuple[float, float]) -> float:
+    """entropy_coef of this step: with a target c, and 0 where the entropy of the rollout before was above it."""
+    if not config.entropy_target or config.objective in WITH_BETAS:
+        return config.entropy_coef
+    c, error = control
+    return c if error <= 0 else 0.0
 
 
 def steer(control: tuple[float, float], entropy: float, target: float) -> tuple[float, float]:
@@ -51,7 +85,7 @@ def read_schedule(text: str) -> list[tuple[int, float, float]]:
 
 def betas_of_step(config, step: int, u: float) -> tuple[float | None, float | None]:
     """beta1 and beta2 of this step: steered, or on lines between the points of the schedule, or constant."""
-    if config.entropy_target:
+    if config.entropy_target and config.objective in WITH_BETAS:
         return steered_betas(u, config.beta1, config.beta2)
     points = [(1, config.beta1, config.beta2), *read_schedule(config.beta_schedule)]
     for (start, *before), (end, *after) in itertools.pairwise(points):

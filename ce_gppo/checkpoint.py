@@ -37,7 +37,7 @@ class State:
     step: int = 0  # the last one that is done
     batches: int = 0  # of prompts, sampled in these steps
     entropy: float | None = None  # mean of the last rollout, nats
-    control: tuple[float, float] = (0.5, 0.0)  # the entropy controller's u and relative error
+    control: tuple[float, float] = (0.5, 0.0)  # of the entropy controller, see betas.py
     skipped: int = 0  # updates without a finite gradient, in a row
     no_signal: int = 0  # rollouts in which every group has equal rewards, in a row
 

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from ce_gppo import dist
 from ce_gppo.betas import WITH_BETAS, read_schedule
 from ce_gppo.report import wandb_mode
+from ce_gppo.selection import METHODS
 from ce_gppo.types import STARTING, RunEnded, UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -118,9 +119,9 @@ def resolve(config, published: dict[str, dict]):
 
 def check_together(given, config, published: dict[str, dict]) -> None:
     """UserError for settings that are wrong together, or that the objective would ignore."""
-    ignored = [] if config.objective in WITH_BETAS else ["beta1", "beta2", "beta_schedule", "entropy_target"]
+    ignored = [] if config.objective in WITH_BETAS else ["beta1", "beta2", "beta_schedule"]
     ignored += ["dual_clip"] if config.objective in ("cispo", "rloo") else []
-    ignored += ["eps_low", "eps_high"] if config.objective == "rloo" else []
+    ignored += ["eps_low", "eps_high"] if config.objective in ("rloo", "kl_cov", "sapo") else []
     for name in ignored:
         if getattr(given, name) not in (None, "", published[config.objective].get(name)):
             raise UserError(f"{name} = {getattr(given, name)}: objective {config.objective} ignores it; leave it out")
@@ -153,6 +154,10 @@ def check_together(given, config, published: dict[str, dict]) -> None:
         (
             config.entropy_target is not None and config.beta_schedule,
             "entropy_target moves the betas: it cannot go with beta_schedule",
+        ),
+        (
+            config.old_logprobs == "sampler" and config.objective in METHODS,
+            f"objective {config.objective} picks tokens by the trainer's entropy: it needs old_logprobs = trainer",
         ),
         (
             config.old_logprobs == "sampler" and config.rollout_correction != "none",

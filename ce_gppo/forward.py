@@ -164,6 +164,7 @@ class Batch:
     response_mask: Tensor  # [B, R]  True for response tokens, end-of-sequence included; R: the longest response
     old_logprobs: Tensor  # [B, R]
     old_entropy: Tensor  # [B, R]
+    chosen: Tensor  # [B, R]
     rollout_logprobs: Tensor  # [B, R]
     ref_logprobs: Tensor  # [B, R]  0 without a reference policy
     advantages: Tensor  # [B, R]
@@ -208,6 +209,7 @@ def collate(responses: list[Response], device: str = "cpu") -> Batch:
         response_mask=response_mask.to(device),
         old_logprobs=padded([r.old_logprobs for r in responses]),
         old_entropy=padded([r.entropy for r in responses]),
+        chosen=padded([r.chosen for r in responses]),
         rollout_logprobs=padded([r.rollout_logprobs for r in responses]),
         ref_logprobs=padded([r.ref_logprobs for r in responses]),
         advantages=padded([torch.full((len(r.response_ids),), r.advantage) for r in responses]),

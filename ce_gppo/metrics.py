@@ -132,6 +132,7 @@ METRICS = {
         Metric(
             "optim/beta1 beta2", "", "the betas in use; absent where the objective has none", always=False, swept=True
         ),
+        Metric("optim/entropy_coef", "", "the bonus in use, where entropy_target moves it", always=False),
         Metric(
             "ratio/mean min max",
             "",

@@ -2,6 +2,7 @@
 
 Each takes a `loss.Tokens` x and a `loss.Objective` o, and returns the loss of every token, [B, T]. OBJECTIVES in
 loss.py has names for them, with the settings of their papers.
+The last four are entropy methods. What they pick is chosen over the whole mini-batch, by selection.py.
 """
 
 import torch
@@ -28,5 +29,35 @@ def cispo(x, o) -> Tensor:
 
 
 def reinforce(x, o) -> Tensor:
-    """REINFORCE, as RLOO has it (arXiv 2402.14740, section 2.3): - A log pi, without a ratio and a clip."""
+    """REINFORCE, as RLOO has it (arXiv 2402.14740): - A log pi, without a ratio and a clip."""
     return -x.advantages * x.logprobs
+
+
+def high_entropy(x, o) -> Tensor:
+    """PPO-clip for the fifth of the tokens with the highest entropy only, arXiv 2506.01939:
+
+    l = PPO-clip's if H >= tau, 0 otherwise. The others stay in the denominator. The paper adds it to DAPO.
+    """
+    return ppo_clip(x, o) * x.chosen
+
+
+def clip_cov(x, o) -> Tensor:
+    """Clip-Cov, arXiv 2505.22617: PPO-clip, and 0 for a few tokens of high covariance between log pi and A."""
+    return ppo_clip(x, o) * (1 - x.chosen)
+
+
+def kl_cov(x, o) -> Tensor:
+    """KL-Cov, arXiv 2505.22617: - delta A, and + |log delta| for the tokens of the highest covariance.
+
+    There is no clip. The distance is the one of the authors' code, with its coefficient of 1.
+    """
+    return -x.ratio * x.unit * x.advantages + (x.logprobs - x.old_logprobs).abs() * x.chosen
+
+
+def sapo(x, o) -> Tensor:
+    """SAPO, arXiv 2511.20347: - 4 / tau sigmoid(tau (delta - 1)) A, tau = 1 for A > 0 and 1.05 otherwise.
+
+    In place of a clip the gradient fades with the distance of delta from 1: it has 4 sigmoid' = 1 there.
+    """
+    tau = torch.full_like(x.ratio, 1.05).masked_fill(x.advantages > 0, 1.0)
+    return -4 / tau * (tau * (x.ratio * x.unit - 1)).sigmoid() * x.advantages

@@ -33,6 +33,7 @@ class Response:
     old_logprobs: Tensor | None = None  # [R]  the trainer's, under the weights that sampled the response, or vLLM's
     entropy: Tensor | None = None  # [R]  nats, under those weights; None: not measured, and old_logprobs not either
     changes: dict[str, Tensor] | None = None  # [R] each, of a few responses: what the update did, see tokens.follow
+    chosen: Tensor | None = None  # [R]  1 where the objective picks the token, see selection.py
     ref_logprobs: Tensor | None = None  # [R]  the reference policy's, where there is one
 
 

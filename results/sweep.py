@@ -58,6 +58,11 @@ MORE = {  # not in the evidence: run those named by --settings
     "rloo": {"objective": "rloo"},
     "cispo [0.8, 1.2]": {"objective": "cispo", "eps_low": 0.2, "eps_high": 0.2},
     "cispo [0, 5]": {"objective": "cispo", "eps_low": 1.0, "eps_high": 4.0},
+    "high_entropy": {"objective": "high_entropy"},
+    "clip_cov": {"objective": "clip_cov"},
+    "kl_cov": {"objective": "kl_cov"},
+    "sapo": {"objective": "sapo"},
+    "grpo, target 0.11": {"objective": "grpo", "entropy_target": 0.11},
     "lp_only (0.75, 1)": {"objective": "lp_only"},
     "lp_only_half (0.75, 1)": {"objective": "lp_only_half"},
 }

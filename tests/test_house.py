@@ -13,7 +13,7 @@ from reward import score
 
 PACKAGE = [  # each may import those above it, and those on its own line
     {"types", "verifier", "objectives", "corrections"},
-    {"dist", "entropy", "betas"},
+    {"dist", "entropy", "betas", "selection"},
     {"forward", "tokens", "problems", "checkpoint", "metrics", "advice"},
     {"model", "perf", "config", "runs", "report", "evaluation", "reference"},
 ]

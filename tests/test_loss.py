@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import loss as L
-from ce_gppo import betas, corrections
+from ce_gppo import betas, corrections, selection
 from ce_gppo import entropy as E
 from ce_gppo.metrics import sums_to_metrics
+from helpers import resolved, responses_of
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "objectives.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN.files}, key=int)
@@ -28,6 +29,7 @@ def random_case(seed: int = 0, B: int = 5, T: int = 11, spread: float = 0.6) -> 
         "old_logprobs": old,
         "advantages": torch.randn(B, 1, generator=g, dtype=torch.float64).expand(B, T).clone(),
         "mask": torch.arange(T) < lengths,
+        "chosen": (torch.rand(B, T, generator=torch.Generator().manual_seed(seed + 2000)) < 0.3).double(),
         "old_entropy": torch.rand(B, T, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64) * 3,
     }
 
@@ -36,7 +38,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, *, objective: str = "c
     """L.policy_loss with the objective's settings given one by one."""
     of_objective = {name: value for name, value in settings.items() if name in L.Objective.__dataclass_fields__}
     others = {name: value for name, value in settings.items() if name in ("entropy", "denominator", "correct_tokens")}
-    records = dict.fromkeys(("old_entropy", "rollout_logprobs", "ref_logprobs", "correct"))
+    records = dict.fromkeys(("old_entropy", "chosen", "rollout_logprobs", "ref_logprobs", "correct"))
     records |= {name: value for name, value in settings.items() if name not in of_objective | others}
     batch = SimpleNamespace(response_mask=mask, old_logprobs=old_logprobs, advantages=advantages, **records)
     entropy = others.pop("entropy", None)
@@ -178,20 +180,14 @@ def test_extremes_stay_finite(objective, dtype):
     mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
     for sign in (1.0, -1.0, 0.0):
         advantages = sign * torch.tensor([[1.0], [-2.0], [0.5], [torch.nan]]).expand(4, 3)
-        entropy = torch.ones_like(old)
-        case = {
-            "logprobs": logprobs,
-            "old_logprobs": old,
-            "advantages": advantages,
-            "old_entropy": entropy,
-            "mask": mask,
-        }
+        case = {"logprobs": logprobs, "old_logprobs": old, "advantages": advantages, "mask": mask}
+        case["old_entropy"], case["chosen"] = torch.ones_like(old), torch.ones_like(old)
         case = {name: value.to(dtype) for name, value in case.items()}
         value, info = policy_loss(**case, objective=objective)
         grad = gradient(case, objective=objective)
         assert value.isfinite() and grad.isfinite().all() and info["weight"].isfinite().all()
         assert (grad[3] == 0).all() and (grad[2, 1:] == 0).all()
-        if sign == 0:
+        if sign == 0 and objective != "kl_cov":  # whose distance to the old policy needs no advantage
             assert (grad == 0).all()
 
 
@@ -293,6 +289,69 @@ def test_cispo_is_ce_gppo_inside_the_interval():
     assert not torch.allclose(gradient(wide, objective="cispo"), gradient(wide, objective="ce_gppo"))
 
 
+@pytest.mark.parametrize("objective", ["high_entropy", "clip_cov", "kl_cov", "sapo"])
+def test_entropy_methods_are_their_equations(objective):
+    """Token by token, in Python, by autograd; of the chosen tokens and of the others some are out of the interval."""
+    case = random_case(18, B=20)
+    logprobs = case["logprobs"].clone().requires_grad_()
+    total, kinds = torch.zeros((), dtype=torch.float64), set()
+    for i, t in case["mask"].nonzero().tolist():
+        A, old, chosen = case["advantages"][i, t], case["old_logprobs"][i, t], bool(case["chosen"][i, t])
+        delta = (logprobs[i, t] - old).exp()
+        clipped = (delta < 0.8 and A < 0) or (delta > 1.2 and A > 0)
+        ppo = -(0.8 if A < 0 else 1.2) * A if clipped else -delta * A
+        if objective == "high_entropy":
+            total = total + (ppo if chosen else 0)
+        elif objective == "clip_cov":
+            total = total + (0 if chosen else ppo)
+        elif objective == "kl_cov":
+            total = total - delta * A + ((logprobs[i, t] - old).abs() if chosen else 0)
+        else:
+            tau = 1.0 if A > 0 else 1.05
+            total = total - 4 / tau / (1 + (-tau * (delta - 1)).exp()) * A
+        kinds.add((chosen, bool(clipped)))
+    assert len(kinds) == 4
+    expected = total / case["mask"].sum()
+    expected.backward()
+    assert policy_loss(**case, objective=objective)[0].item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(gradient(case, objective=objective), logprobs.grad, atol=1e-12, rtol=0)
+
+
+def test_tokens_are_picked_over_the_whole_mini_batch():
+    g = torch.Generator().manual_seed(19)
+    logprobs, entropy = -3 * torch.rand(20_000, generator=g), torch.rand(20_000, generator=g)
+    advantages = torch.randn(20_000, generator=g)
+    A, lp = advantages.double().numpy(), logprobs.double().numpy()
+    cov = (lp - lp.mean()) * (A - A.mean())
+    picked = {name: method(logprobs, entropy, advantages).numpy() for name, method in selection.METHODS.items()}
+    assert set(picked["high_entropy"].nonzero()[0]) == set(np.argsort(-entropy.numpy())[:4000])
+    assert set(picked["kl_cov"].nonzero()[0]) == set(np.argsort(-cov)[:4])
+    inside = set(((cov > 1) & (cov < 5)).nonzero()[0])
+    assert len(inside) > 1000 and picked["clip_cov"].sum() == 4 and set(picked["clip_cov"].nonzero()[0]) < inside
+    few = [values[:3] for values in (logprobs, entropy, torch.zeros(3))]
+    assert selection.clip_cov(*few).sum() == 0, "no covariance is within the bounds"
+    assert selection.kl_cov(*few).sum() >= 1 and selection.high_entropy(*few).sum() == 1
+
+
+@pytest.mark.parametrize("method", selection.METHODS)
+def test_two_ranks_pick_what_one_picks(method, monkeypatch):
+    shares = responses_of([(2, 30), (2, 50), (2, 1)], seed=1), responses_of([(2, 40), (2, 70)], seed=2)
+    whole = [r for share in shares for r in share]
+    selection.choose(whole, method)
+    expected = [r.chosen for r in whole]
+    assert 1 <= sum(int(c.sum()) for c in expected) < 191
+    parts = []
+    monkeypatch.setattr(selection.dist, "all_gather", lambda part: parts.append(part) or [part])
+    for share in shares:
+        selection.choose(share, method)
+    monkeypatch.setattr(selection.dist, "all_gather", lambda part: parts)
+    for rank, share in enumerate(shares):
+        monkeypatch.setattr(selection.dist, "rank", lambda rank=rank: rank)
+        selection.choose(share, method)
+    assert all(torch.equal(r.chosen, c) for r, c in zip(whole, expected, strict=True))
+    selection.choose([], method)  # a rank without a share
+
+
 def test_kl_to_the_reference_is_k3():
     """Its value and gradient by autograd over the estimator's own formula; what is masked is never read."""
     case = random_case(17)
@@ -319,7 +378,8 @@ def test_every_objective_starts_as_the_policy_gradient():
     """At ratio 1, the first mini-batch of a rollout, all have the gradient of REINFORCE."""
     case = random_case(11, spread=0.0)
     expected = -case["advantages"] * case["mask"] / case["mask"].sum()
-    for objective in L.OBJECTIVES:
+    for objective in L.OBJECTIVES:  # those that pick tokens: with all of them left in
+        case["chosen"] = torch.full_like(expected, float(objective == "high_entropy"))
         torch.testing.assert_close(gradient(case, objective=objective), expected)
 
 
@@ -495,3 +555,22 @@ def test_the_controller_holds_what_can_be_reached(target):
     assert control[0] == 1.0 and betas.steered_betas(1.0, 0.75, 1.0) == (0.0, 1.0)
     assert betas.steer(control, 1.1 * target, target)[0] < 0.5
     assert betas.steered_betas(0.0, 0.75, 1.0) == (0.75, 0.0)
+
+
+def test_without_betas_the_target_moves_the_bonus():
+    """c goes up by 0.005 while entropy is at or below the target, down otherwise, and counts only at or below it."""
+    config = resolved(objective="grpo", entropy_target=0.2, entropy_coef=0.005)
+    control, used = betas.first_control(config), []
+    assert betas.bonus_of_step(config, control) == 0.005
+    for entropy in (0.5, 0.5, 0.19, 0.1, 0.2, 0.3, 0.1):
+        control = betas.next_control(config, control, entropy)
+        used.append(betas.bonus_of_step(config, control))
+    assert used == pytest.approx([0, 0, 0.005, 0.01, 0.015, 0, 0.015])
+    for _ in range(300):
+        control = betas.next_control(config, control, 0.1)
+    assert betas.bonus_of_step(config, control) == 1.0
+    assert betas.betas_of_step(config, 3, control[0]) == (None, None)
+    assert betas.betas_of_step(resolved(objective="gppo", entropy_target=0.2), 3, 0.3) == (1.0, 1.0)
+    ours = resolved(objective="lp_only", entropy_target=0.2, entropy_coef=0.01)
+    assert betas.first_control(ours) == (0.5, 0.0) and betas.bonus_of_step(ours, (0.1, -1.0)) == 0.01
+    assert betas.next_control(ours, (0.5, 0.0), 0.3) == betas.steer((0.5, 0.0), 0.3, 0.2)

@@ -71,6 +71,7 @@ def test_vllm_and_trainer_agree_after_every_sync(finished):
 def test_the_workspace_charts_what_is_logged(finished):
     """Every chart of the W&B view shows metrics that a run has; entropy comes first."""
     logged = {name for row in metrics_of(finished[0]) for name in row} | {"clip/prob_low", "clip/prob_high"}
+    logged |= {"kl/reference", "optim/entropy_coef"}  # of other settings
     for metric in metrics.ALL:
         assert set(metric.each()) <= logged or any(metric.pattern().fullmatch(name) for name in logged), metric
     view = json.loads(workspace.workspace("me", "ce-gppo")._to_model().model_dump_json(by_alias=True))
@@ -185,10 +186,8 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--dual-clip", "0.5"], "dual_clip = 0.5: must be above 1"),
         (["--beta1", "1.5"], "beta1 = 1.5: must be at least 0 and at most 1"),
         (["--entropy-target", "-1"], "entropy_target = -1.0: must be above 0"),
-        (
-            ["--entropy-target", "0.1", "--objective", "grpo"],
-            "entropy_target = 0.1: objective grpo ignores it",
-        ),
+        (["--beta-schedule", "9:0,1", "--objective", "grpo"], "beta_schedule = 9:0,1: objective grpo ignores it"),
+        (["--objective", "sapo", "--eps-high", "0.1"], "eps_high = 0.1: objective sapo ignores it"),
         (["--rollout-correction", "is"], "rollout_correction 'is' is unknown; known: none, tis, mask, seq-tis"),
         (["--temperature", "nan"], "temperature = nan: must be above 0"),
         (["--model", "no/such/model"], "model 'no/such/model': no such folder"),
@@ -355,6 +354,21 @@ def test_epochs_go_over_the_same_mini_batches_with_the_same_old_logprobs(tiny_mo
     logged = metrics.updates_to_metrics([updates])
     assert logged["optim/updates"] == 4 and logged["update_1/kl_old"] < 1e-9 < logged["update_3/kl_old"]
     assert logged["update_3/clip_low"] + logged["update_3/clip_high"] > 0 and "update_4/clip_low" in logged
+
+
+def test_tokens_are_chosen_before_the_first_update(tiny_model, tmp_path):
+    """Those of the first mini-batch, too, which has no old logprobs of its own before: a fifth of all its tokens."""
+    groups = [[response(5 + p, False, 1.0, p), response(9 - p, False, 0.0, p)] for p in range(1, 5)]
+    config = resolved(objective="high_entropy", mini_batch_prompts=2, max_kept_prompts=4, max_micro_batch_tokens=20)
+    groups, mini_batches = train.select(groups, config)
+    arguments = train.objective_of_step(config, 1, (0.5, 0.0)), 0.0, State(""), config, tmp_path
+    sgd = torch.optim.SGD(tiny_model.parameters(), lr=0.0)
+    updates = train.learn(Policy(tiny_model), sgd, groups, mini_batches, *arguments, Meter(tiny_model, "cpu"))
+    for batch, done in zip(mini_batches, updates, strict=True):
+        entropy, chosen = torch.cat([r.entropy for r in batch]), torch.cat([r.chosen for r in batch])
+        count = len(chosen) // 5
+        assert chosen.sum() == count and entropy[chosen == 1].min() > entropy[chosen == 0].max()
+        assert done.sums["weight/inside"] > 0
 
 
 @pytest.mark.slow
