@@ -83,8 +83,9 @@ def gppo(x: Tokens, o: Objective) -> Tensor:
 def lp_only(x: Tokens, o: Objective) -> Tensor:
     """CE-GPPO for low-probability tokens only, this project's own:
 
-    l = CE-GPPO's if log pi_old(a) < -H_old, PPO-clip's otherwise. So tokens that were HP (`entropy.quadrants`) in the
-    rollout have no gradient outside the interval: sure tokens of wrong answers, such as their end, cannot run away.
+    l = CE-GPPO's if log pi_old(a) < -H_old, PPO-clip's otherwise. Tokens that were HP in the rollout
+    (`entropy.quadrants`) have no gradient outside the interval, so that sure tokens of wrong answers, such as their
+    end, are not unlearned any further there.
     """
     return torch.where(x.old_logprobs < -x.old_entropy, ce_gppo(x, o), ppo_clip(x, o))
 

@@ -18,7 +18,7 @@ from scipy.stats import t as student
 
 from ce_gppo.config import command
 from ce_gppo.types import UserError
-from results.sweep import SETTINGS, read
+from results.sweep import MORE, SETTINGS, read
 from tools import figures
 from tools.figures import plt
 
@@ -44,7 +44,7 @@ class Sweep:
 
     def __init__(self, rows: list[dict]):
         self.rows = {(row["setting"], row["seed"]): row for row in rows}
-        self.settings = [name for name in SETTINGS if any(name == other for other, _ in self.rows)]
+        self.settings = [name for name in SETTINGS | MORE if any(name == other for other, _ in self.rows)]
 
     def of(self, setting: str, function) -> dict[int, float]:
         return {seed: function(row["series"]) for (name, seed), row in self.rows.items() if name == setting}
@@ -288,19 +288,21 @@ ROWS = {  # of panels: title -> settings
     "betas of ce_gppo": ("grpo", *CE),
     "entropy bonus and target": ("grpo", WEAK, STRONG, "ce_gppo, target 0.11"),
 }
+OTHERS = {"others": ("grpo", *MORE)}
 
 
 def curves(groups: dict[str, list[list[dict]]]) -> plt.Figure:
     """Entropy and accuracy: a row each for the objectives, for the betas, and for the other ways to more entropy."""
-    rows = {title: [name for name in names if name in groups] for title, names in ROWS.items()}
+    rows = {title: [name for name in names if name in groups] for title, names in (ROWS | OTHERS).items()}
     rows = {title: names for title, names in rows.items() if set(names) - {"grpo"}} or {"objectives": list(groups)}
     fig, axes = plt.subplots(
         len(rows), 2, figsize=(9, 0.4 + 3 * len(rows)), sharey="col", squeeze=False, layout="constrained"
     )
     for (left, right), (title, names) in zip(axes, rows.items(), strict=True):
         for name in names:
-            figures.draw(left, groups[name], "entropy/mean", color=COLORS[name])
-            figures.draw(right, groups[name], "eval/arithmetic/avg_at_k", label=name, color=COLORS[name])
+            color = COLORS.get(name) or f"C{list(MORE).index(name) % 10}"
+            figures.draw(left, groups[name], "entropy/mean", color=color)
+            figures.draw(right, groups[name], "eval/arithmetic/avg_at_k", label=name, color=color)
         left.set(title=f"entropy: {title}", xlabel="step", ylabel="nats per token")
         right.set(title=f"held-out accuracy: {title}", xlabel="step", ylabel="avg@8")
         left.set_ylim(bottom=0)

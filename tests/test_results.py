@@ -234,6 +234,16 @@ def test_curves_of_part_of_a_sweep_have_no_empty_panels(names, titles):
     plt.close(figure)
 
 
+def test_settings_outside_the_evidence_are_compared_in_the_same_table_and_figure():
+    rows = [row for row in sweep.read(ROOT / "results" / "evidence.jsonl") if row["setting"] == "grpo"]
+    made = claims.Sweep(rows + [row | {"setting": name} for row in rows for name in sweep.MORE])
+    lines = claims.table(made).splitlines()
+    assert [line.split(" |")[0] for line in lines[2:]] == [f"| {name}" for name in ("grpo", *sweep.MORE)]
+    entropy, accuracy = claims.curves(groups_of(made)).axes
+    assert "others" in entropy.get_title()
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["grpo", *sweep.MORE]
+
+
 def test_velocities_have_a_panel_for_each_setting():
     made = made_up({}, {}, seeds=2)
     for row in made.rows.values():
