@@ -29,7 +29,10 @@ def cispo(x, o) -> Tensor:
 
 
 def reinforce(x, o) -> Tensor:
-    """REINFORCE, as RLOO has it (arXiv 2402.14740): - A log pi, without a ratio and a clip."""
+    """REINFORCE, as RLOO has it (arXiv 2402.14740): - A log pi, without a ratio and a clip.
+
+    From the second update of a rollout on the samples are another policy's, and nothing corrects for it.
+    """
     return -x.advantages * x.logprobs
 
 
@@ -57,7 +60,7 @@ def kl_cov(x, o) -> Tensor:
 def sapo(x, o) -> Tensor:
     """SAPO, arXiv 2511.20347: - 4 / tau sigmoid(tau (delta - 1)) A, tau = 1 for A > 0 and 1.05 otherwise.
 
-    In place of a clip the gradient fades with the distance of delta from 1: it has 4 sigmoid' = 1 there.
+    In place of a clip the gradient fades as delta moves away from 1, where it is the policy gradient.
     """
     tau = torch.full_like(x.ratio, 1.05).masked_fill(x.advantages > 0, 1.0)
     return -4 / tau * (tau * (x.ratio * x.unit - 1)).sigmoid() * x.advantages
