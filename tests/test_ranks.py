@@ -13,6 +13,7 @@ from ce_gppo.entropy import QUADRANTS
 from ce_gppo.model import load_model
 from ce_gppo.types import Update
 from helpers import group_of, metrics_of, outputs_of, quick, ranks, run, torchrun, without_timings
+from tools import view
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]  # never two of them side by side
 
@@ -140,6 +141,7 @@ def test_an_engine_over_two_ranks(tmp_path):
     rows = metrics_of(tmp_path / "tp")[1:]
     assert len(rows) == 3 and all(math.log(row["mismatch/ratio_max"]) < 1e-4 for row in rows)
     assert all(row["reward/mean"] * 120 == pytest.approx(round(row["reward/mean"] * 120)) for row in rows)
+    assert {1, 3} <= view.load(tmp_path / "tp").keys(), "tokens are those of the first rank's share"
 
 
 def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path):
