@@ -105,8 +105,8 @@ def no_signal(steps: list[dict], config) -> str | None:
     else:
         cure = "train on easier problems (train_data), or look in samples.jsonl for right answers that score 0"
     return (
-        f"Few groups had a signal at the end: all answers were right in {right:.0%} of them, and wrong in {wrong:.0%}; "
-        f"{cure}."
+        f"Few groups had a signal at the end: {right:.0%} of all groups had only right answers, {wrong:.0%} only wrong "
+        f"ones; {cure}."
     )
 
 

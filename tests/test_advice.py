@@ -24,9 +24,9 @@ EXPECTED = {  # what each sentence has to contain, in its order
     ],
     "unlearning at once": [r"In 1 of 7 steps, first in step 1, .* 0\.56 nats", "rose by 218%.* worse", "entropy down"],
     "far updates": [r"In 7 of 40 steps .* reached 0\.025; lower lr \(0\.0002\)", "Entropy fell by 60%"],
-    "truncation": ["100% .* raise max_response_tokens", "wrong in 100%; train on easier", "Entropy fell by 4%"],
+    "truncation": ["100% .* raise max_response_tokens", "100% only wrong ones; train on easier", "Entropy fell by 4%"],
     "no signal": [
-        r"right in 40% of them, and wrong in 54%; .* raise temperature \(0\.01\)",
+        r"40% of all groups had only right answers, 54% only wrong .* raise temperature \(0\.01\)",
         "with one update",
         "worse",
     ],
