@@ -1,16 +1,29 @@
-"""The update at full size on one GPU: model flops utilization, peak memory, the head against its matrix products.
+"""The first ten minutes on a GPU: does a run work from end to end, and how fast is an update at full size.
 
-    .venv/bin/python -m bench.gpu                                              Qwen2 1.5B, sequences of 4k to 17k tokens
-    .venv/bin/python -m bench.gpu --device cpu --hidden-size 64 --layers 2 ... the same code at a small size
+    .venv/bin/python -m bench.gpu                        all parts, one JSON line each; a part that fails stops no other
+    .venv/bin/python -m bench.gpu --part update          one part
+    .venv/bin/python -m bench.gpu --train "--model Qwen/Qwen2.5-1.5B-Instruct --lr 1e-6"       a larger model in `run`
+    .venv/bin/python -m bench.gpu --device cpu --part update --hidden-size 64 --layers 2 ...   the same code, small
 
-Run it from the repository root. It measures the forward and backward passes of train.update, without the optimizer's
-step, in bfloat16 over float32 weights, which are random. Each case is one micro-batch of about --tokens tokens, in
-sequences of one length; the last case mixes all lengths. It needs torch and transformers, but not vLLM, W&B, tyro or
-scipy; therefore argparse.
+Run it from the repository root. Each part runs in a process of its own:
+
+    run      train.py for two steps (rollout, update, new weights in vLLM, checkpoint), and its second step again from
+             the checkpoint of the first: seconds by part, vLLM against trainer, how many responses are the same again
+    update   forward and backward of train.update, without the optimizer's step, in bfloat16 over float32 weights, which
+             are random: model flops utilization, peak memory against bench.scaling's, the head against its matrix
+             products. A case is one micro-batch of about --tokens tokens, in sequences of one length, or of all
+
+`update` needs torch and transformers, but not vLLM, W&B, tyro or scipy; therefore argparse.
 """
 
 import argparse
+import json
+import os
+import shlex
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -25,19 +38,24 @@ from ce_gppo import forward, perf
 from ce_gppo.config import command
 from ce_gppo.forward import Policy, accumulate_gradients, collate
 from ce_gppo.model import load_model
-from ce_gppo.types import Response
+from ce_gppo.types import Response, RunEnded
 from loss import Objective
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("run", "update")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, help="only this one")
+    parser.add_argument("--train", default="", help="more settings for the two steps of `run`")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 17408], help="tokens of a sequence")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=34816, help="tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    # The shape of Qwen2 1.5B.
+    # The shape of DeepSeek-R1-Distill-Qwen-1.5B, whose embedding is not its head.
     parser.add_argument("--hidden-size", type=int, default=1536)
     parser.add_argument("--intermediate-size", type=int, default=8960)
     parser.add_argument("--layers", type=int, default=28)
@@ -45,6 +63,60 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=151936)
     return parser.parse_args()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# run
+
+
+def run_part(options: argparse.Namespace) -> None:
+    """Two steps, and the second one again after a resume."""
+    result = {"bench": "gpu", "part": "run", "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    result["device"] = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
+    with tempfile.TemporaryDirectory() as out:
+        settings = ["--steps", "2", "--checkpoint-every", "1", "--keep-checkpoints", "2", "--eval-every", "2"]
+        whole, again = Path(out) / "whole", Path(out) / "again"
+        run_train(*settings, "--eval-samples", "1", "--out", out, "--run-name", "whole", *shlex.split(options.train))
+        shutil.copytree(whole, again)
+        shutil.rmtree(again / "checkpoint-000002")
+        run_train("--resume", str(again))
+        result |= summary(whole, again)
+    rows = [(name, value) for name, value in result.items() if isinstance(value, float)]
+    common.show(result, [("", "value"), *rows])
+
+
+def run_train(*words: str) -> None:
+    environment = os.environ | {"WANDB_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "train.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"train.py {shlex.join(words)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+
+
+def summary(whole: Path, again: Path) -> dict:
+    """Of the second step, in which everything is warm; and how much of it a resumed run does again.
+
+    Tokens need not be the same on a GPU: vLLM's products depend on which requests share a batch.
+    """
+    last, resumed = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (whole, again))
+    wanted = ("time/", "perf/", "mismatch/", "entropy/mean", "reward/mean", "optim/updates", "kl/old")
+    found = {name: value for name, value in last.items() if name.startswith(wanted)}
+    texts = [
+        [
+            row["response"]
+            for row in map(json.loads, (run / "samples.jsonl").read_text().splitlines())
+            if row["step"] == 2
+        ]
+        for run in (whole, again)
+    ]
+    found["resume/same_responses"] = sum(a == b for a, b in zip(*texts, strict=True)) / len(texts[0])
+    found["resume/entropy_difference"] = abs(last["entropy/mean"] - resumed["entropy/mean"])
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# update
 
 
 def make_model(options: argparse.Namespace):
@@ -57,7 +129,7 @@ def make_model(options: argparse.Namespace):
         num_key_value_heads=options.kv_heads,
         vocab_size=options.vocabulary,
         max_position_embeddings=max(options.lengths),
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         eos_token_id=1,
         pad_token_id=0,
     )
@@ -127,12 +199,30 @@ def measure(policy: Policy, lengths: list[int], options: argparse.Namespace, rat
     }
 
 
-def main() -> None:
-    options = arguments()
+def expected_gib(options: argparse.Namespace, tokens: int) -> float | None:
+    """Peak memory by the model of costs, without AdamW's moments; None without tyro."""
+    try:
+        from bench import scaling
+    except ImportError:
+        return None
+    shape = options.layers, options.hidden_size, options.intermediate_size, options.heads, options.kv_heads
+    scaling.SHAPES["bench"] = (*shape, options.vocabulary)
+    config = scaling.Config(micro_batch_tokens=tokens, prompt_tokens=0, max_length=0)
+    moments = 8 * scaling.parameters("bench")[0] / 2**30
+    return scaling.memory("bench", 1, "no", 1, config)["update"] - moments
+
+
+def update_part(options: argparse.Namespace) -> None:
     policy = Policy(make_model(options))
     rate = perf.matrix_rate(options.device)
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
-    result = {"bench": "gpu", "date": time.strftime("%Y-%m-%d"), "device": name, "torch": torch.__version__}
+    result = {
+        "bench": "gpu",
+        "part": "update",
+        "date": time.strftime("%Y-%m-%d"),
+        "device": name,
+        "torch": torch.__version__,
+    }
     result |= {"parameters": sum(p.numel() for p in policy.parameters()), "matrix_tflops": rate / 1e12}
     result["gradient_checkpointing"] = options.gradient_checkpointing
     weights = next(p.element_size() for p in policy.parameters()) * result["parameters"] / 2**30
@@ -142,6 +232,8 @@ def main() -> None:
     rows = {}
     for case, lengths in cases.items():
         rows[case] = measure(policy, lengths, options, rate)
+        if options.gradient_checkpointing and (expected := expected_gib(options, sum(lengths))):
+            rows[case]["peak_over_model"] = rows[case]["peak_gib"] / expected
         result |= {f"{case}/{key}": value for key, value in rows[case].items()}
     columns = list(next(iter(rows.values())))
     table = [("length", *columns), *((case, *row.values()) for case, row in rows.items())]
@@ -152,6 +244,20 @@ def main() -> None:
         ("matrix rate, TFLOP/s", result["matrix_tflops"], ""),
     ]
     common.show(result, table, [("", "value", "bar"), *bars])
+
+
+def main() -> None:
+    options = arguments()
+    if options.part:
+        return {"run": run_part, "update": update_part}[options.part](options)
+    failed = []
+    for part in PARTS:  # each in a process of its own: its memory is free for the next, even where it crashes
+        done = subprocess.run([sys.executable, "-m", "bench.gpu", "--part", part, *sys.argv[1:]], cwd=ROOT)
+        if done.returncode:
+            print(json.dumps({"bench": "gpu", "part": part, "failed": done.returncode}), flush=True)
+            failed.append(part)
+    if failed:
+        raise RunEnded(f"failed: {', '.join(failed)}; what they said is above")
 
 
 if __name__ == "__main__":

@@ -179,8 +179,8 @@ def plan(name: str, gpus: int, config: Config) -> dict:
                 continue
             need = memory(name, gpus, shard, tensor_parallel, config)
             room = need["utilization"] * config.gpu_memory - need["engine"]
-            # The cache needs at least a tenth of the GPU.
-            if need["update"] + ASLEEP < 0.95 * config.gpu_memory and room > 0.1 * config.gpu_memory:
+            # The cache should have a quarter of the GPU.
+            if need["update"] + ASLEEP < 0.95 * config.gpu_memory and room > 0.25 * config.gpu_memory:
                 time = seconds(name, gpus, shard, tensor_parallel, config)
                 row = {"model": name, "gpus": gpus, "shard": shard, "rollout_tp": tensor_parallel, "memory_gib": need}
                 return row | {"seconds": time | {"step": sum(time.values())}}
