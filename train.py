@@ -98,7 +98,7 @@ class Config:
     checkpoint_every: t.Count = 20  # steps; also after the last
 
     # Machine. With torchrun (make train GPUS=8) every process has an engine, and its share of the prompts.
-    shard: bool = False  # FSDP2 instead of DDP: weights, gradients and optimizer spread over all processes
+    shard: t.one_of(["no", "yes", "offload"]) = "no"  # FSDP2: weights, gradients, optimizer over all GPUs; or on hosts
     rollout_tp: t.Count = 1  # processes that share one engine, for models too large for one GPU [32B: 2 or 4]
     gpu_memory_utilization: t.Share = 0.5  # share of the GPU's memory for vLLM, which sleeps during the updates
 

@@ -31,6 +31,7 @@ MEMORY_RATE = {141: 4.3e12, 80: 3.0e12}  # bytes/s, by GiB. H200: measured; H100
 NODE_RATE = 350e9  # bytes/s per GPU within a node; guess from NVLink's 450e9 by datasheet
 NETWORK_RATE = 40e9  # bytes/s per GPU between nodes; guess from 400 Gbit/s InfiniBand's 50e9 by datasheet
 HOST_RATE = 25e9  # bytes/s between a GPU and its host; guess from PCIe 5's 64e9 by datasheet
+HOST_MEMORY_RATE = 100e9  # bytes/s of a host's memory, for one GPU's share; guess
 MFU = 0.4  # of the update; guess (0.68 is measured on two CPU cores, with a small model)
 DECODE_SHARE = 0.6  # of MEMORY_RATE, in vLLM's decoding; guess
 ASLEEP = 3.0  # GiB that a sleeping vLLM and CUDA's context keep; guess
@@ -159,21 +160,22 @@ def seconds(name: str, gpus: int, shard: str, tensor_parallel: int, config: Conf
     micro_batches = math.ceil(mini_batch / min(gpus, mini_batch) * length / config.micro_batch_tokens)
     moved = (2 * 2 + 4) * total * micro_batches if shard != "no" else 2 * 4 * total
     communication = 0.0 if gpus == 1 else updates * moved / link
-    if shard == "offload":  # the same to and from the host, of this GPU's shard; and AdamW there
-        communication += updates * (2 * 4 + 4) * total * micro_batches / gpus / HOST_RATE
+    if shard == "offload":  # the same to and from the host, of this GPU's shard; gradients add up and AdamW runs there
+        there = (12 * micro_batches + 28) / HOST_MEMORY_RATE
+        communication += updates * total / gpus * ((2 * 4 + 4) * micro_batches / HOST_RATE + there)
     rate = MEMORY_RATE[min(MEMORY_RATE, key=lambda gib: abs(gib - config.gpu_memory))]
     return {
         "rollout": rollout_seconds(name, gpus, shard, tensor_parallel, responses, config),
         "old_logprobs": pass_ * (1 - 1 / updates),
         "update": 4 * pass_,
         "communication": communication,
-        "sync": 2 * total / rate if shard == "no" else 4 * total / link,
+        "sync": 4 * total / {"no": 2 * rate, "yes": link, "offload": HOST_RATE}[shard],
     }
 
 
-def plan(name: str, gpus: int, config: Config) -> dict:
+def plan(name: str, gpus: int, config: Config, shards: tuple[str, ...] = ("no", "yes")) -> dict:
     """The simplest settings that fit: copies rather than shards, and engines on as few GPUs as possible."""
-    for shard in ("no", "yes"):
+    for shard in shards:
         for tensor_parallel in (1, 2, 4, 8):
             if (shard == "yes" and gpus == 1) or tensor_parallel > gpus:
                 continue
@@ -193,10 +195,15 @@ def recipe_rows() -> list[dict]:
     rows = []
     for path in sorted(RECIPES.glob("*.toml")):
         recipe = parse(train.Config, ["--recipe", path.stem], loss.PUBLISHED)[0]
-        config = Config(gpu_memory=80.0, max_length=recipe.max_response_tokens)
+        limits = {"max_length": recipe.max_response_tokens, "micro_batch_tokens": recipe.max_micro_batch_tokens}
+        config = Config(gpu_memory=80.0, **limits)
+        offload = recipe.shard == "offload"
         name = next(name for name in SHAPES if name in recipe.model)
-        for gpus in (1, 8):
-            row = plan(name, gpus, config) | {"recipe": path.stem, "steps": recipe.steps}
+        for gpus in (1,) if offload else (1, 8):
+            row = plan(name, gpus, config, ("offload",) if offload else ("no", "yes")) | {
+                "recipe": path.stem,
+                "steps": recipe.steps,
+            }
             if row["seconds"]:
                 held_out = Config(gpu_memory=80.0, mean_length=10000, max_length=recipe.eval_response_tokens)
                 where = name, gpus, row["shard"], row["rollout_tp"]

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -91,6 +92,10 @@ def parse(Config: type, arguments: list[str], published: dict[str, dict]) -> tup
     parser.add_argument("--recipe", default="")
     parser.add_argument("--resume", default="")
     start, arguments = parser.parse_known_args(arguments)
+    for place, (argument, after) in enumerate(itertools.pairwise([*arguments, "--"]), start=1):
+        if argument == "--shard" and after.startswith("--"):
+            arguments.insert(place, "yes")  # short for --shard yes
+            break
     known = {field.name for field in dataclasses.fields(Config)} | {"recipe", "resume"}
     for argument in arguments:
         name = argument.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")

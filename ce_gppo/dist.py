@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -136,22 +136,29 @@ def largest_first(sizes: list[int], ranks: int) -> list[int]:
 # Gradients over all ranks
 
 
-def distribute(policy: torch.nn.Module, shard: bool, layer_classes: list[str]) -> torch.nn.Module:
+def distribute(policy: torch.nn.Module, shard: str, layer_classes: list[str]) -> torch.nn.Module:
     """The policy over all ranks, with its gradients averaged: copied (DDP), or sharded layer by layer (FSDP2).
+
+    shard: no, yes or offload. With offload the shards stay in the host's memory, with gradients and optimizer, and a
+    layer is on the device while it is computed; that is for one process, too.
 
     Collective. Every rank must then make the same number of forward and backward passes. layer_classes: names of the
     classes that FSDP2 gathers one at a time; embedding, last norm and head stay whole until backward.
     """
-    if world_size() == 1:
+    if world_size() == 1 and shard != "offload":
         return policy
-    if not shard:
+    if shard == "no":
         return DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():  # FSDP2 wants a group, if only of one
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cuda" if cuda else "cpu", (world_size(),))
+    offload = CPUOffloadPolicy(pin_memory=cuda) if shard == "offload" else OffloadPolicy()
     precision = MixedPrecisionPolicy(torch.bfloat16 if mesh.device_type == "cuda" else None, torch.float32)
     for module in policy.modules():
         if type(module).__name__ in layer_classes:
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision)
+            fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
 
 def zero_gradients(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -29,19 +29,19 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", 
 
 
 def load_model(
-    path: str, device: str = "cpu", gradient_checkpointing: bool = False, shard: bool = False
+    path: str, device: str = "cpu", gradient_checkpointing: bool = False, shard: str = "no"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32 (the master weights) and its tokenizer, from a folder or a hub name.
 
     gradient_checkpointing: keep only the input of each layer for backward, which computes the rest again.
-    shard: the model will be sharded over several processes; it stays on the CPU, and its shards move to the devices.
+    shard: as in dist.distribute. A model that will be sharded stays on the CPU; its shards move to the devices.
 
     Only safetensors are read and no code of the folder is run. Raises UserError, in one sentence, for what is no model
     or has a head that `token_statistics` would get wrong.
     """
     starting(f"model '{path}' cannot be loaded")
     check_model(path)
-    device = "cpu" if shard and dist.world_size() > 1 else device
+    device = "cpu" if shard == "offload" or (shard == "yes" and dist.world_size() > 1) else device
     disable_progress_bar()
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(

@@ -81,7 +81,9 @@ def speed(
     sampled_tokens = sum(len(r.response_ids) for group in groups for r in group)
     metrics = {
         "perf/rollout_tokens_per_s": sampled_tokens / seconds["time/rollout"],
-        "perf/peak_memory_gib": peak_memory_gib(str(model.device)),
+        "perf/peak_memory_gib": peak_memory_gib(
+            "cuda" if torch.cuda.is_available() else "cpu"
+        ),  # weights may be on hosts
     }
     tokens, *needed = work_of(mini_batches)
     if tokens:

@@ -19,7 +19,7 @@ def load_reference(config, device: str) -> torch.nn.Module | None:
     model, _ = load_model(config.model, device, shard=config.shard)
     policy = Policy(model)
     # Without gradients there is nothing for DDP to do.
-    return dist.distribute(policy, True, model._no_split_modules or []) if config.shard else policy
+    return policy if config.shard == "no" else dist.distribute(policy, config.shard, model._no_split_modules or [])
 
 
 @torch.no_grad()

@@ -290,8 +290,9 @@ def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: st
         + ", "
         f"then up to {updates_of_step(config)} updates of {config.mini_batch_prompts * config.responses_per_prompt} "
         f"responses; {config.steps} steps"
-        + (f"; on {world} processes, {'sharded' if config.shard else 'copied'}" if world > 1 else "")
-        + ("; shard does nothing, with one process" if config.shard and world == 1 else "")
+        + (f"; on {world} processes, {'copied' if config.shard == 'no' else 'sharded'}" if world > 1 else "")
+        + ("; weights, gradients and optimizer in the host's memory" if config.shard == "offload" else "")
+        + ("; shard does nothing, with one process" if config.shard == "yes" and world == 1 else "")
     )
 
 

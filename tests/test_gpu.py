@@ -7,10 +7,16 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 import loss
-from ce_gppo import entropy, forward
-from helpers import group_of, responses_of
+import train
+from ce_gppo import checkpoint, dist, entropy, forward
+from ce_gppo.forward import Policy
+from ce_gppo.model import load_model
+from data.arithmetic.base import make_model
+from helpers import group_of, resolved, responses_of
 from test_policy import naive
 
 
@@ -169,3 +175,46 @@ def test_attention_on_a_gpu(monkeypatch, window, shared):
     found, _ = forward.packed_attention(None, *pretending, packing=on_gpu.packing, **call)
     torch.testing.assert_close(found.as_subclass(torch.Tensor).float(), expected, atol=1e-5, rtol=1e-5)
     assert len(moved) == (4 if shared else 0)
+
+
+@pytest.fixture
+def one_process():
+    """FSDP2 makes a process group of one, which later tests must not find."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, one_process):
+    """Gradient, step and checkpoint are those without it; embedding, head and one layer are whole at a time."""
+    torch.manual_seed(0)
+    make_model(tokenizer, hidden_size=64, num_layers=4).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    config = resolved(max_micro_batch_tokens=20, entropy_coef=0.01)
+    objective = train.objective_of_step(config, 1, (0.5, 0.0))
+    found, whole = {}, []
+    for index, shard in enumerate(("no", "offload"), start=1):
+        model, _ = load_model(str(tmp_path / "tiny"), shard=shard)
+        policy = dist.distribute(Policy(model), shard, model._no_split_modules)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        if shard == "offload":
+            layers = sum(p.numel() for p in model.model.layers.parameters())
+            everything = sum(p.numel() for p in model.parameters())
+            for module in model.model.layers:
+                module.register_forward_hook(lambda *_, m=model: whole.append(unsharded(m)))
+                module.register_full_backward_pre_hook(lambda *_, m=model: whole.append(unsharded(m)))
+        done = train.update(policy, optimizer, group_of(5, [3, 9, 1, 5]), objective, 1e-3, config, "cpu")
+        checkpoint.save(tmp_path / f"checkpoint-{index:06d}", model, tokenizer, optimizer, checkpoint.State("id", 1))
+        gradients = {name: dist.whole(p.grad) for name, p in model.named_parameters()}
+        folder = tmp_path / f"checkpoint-{index:06d}"
+        moments = torch.load(folder / "trainer.pt", weights_only=True)["optimizer"]["state"]
+        found[shard] = gradients, load_file(folder / "model.safetensors"), moments, done.grad_norm
+    torch.testing.assert_close(found["offload"], found["no"], atol=1e-7, rtol=1e-6)
+    assert len(whole) == 2 * 4 * 2, "four layers, forward and backward, two micro-batches"
+    assert max(whole) <= everything - layers + layers // 4, "parameters whole at a time"
+    assert checkpoint.load(tmp_path / "checkpoint-000001", model, optimizer).step == 1
+
+
+def unsharded(model) -> int:
+    """Parameters that are whole now; shards, in the host's memory, are DTensors."""
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))

@@ -33,6 +33,7 @@ FIGURES = {  # the paper's figures 2 to 6: objective, betas, steps
     "figure5-dapo": ("dapo", (None, None), 500),
     "figure6": ("ce_gppo", (0.0, 1.0), 1000),
 }
+ONE_GPU = "r1-distill-7b-offload"
 RUN = ["r1-distill-1.5b", "r1-distill-7b-dapo", "figure6"]  # each way of writing a recipe once
 
 
@@ -49,7 +50,19 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_every_recipe_is_known():
-    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == PAPER.keys() | FIGURES.keys()
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == PAPER.keys() | FIGURES.keys() | {ONE_GPU}
+
+
+def test_one_gpu_differs_in_where_the_weights_are():
+    whole, one = (settings.read_recipe(train.Config, name) for name in ("r1-distill-7b", ONE_GPU))
+    assert whole.keys() == one.keys() and one["shard"] == "offload"
+    machine = {"shard", "gpu_memory_utilization", "max_micro_batch_tokens"}
+    assert {name for name in whole if whole[name] != one[name]} == machine
+
+
+@pytest.mark.parametrize("words, value", [([], "no"), (["--shard"], "yes"), (["--shard", "offload"], "offload")])
+def test_shard_is_short_for_shard_yes(words, value):
+    assert parse([*words, "--lr", "1e-3"]).shard == parse(["--lr", "1e-3", *words]).shard == value
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -98,7 +111,7 @@ def test_the_page_of_the_paper_names_every_figure():
 def test_vllm_gets_what_the_policy_leaves_of_80_gib():
     """As bench.scaling counts it, in steps of 0.05; one step less is a reserve."""
     for row in scaling.recipe_rows():
-        if row["gpus"] == 8:
+        if row["gpus"] == 8 or row["recipe"] == ONE_GPU:
             left = row["memory_gib"]["utilization"]
             assert left - 0.051 <= parse(["--recipe", row["recipe"]]).gpu_memory_utilization <= left
 
