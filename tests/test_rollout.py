@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from ce_gppo import forward
+from ce_gppo import forward, metrics
 from ce_gppo.corrections import correction_weights
 from ce_gppo.evaluation import check_engine
 from ce_gppo.forward import Policy, compute_old_logprobs
@@ -20,6 +20,7 @@ from helpers import BASE, DATA, ROOT, Forked, resolved
 from rollout import Engine, decode, stop_token_ids
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rollout")]  # of one engine
+TRAIN = str(ROOT / "data" / "arithmetic" / "train.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,16 @@ def engine(base):
 @pytest.fixture(scope="module")
 def prompts(base):
     return [problem.prompt_ids for problem in load_problems(DATA, base[1], 64)[0][:16]]
+
+
+@pytest.fixture(scope="module")
+def everything(engine, base):
+    """Summed entropy and tokens of 8 responses to each of 64 prompts of the default task, [64, 8]."""
+    problems = load_problems(TRAIN, base[1], 64)[0][:64]
+    groups = engine.generate([p.prompt_ids for p in problems], 8, max_tokens=64, temperature=1.0, seed=0)
+    compute_old_logprobs(Policy(base[0]), [r for group in groups for r in group], 1.0, 16384, "cpu")
+    entropy = torch.tensor([[r.entropy.sum().item() for r in group] for group in groups])
+    return entropy, torch.tensor([[float(len(r.response_ids)) for r in group] for group in groups])
 
 
 def gap(model, groups, temperature) -> float:
@@ -159,6 +170,22 @@ def test_on_a_gpu_memory_is_asked_for_in_the_right_order():
         ("reset_prefix_cache", None),
         ("wake_up", ["kv_cache"]),
     ]
+
+
+@pytest.mark.parametrize("dropped, bound", [(11, 0.006), (32, 0.01), (50, 0.011)])
+def test_entropy_of_a_sample_of_the_dropped_groups(everything, dropped, bound):
+    """entropy/mean from all trained tokens and one in four of the other responses: its standard error, relative."""
+    H, tokens = everything  # [P, G] each
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(200):
+        order = torch.randperm(len(H), generator=generator)
+        others, trained = order[:dropped], order[dropped:]
+        columns = torch.rand(H.shape, generator=generator).argsort(1)[others][:, : H.shape[1] // metrics.MEASURED]
+        sample = H[others].gather(1, columns).sum() / tokens[others].gather(1, columns).sum()
+        estimate = (H[trained].sum() + sample * tokens[others].sum()) / tokens.sum()
+        errors.append((estimate / (H.sum() / tokens.sum()) - 1).item())
+    assert 0 < torch.tensor(errors).square().mean().sqrt() < bound
 
 
 @pytest.mark.parametrize("cuda", [True, False])
