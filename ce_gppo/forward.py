@@ -50,6 +50,8 @@ def compute_old_logprobs(
     policy: torch.nn.Module, responses: list[Response], temperature: float, max_tokens: int, device: str
 ) -> None:
     """Set old_logprobs and entropy, [R] each, of every response under the present weights. Collective."""
+    if device == "cpu":  # activations of so many fit its caches: 1.6 times as fast as with 16,384 (measured)
+        max_tokens = min(max_tokens, 2048)
     for indices in even_passes(micro_batches(responses, max_tokens)):
         chosen = [responses[i] for i in indices]
         batch = collate(chosen, device)
