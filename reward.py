@@ -1,139 +1,126 @@
-r"""What a response is worth: 1.0 if the last \boxed{} of a response equals the true answer, else 0.0.
+r"""What a response is worth. The source of its problem chooses the verifier, and the setting `rewards` can change that:
 
-Three stages, each for what the one before leaves open:
- 1. answers.py        strings, numbers, units, words, and the structure of sets, tuples, intervals, equations
- 2. a cheap look      an answer that is too long, too deep, or a bomb such as 10^{10^{10}} scores 0
- 3. workers.py        math-verify, in worker processes that are killed when they overrun
+    math            the last \boxed{} equals the answer; every source that has no verifier of its name
+    gsm8k           the rest of the line after the last ####, or else the last box, equals the answer
+    choice          the letter in the last box, or else after the last "answer is", "Answer:" or ####
+    countdown       an expression in <answer></answer> that uses each number once and hits the target
+    exact           the last <answer></answer>, or else the last box, or else the whole response, is the answer
+    mine.py:score   a function of your own, in processes that are killed when they overrun
+
+A verifier takes a response and the true answer. It returns a number, 1 for right and 0 for wrong, or named parts whose
+sum is the reward, such as {"correctness": 1.0, "format": 0.1}: the response is right where `correctness` is 1 or more.
 """
 
 import os
-import queue
 import re
-import threading
+from collections.abc import Callable
 
-from ce_gppo.types import Response
-from ce_gppo.verifier.answers import Undecided, is_bomb, normalize, same, squeeze
+from ce_gppo.types import Problem, Response, UserError
+from ce_gppo.verifier import countdown, custom, extract
+from ce_gppo.verifier.answers import Undecided, equal_now
+from ce_gppo.verifier.background import BackgroundScorer
 from ce_gppo.verifier.workers import judge
 
-MAX_CHARS = 300  # of an answer, unless the truth is long itself
+
+def math(response: str, answer: str) -> float:
+    """Of several boxes only the last one counts; they are not joined into a list."""
+    return equal_now(extract.last_box(response), answer)
+
+
+def gsm8k(response: str, answer: str) -> float:
+    return equal_now(extract.after_hashes(response), answer)
+
+
+def choice(response: str, answer: str) -> float:
+    if not re.fullmatch(r"\(?[A-Z]\)?", answer):
+        raise UserError(f"choice: answer {answer[:40]!r}, where one capital letter is needed")
+    return equal_now(extract.choice_letter(response), answer)
+
+
+def exact(response: str, answer: str) -> float:
+    return float((extract.any_answer(response) or response.strip()) == answer.strip())
+
+
+VERIFIERS: dict[str, Callable[[str, str], float | dict[str, float]]] = {
+    "math": math,
+    "gsm8k": gsm8k,
+    "choice": choice,
+    "countdown": countdown.score,
+    "exact": exact,
+}
 
 
 def score(
     responses: list[str],
     answers: list[str],
+    verifiers: list[str] | None = None,
     *,
     timeout: float = 3.0,
     workers: int | None = None,
     budget: float = 60.0,
     thinking: bool = False,
-) -> list[float]:
-    """1.0 or 0.0 for each response, in their order. `answers` are the true ones; LaTeX, $ and \\boxed{} are welcome.
+) -> list[dict[str, float]]:
+    """The parts of each response's reward, in their order; {"correctness": 1.0} where a verifier returns a number.
 
-    Of several boxes in a response only the last one counts; they are not joined into a list.
-
-    timeout   seconds math-verify may take for one answer; then its worker is killed and the answer scores 0
-    workers   processes for math-verify, at most (default: up to 4); started when first needed, kept between calls
-    budget    seconds of math-verify for the whole batch; answers not reached by then score 0, and a line says how many
-    thinking  count only what follows the last </think>; a response that is still thinking when it ends scores 0
-    Raises ValueError if the lengths differ, RuntimeError if no worker can be started.
+    answers   the true ones, one per response; LaTeX, $ and \\boxed{} are welcome
+    verifiers names in VERIFIERS, or what custom.py runs, one per response; None: math for all
+    timeout   seconds that a worker may take for one response; then it is killed, and the response scores 0
+    workers   processes, at most (default: up to 4); started when first needed, kept between calls
+    budget    seconds in workers for the whole batch; responses not reached by then score 0, and a line says how many
+    thinking  a verifier sees only what follows the last </think>: nothing where the thinking does not end
+    Raises ValueError if the lengths differ, RuntimeError if no worker can be started, UserError for a verifier of the
+    user's own that raises or returns anything but numbers.
     """
     if len(responses) != len(answers):
         raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
-    rewards = [0.0] * len(responses)
-    undecided: dict[tuple[str, str], list[int]] = {}  # (answer, truth) -> which responses gave it
-    for i, (response, truth) in enumerate(zip(responses, answers, strict=True)):
-        answer = extract_answer(response, thinking=thinking)
-        if answer is None or len(answer) > max(MAX_CHARS, 2 * len(truth)):
-            continue
-        pair = answer, truth = normalize(answer), normalize(extract_answer(truth) or truth)
-        try:
-            rewards[i] = float(squeeze(answer) == squeeze(truth) != "" or not is_bomb(answer) and same(answer, truth))
-        except Undecided:
-            undecided.setdefault(pair, []).append(i)
-    verdicts = judge(list(undecided), timeout, workers or min(4, os.cpu_count() or 1), budget)
-    for pair, indices in undecided.items():
-        for i in indices:
-            rewards[i] = float(verdicts.get(pair, False))
-    if unread := sum(len(indices) for pair, indices in undecided.items() if pair not in verdicts):
-        print(f"reward: WARNING: {unread} of {len(responses)} answers scored 0 unread, {budget:g} s a batch were over")
-    return rewards
-
-
-class BackgroundScorer:
-    """`score` in a thread of its own, which scores each group while others are still being sampled.
-
-    Groups that arrive while it is busy are scored as one batch: `budget` then bounds the wait for all of them.
-    """
-
-    def __init__(self, answers: list[str], **options):
-        """answers: the true one of each group to come. options: the keyword arguments of `score`."""
-        self.answers, self.options = answers, options
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()
-        self.rewards: list[list[float]] = [[] for _ in answers]
-        self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
-
-    def add(self, index: int, group: list) -> None:
-        """A group of responses, which have a `text`, to the problem of this index."""
-        self.waiting.put((index, [response.text for response in group]))
-
-    def finish(self) -> list[list[float]]:
-        """The rewards of every group, once all are scored. Raises what `score` raised."""
-        self.waiting.put(None)
-        self.thread.join()
-        if self.error:
-            raise self.error
-        return self.rewards
-
-    def _work(self) -> None:
-        last = False
-        while not last:
-            batch = [self.waiting.get()]
-            while not self.waiting.empty():
-                batch.append(self.waiting.get())
-            last = None in batch
-            batch = [item for item in batch if item is not None]
-            texts = [text for _, group in batch for text in group]
-            answers = [self.answers[index] for index, group in batch for _ in group]
+    parts = [{"correctness": 0.0} for _ in responses]
+    jobs: dict[tuple[str, str, str], list[int]] = {}  # for a worker: (verifier, response, answer) -> whose they are
+    for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
+        verifier = verifiers[i] if verifiers else "math"
+        response = extract.after_thinking(response) if thinking else response
+        job = verifier, response, answer
+        if verifier in VERIFIERS:
             try:
-                rewards = iter(score(texts, answers, **self.options))
-            except Exception as error:
-                self.error = error
-                return
-            for index, group in batch:
-                self.rewards[index] = [next(rewards) for _ in group]
+                parts[i] = custom.as_parts(VERIFIERS[verifier](response, answer), verifier)
+                continue
+            except Undecided as undecided:  # only math-verify can tell
+                job = "math", *undecided.args
+        jobs.setdefault(job, []).append(i)
+    verdicts = judge(list(jobs), timeout, workers or min(4, os.cpu_count() or 1), budget)
+    unread = late = 0
+    for job, indices in jobs.items():
+        for i in indices:
+            parts[i] = verdicts.get(job) or parts[i]
+        unread += len(indices) * (job not in verdicts)
+        late += len(indices) * (verdicts.get(job, {}) is None and job[0] != "math")
+    for count, why in ((unread, f"unread, {budget:g} s a batch were over"), (late, f"after {timeout:g} s, or a crash")):
+        if count:
+            print(f"reward: WARNING: {count} of {len(responses)} answers scored 0 {why}")
+    return parts
 
 
-def extract_answer(response: str, *, thinking: bool = False) -> str | None:
-    """The content of the last \\boxed{} or \\fbox{}; None if there is none, or it is empty, or it is never closed.
+def in_background(problems: list[Problem], **options) -> BackgroundScorer:
+    """Scores groups of responses to these problems while others are still being sampled. options: those of `score`."""
+    return BackgroundScorer(score, problems, **options)
 
-    With `thinking` only the text after the last </think> is searched, and none of it if <think> was opened again. No
-    </think> at all is thinking cut short: the prompt may have opened it, as DeepSeek-R1's chat template does.
-    """
-    if thinking:
-        _, end, response = response.rpartition("</think>")
-        if not end or "<think>" in response:
-            return None
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", response))
-    if not boxes:
-        return None
-    start, depth = boxes[-1].end(), 1
-    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(response, start):  # \\. steps over escaped braces
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return response[start : brace.start()].strip() or None
-    return None
+
+EXTRACT = {"math": extract.last_box, "gsm8k": extract.after_hashes, "choice": extract.choice_letter}
+
+
+def extract_answer(response: str, verifier: str = "math", *, thinking: bool = False) -> str | None:
+    """What the verifier takes for the answer, for people and for votes. None if there is none."""
+    return EXTRACT.get(verifier, extract.any_answer)(extract.after_thinking(response) if thinking else response)
 
 
 def set_rewards(
-    groups: list[list[Response]], verdicts: list[list[float]], max_tokens: int, overlong_buffer: int
+    groups: list[list[Response]], scores: list[list[dict[str, float]]], max_tokens: int, overlong_buffer: int
 ) -> None:
-    """Set `verdict` and `reward` of every response: the reward is the verdict, and DAPO's penalty for length if set."""
-    for group, group_verdicts in zip(groups, verdicts, strict=True):
-        for response, verdict in zip(group, group_verdicts, strict=True):
-            response.verdict = verdict
-            response.reward = verdict + overlong_penalty(len(response.response_ids), max_tokens, overlong_buffer)
+    """Set `parts`, `verdict` and `reward` of every response: the reward is the sum of the parts, and DAPO's penalty."""
+    for group, group_scores in zip(groups, scores, strict=True):
+        for response, parts in zip(group, group_scores, strict=True):
+            response.parts, response.verdict = parts, float(parts["correctness"] >= 1)
+            penalty = overlong_penalty(len(response.response_ids), max_tokens, overlong_buffer)
+            response.reward = sum(parts.values()) + penalty
 
 
 def overlong_penalty(length: int, max_length: int, buffer: int) -> float:

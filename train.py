@@ -26,10 +26,10 @@ from ce_gppo.checkpoint import State
 from ce_gppo.config import command, parse
 from ce_gppo.evaluation import check_engine, evaluate_policy
 from ce_gppo.forward import Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
-from ce_gppo.metrics import MEASURED, check_mismatch, step_metrics
+from ce_gppo.metrics import MEASURED, check_mismatch, reward_metrics, step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
-from ce_gppo.problems import check_files, load_sets, problems_of_batch, seed_of_step
+from ce_gppo.problems import FILTERS, check_files, load_sets, max_batches, problems_of_batch, seed_of_step
 from ce_gppo.reference import load_reference, set_reference_logprobs
 from ce_gppo.report import Report, plan
 from ce_gppo.types import Problem, Response, Update, has_signal
@@ -46,6 +46,7 @@ class Config:
     eval_data: str = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL; several with commas [AIME24, AIME25]
     out: str = "out"  # folder of the runs
     run_name: str = ""  # its folder in `out`; empty: objective, seed and time, or an interrupted run is continued
+    rewards: str = ""  # verifiers, "source=verifier,source2=mine.py:score"; empty: by the source's name, else math
     seed: t.Seed = 0  # for the samples and the order of the problems
 
     # Rollouts.
@@ -55,8 +56,7 @@ class Config:
     temperature: t.Positive = 1.0  # sampling temperature; logprobs in training use it too
     max_prompt_tokens: t.Count = 64  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: t.Count = 64  # longer responses are cut, and are wrong unless already boxed [16384]
-    filter_groups: bool = True  # drop groups of equal rewards, which have no signal (DAPO's dynamic sampling)
-    max_rollout_batches: t.Count | None = None  # sample again where too few groups have a signal; None: 1, dapo: 3 [1]
+    filter_groups: t.one_of(FILTERS) | None = None  # on: drop groups of equal rewards; refill: and sample more; or off
     max_kept_prompts: t.Count = 64  # groups trained on at most, of those with a signal [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
@@ -117,7 +117,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     check_files(config.train_data, config.eval_data)  # before a large model is downloaded
     source = str(last or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
-    problems, held_out, sizes = load_sets(config, tokenizer, model.config.max_position_embeddings)
+    problems, held_out, sizes = load_sets(config, tokenizer, model.config.max_position_embeddings, reward.VERIFIERS)
     policy = dist.distribute(Policy(model), config.shard, model._no_split_modules or [])  # has the weights of `model`
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
     new = State(dist.rank0_then_broadcast(lambda: secrets.token_hex(4)), control=first_control(config))
@@ -177,15 +177,15 @@ def sample(
 ) -> tuple[list[Problem], list[list[Response]]]:
     """(problems, a group of responses to each, with rewards), over all ranks. Empty once `stop` is true.
 
-    Batches of prompts are sampled until max_kept_prompts groups have a signal (DAPO's dynamic sampling), at most
-    max_rollout_batches of them. batches: those of earlier steps, which decide the problems and the samples of this one.
+    A batch of prompts is sampled, or with `refill` more of them until max_kept_prompts groups have a signal (DAPO's
+    dynamic sampling). batches: those of earlier steps, which decide the problems and the samples of this one.
     """
     chosen, groups = [], []
-    for batch in range(batches + 1, batches + 1 + config.max_rollout_batches):
+    for batch in range(batches + 1, batches + 1 + max_batches(config)):
         with meter("rollout"):
             new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
             mine = dist.round_robin(len(new), config.rollout_tp)  # what this rank's engine samples
-            scorer = reward.BackgroundScorer([new[i].answer for i in mine], thinking=config.thinking)
+            scorer = reward.in_background([new[i] for i in mine], thinking=config.thinking)
             sampled = engine.generate(
                 [new[i].prompt_ids for i in mine],
                 config.responses_per_prompt,
@@ -213,7 +213,7 @@ def select(groups: list[list[Response]], config: Config) -> tuple[list[list[Resp
     advantages = loss.group_advantages(rewards, config.advantages).tolist()  # [P, G]
     for_each = zip(groups, advantages, strict=True)
     groups = [[replace(r, advantage=a) for r, a in zip(*pair, strict=True)] for pair in for_each]
-    kept = [group for group in groups if has_signal(group) or not config.filter_groups]
+    kept = [group for group in groups if has_signal(group) or config.filter_groups == "off"]
     if config.mask_truncated:  # neither in the loss nor in its denominator
         kept = [[r for r in group if not r.truncated] for group in kept]
     kept = [group for group in kept if group][: config.max_kept_prompts]
@@ -230,8 +230,7 @@ def learn(
     others = [r for r in flatten(groups) if id(r) not in trained][::MEASURED]  # only for entropy/mean
     *shares, others = (own_share(part) for part in (*mini_batches, others))
     with meter("old_logprobs"):
-        # The first mini-batch needs no pass of its own, as its update begins with the weights that sampled it; but some
-        # objectives choose its tokens before that.
+        # The first update begins with the weights that sampled, so it needs no pass, unless the objective picks tokens.
         later = flatten(shares if objective.name in selection.METHODS else shares[1:])
         if config.old_logprobs == "sampler":
             for r in later:
@@ -282,7 +281,8 @@ def report(
     log: Report | None, problems, groups, mini_batches, updates, objective, lr: float, state: State, config, meter
 ) -> None:
     """Bring the state up to date, and log the step's metrics over all ranks. Collective."""
-    metrics = step_metrics(groups, mini_batches, updates, state.entropy) | {"optim/lr": lr}
+    metrics = step_metrics(groups, mini_batches, updates, state.entropy) | reward_metrics(groups, problems)
+    metrics["optim/lr"] = lr
     if objective.beta1 is not None:
         metrics |= {"optim/beta1": objective.beta1, "optim/beta2": objective.beta2}
     elif config.entropy_target:

@@ -89,6 +89,10 @@ def bare(responses: list[str], truths: list[str]) -> list[float]:
     return verdicts
 
 
+def ours(responses: list[str], truths: list[str], **options) -> list[float]:
+    return [parts["correctness"] for parts in reward.score(responses, truths, **options)]
+
+
 def timed(function, *arguments, **options) -> tuple[float, list[float]]:
     start = time.perf_counter()
     verdicts = function(*arguments, **options)
@@ -100,7 +104,7 @@ def rates(templates: tuple, count: int, rounds: int, rng: random.Random) -> dict
     seconds, right = {"ours": [], "bare": []}, {"ours": 0, "bare": 0}
     for _ in range(rounds):
         responses, truths, expected = answers(templates, count, rng)
-        for name, function in (("ours", reward.score), ("bare", bare)):
+        for name, function in (("ours", ours), ("bare", bare)):
             taken, verdicts = timed(function, responses, truths)
             seconds[name].append(taken)
             right[name] += sum(v == e for v, e in zip(verdicts, expected, strict=True))
@@ -122,7 +126,7 @@ def delays(attacks: tuple[str, ...], config: Config, rng: random.Random) -> tupl
     harmless = responses, truths
     for arguments in (harmless, harmless, attacked, harmless):  # the first fills sympy's own cache
         workers._cache.clear()
-        taken, verdicts = timed(reward.score, *arguments, **options)
+        taken, verdicts = timed(ours, *arguments, **options)
         assert verdicts[-len(expected) :] == expected, "hostile answers changed the verdicts of others"
         seconds.append(taken)
     _, before, during, after = seconds
@@ -131,7 +135,7 @@ def delays(attacks: tuple[str, ...], config: Config, rng: random.Random) -> tupl
 
 def main(config: Config) -> None:
     rng = random.Random(0)
-    for function in (reward.score, bare):  # import sympy, start the workers
+    for function in (ours, bare):  # import sympy, start the workers
         function(*answers(LATEX, 20, rng)[:2])
     result = {"bench": "reward", "date": time.strftime("%Y-%m-%d"), "timeout": config.timeout, "budget": config.budget}
     for name, templates, count in (("plain", PLAIN, config.plain), ("latex", LATEX, config.latex)):

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from ce_gppo import dist
 from ce_gppo.betas import WITH_BETAS, read_schedule
+from ce_gppo.problems import max_batches
 from ce_gppo.report import wandb_mode
 from ce_gppo.selection import METHODS
 from ce_gppo.types import STARTING, RunEnded, UserError
@@ -115,7 +116,7 @@ def resolve(config, published: dict[str, dict]):
     values = dict(published[config.objective])
     values["eval_response_tokens"] = config.max_response_tokens
     values["overlong_buffer"] = config.max_response_tokens // 5 if config.objective == "dapo" else 0  # dapo: its paper
-    values["max_rollout_batches"] = 3 if config.objective == "dapo" and config.filter_groups else 1
+    values["filter_groups"] = "refill" if config.objective == "dapo" else "on"
     unset = {name: value for name, value in values.items() if getattr(config, name) is None}
     given, config = config, dataclasses.replace(config, **unset)
     check_together(given, config, published)
@@ -133,14 +134,9 @@ def check_together(given, config, published: dict[str, dict]) -> None:
     read_schedule(config.beta_schedule)
     for wrong, message in (
         (
-            config.max_kept_prompts > config.prompts_per_step * config.max_rollout_batches,
+            config.max_kept_prompts > config.prompts_per_step * max_batches(config),
             f"max_kept_prompts = {config.max_kept_prompts} is more than prompts_per_step = {config.prompts_per_step}"
-            + (f" in {config.max_rollout_batches} batches" if config.max_rollout_batches > 1 else ""),
-        ),
-        (
-            config.max_rollout_batches > 1 and not config.filter_groups,
-            f"max_rollout_batches = {config.max_rollout_batches}: without filter_groups no group is dropped, so that "
-            "nothing is sampled again",
+            + (f" in {max_batches(config)} batches" if max_batches(config) > 1 else ""),
         ),
         (
             config.max_kept_prompts % config.mini_batch_prompts,

@@ -31,15 +31,16 @@ def check_engine(engine, policy, problem: Problem, config, device: str) -> None:
 def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, **sampling) -> list[list[Response]]:
     """k responses to each problem, with their verdicts; all or none of them: none once `stop` is true.
 
-    engine: a rollout.Engine. score: reward.score, (texts, answers) -> verdicts. sampling: what engine.generate takes.
+    engine: a rollout.Engine. score: reward.score. sampling: what engine.generate takes.
     """
     groups = engine.generate([problem.prompt_ids for problem in problems], k, **sampling)
     if not all(groups):  # given up; `stop` may be true only on another rank of the engine
         return []
     responses = flatten(groups)
-    answers = [problem.answer for problem in problems for _ in range(k)]
-    for response, verdict in zip(responses, score([r.text for r in responses], answers), strict=True):
-        response.verdict = verdict
+    each = [problem for problem in problems for _ in range(k)]
+    scores = score([r.text for r in responses], [p.answer for p in each], [p.verifier for p in each])
+    for response, parts in zip(responses, scores, strict=True):
+        response.verdict = float(parts["correctness"] >= 1)
     return groups
 
 
@@ -55,9 +56,10 @@ def evaluate_policy(
     if not due or dist.rank0_then_broadcast(lambda: log.has_evaluation(step)):
         return
     with meter("eval"):
+        mine = [problems[i] for i in dist.round_robin(len(problems), config.rollout_tp)]
         groups = evaluate(
             engine,
-            [problems[i] for i in dist.round_robin(len(problems), config.rollout_tp)],
+            mine,
             config.eval_samples,
             score=partial(score, thinking=config.thinking),
             max_tokens=config.eval_response_tokens,
@@ -69,17 +71,24 @@ def evaluate_policy(
         if dist.any_rank(stop()):
             return
         if step == 0:
-            warn(flatten(groups))
+            warn(groups, mine)
         verdicts = dist.gather_dealt([[r.verdict for r in group] for group in groups], config.rollout_tp)
     metrics = accuracy([(problem.source, row) for problem, row in zip(problems, verdicts, strict=True)])
     if log:
         log.log(step, {f"eval/{name}": value for name, value in metrics.items()} | meter.take_part("eval"))
 
 
-def warn(responses: list[Response]) -> None:
+def warn(groups: list[list[Response]], problems: list[Problem]) -> None:
     """Say what makes nearly all responses worthless, before hours are spent on them. Of this rank's share."""
+    responses = flatten(groups)
     truncated = sum(r.truncated for r in responses) / len(responses)
-    unboxed = sum("\\boxed" not in r.text for r in responses) / len(responses)
+    boxes = [
+        "\\boxed" in r.text
+        for group, problem in zip(groups, problems, strict=True)
+        for r in group
+        if problem.verifier == "math"
+    ]
+    unboxed = boxes.count(False) / max(1, len(boxes))
     if truncated > 0.9:
         dist.say(
             f"{truncated:.0%} of the first evaluation's responses are cut at eval_response_tokens: raise it, or look "

@@ -13,7 +13,7 @@ import torch
 
 from ce_gppo import dist
 from ce_gppo.entropy import QUADRANTS, add_sums
-from ce_gppo.types import Response, RunEnded, Update
+from ce_gppo.types import Problem, Response, RunEnded, Update
 
 # Of mismatch/mean, nats. In float32 it is 1e-6. bfloat16 made 0.002 of it for the base policy of the default task
 # (bench/bfloat16.py), and others report 0.03 for larger models.
@@ -32,7 +32,7 @@ MEASURED = 4
 class Metric:
     """One line of docs/metrics.md, and one chart of the saved view: a metric, or several that are read together."""
 
-    names: str  # "clip/low high" is clip/low and clip/high; <quadrant>, <source> and <k> stand for all there are
+    names: str  # "clip/low high" is clip/low and clip/high; <quadrant>, <source>, <part>, <k>: all there are
     unit: str
     meaning: str
     healthy: str = ""
@@ -40,13 +40,13 @@ class Metric:
     swept: bool = False  # kept by results/sweep.py
 
     def each(self) -> list[str]:
-        """The full names, with every quadrant; <source> and <k> stay."""
+        """The full names, with every quadrant; <source>, <part> and <k> stay."""
         first, *others = self.names.split()
         names = [first, *(f"{first.partition('/')[0]}/{name}" for name in others)]
         return [name.replace("<quadrant>", q) for name in names for q in (QUADRANTS if "<quadrant>" in name else [""])]
 
     def pattern(self) -> re.Pattern:
-        names = [re.escape(name).replace("<source>", ".+").replace("<k>", r"\d+") for name in self.each()]
+        names = [re.sub("<source>|<part>", ".+", re.escape(name)).replace("<k>", r"\d+") for name in self.each()]
         return re.compile("|".join(names))
 
 
@@ -91,6 +91,12 @@ METRICS = {
             "together below 0.9",
         ),
         Metric(
+            "reward/<source>/mean <source>/<part>",
+            "",
+            "the same of the problems of a source, without the penalty; and each part where a verifier gives several",
+            "rises",
+        ),
+        Metric(
             "eval/<source>/avg_at_k",
             "share",
             "accuracy on held-out problems, mean over k samples of each",
@@ -106,7 +112,7 @@ METRICS = {
             always=False,
             swept=True,
         ),
-        Metric("rollout/prompts", "", "prompts sampled: prompts_per_step, or more where max_rollout_batches allows it"),
+        Metric("rollout/prompts", "", "prompts sampled: prompts_per_step, or more where filter_groups is refill"),
         Metric("rollout/unused", "share", "of the sampled responses that no update used", "below 0.5"),
         Metric("response/length_mean length_max", "tokens", "length of the responses", swept=True),
         Metric("response/truncated", "share", "responses cut at the length limit", "below 0.1", swept=True),
@@ -275,6 +281,21 @@ def rollout_metrics(
     }
     if previous_entropy is not None:
         metrics["entropy/delta"] = metrics["entropy/mean"] - previous_entropy
+    return metrics
+
+
+def reward_metrics(groups: list[list[Response]], problems: list[Problem]) -> dict[str, float]:
+    """The mean reward of each source's responses, without the penalty for length, and of each part of it."""
+    by_source: dict[str, list[dict[str, float]]] = {}
+    for group, problem in zip(groups, problems, strict=True):
+        by_source.setdefault(problem.source, []).extend(response.parts for response in group)
+    metrics = {}
+    for source, rows in by_source.items():
+        names = sorted({name for parts in rows for name in parts})
+        means = {name: sum(parts.get(name, 0.0) for parts in rows) / len(rows) for name in names}
+        if len(names) > 1:
+            metrics |= {f"reward/{source}/{name}": mean for name, mean in means.items()}
+        metrics[f"reward/{source}/mean"] = sum(means.values())
     return metrics
 
 

@@ -3,11 +3,13 @@
 import datetime
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ce_gppo.types import Problem, UserError, starting
+from ce_gppo.verifier.sources import assign
 
 # Some chat templates print the date. A run that goes on tomorrow must have the same prompts, so each day is this one,
 # which Llama 3.2's template names where it is not told the date.
@@ -107,10 +109,13 @@ def load_problems(
     return problems, len(rows) - len(problems)
 
 
-def load_sets(config, tokenizer, context: int) -> tuple[list[Problem], list[Problem], str]:
-    """(training problems, held-out problems, a sentence about their numbers) for train.py's settings.
+def load_sets(
+    config, tokenizer, context: int, verifiers: dict[str, Callable]
+) -> tuple[list[Problem], list[Problem], str]:
+    """(training problems, held-out problems, their numbers and verifiers in words) for train.py's settings.
 
-    UserError where prompts and responses do not fit the model's context, or its tokenizer hides </think>.
+    verifiers: reward.VERIFIERS. UserError where prompts and responses do not fit the model's context, or its tokenizer
+    hides </think>.
     """
     starting(f"problems of {config.train_data} and {config.eval_data} cannot be read")
     for name in ("max_response_tokens", "eval_response_tokens"):
@@ -122,9 +127,11 @@ def load_sets(config, tokenizer, context: int) -> tuple[list[Problem], list[Prob
     limits = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix
     problems, dropped = load_problems(config.train_data, tokenizer, *limits)
     held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *limits)
+    who, (problems, held_out) = assign(config.rewards, verifiers, problems, held_out)
     sizes = (
         f"{len(problems)} training and {len(held_out)} held-out problems ({dropped} and {held_out_dropped} dropped: "
-        f"prompt longer than {config.max_prompt_tokens} tokens)"
+        f"prompt longer than {config.max_prompt_tokens} tokens)\n"
+        f"rewards      {who}"
     )
     return problems, held_out, sizes
 
@@ -134,6 +141,15 @@ def check_thinking(tokenizer) -> None:
     ids = tokenizer.encode("</think>", add_special_tokens=False)
     if "</think>" not in tokenizer.decode(ids, skip_special_tokens=True):
         raise UserError("thinking: the tokenizer drops </think> as a special token, so no answer could follow it")
+
+
+FILTERS = ("off", "on", "refill")
+REFILL_BATCHES = 3  # of prompts in a step, at most
+
+
+def max_batches(config) -> int:
+    """Batches of prompts that a step may sample: more than one only with filter_groups = refill."""
+    return REFILL_BATCHES if config.filter_groups == "refill" else 1
 
 
 def problems_of_batch(problems: list[Problem], batch: int, count: int, seed: int) -> list[Problem]:

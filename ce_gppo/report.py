@@ -20,6 +20,7 @@ from ce_gppo.advice import advice
 from ce_gppo.entropy import quadrants
 from ce_gppo.forward import flatten
 from ce_gppo.metrics import ALL
+from ce_gppo.problems import max_batches
 from ce_gppo.tokens import token_rows
 from ce_gppo.types import Problem, Response, UserError
 
@@ -286,7 +287,7 @@ def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: st
         f"data         {problems}\n"
         f"objective    {config.objective}, {betas}, clip interval [{1 - config.eps_low:g}, {1 + config.eps_high:g}]\n"
         f"step         {config.prompts_per_step} prompts x {config.responses_per_prompt} = {responses} responses"
-        + (f", up to {config.max_rollout_batches} times" if config.max_rollout_batches > 1 else "")
+        + (f", up to {max_batches(config)} times" if max_batches(config) > 1 else "")
         + ", "
         f"then up to {updates_of_step(config)} updates of {config.mini_batch_prompts * config.responses_per_prompt} "
         f"responses; {config.steps} steps"
@@ -309,15 +310,15 @@ def probability_histograms(responses: list[Response]) -> dict[str, torch.Tensor]
 
 
 def sample_rows(
-    groups: list[list[Response]], problems: list[Problem], extract: Callable[[str], str | None]
+    groups: list[list[Response]], problems: list[Problem], extract: Callable[[str, str], str | None]
 ) -> list[dict]:
-    """The first response to each of the first problems, to be read by people. extract: finds the answer in a text."""
+    """The first response to each of the first problems, to be read by people. extract: reward.extract_answer."""
     return [
         {
             "prompt": problem.prompt,
             "response": group[0].text,
             "answer": problem.answer,
-            "extracted": extract(group[0].text),
+            "extracted": extract(group[0].text, problem.verifier),
             "reward": group[0].reward,
             "entropy": None if group[0].entropy is None else group[0].entropy.mean().item(),
             "tokens": len(group[0].response_ids),

@@ -17,6 +17,7 @@ import torch
 
 from ce_gppo import checkpoint, dist
 from ce_gppo.types import Response, RunEnded, Update, UserError
+from ce_gppo.verifier import sources as rewards
 
 ROOT = Path(__file__).parents[1]
 MAX_SKIPPED_UPDATES = 5  # in a row, before the run ends
@@ -78,8 +79,9 @@ def changes(folder: Path, config) -> list[str]:
 
 
 def fingerprints(config) -> dict[str, str]:
-    """A checksum for each file of data and of the base model: of its size, first and last MiB, as models are large."""
+    """A checksum for each file of data, verifiers and base model: of size, first and last MiB, as models are large."""
     paths = [Path(path) for path in f"{config.train_data},{config.eval_data}".split(",")]
+    paths += rewards.files(config.rewards)
     if Path(config.model).is_dir():
         paths += sorted(path for path in Path(config.model).iterdir() if path.is_file())
     marks = {}

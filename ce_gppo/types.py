@@ -1,11 +1,14 @@
 """What travels through a step, the errors that people see, and the ranges of settings."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
 
-from torch import Tensor
+if TYPE_CHECKING:  # the verifier's workers start without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,7 @@ class Problem:
     answer: str
     source: str
     question: str = ""  # the last message, as the file has it
+    verifier: str = "math"  # see reward.py
 
 
 @dataclass
@@ -27,14 +31,15 @@ class Response:
     truncated: bool  # stopped by the length limit, not by an end-of-sequence token
     text: str  # for the verifier and for people; never tokenized again
 
-    verdict: float = 0.0  # the verifier's: 1 is right, 0 is wrong
-    reward: float = 0.0  # the verdict, and the penalty for length if there is one
+    verdict: float = 0.0  # 1 is right, 0 is wrong
+    reward: float = 0.0  # the sum of the verifier's parts, and the penalty for length if there is one
     advantage: float = 0.0
     old_logprobs: Tensor | None = None  # [R]  the trainer's, under the weights that sampled the response, or vLLM's
     entropy: Tensor | None = None  # [R]  nats, under those weights; None: not measured, and old_logprobs not either
     changes: dict[str, Tensor] | None = None  # [R] each, of a few responses: what the update did, see tokens.follow
     chosen: Tensor | None = None  # [R]  1 where the objective picks the token, see selection.py
     ref_logprobs: Tensor | None = None  # [R]  the reference policy's, where there is one
+    parts: dict[str, float] = field(default_factory=dict)  # of the reward, as the verifier gives them
 
 
 def has_signal(group: list[Response]) -> bool:

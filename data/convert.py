@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ce_gppo.types import UserError
-from reward import extract_answer
+from ce_gppo.verifier.extract import last_box
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def answer_of(row: dict) -> str | None:
     given += [row.get("final_answer"), row.get("answer")]
     answer = next((a for a in given if a is not None and a != []), None)
     if answer is None:
-        return extract_answer(row["solution"]) if isinstance(row.get("solution"), str) else None
+        return last_box(row["solution"]) if isinstance(row.get("solution"), str) else None
     parts = answer if isinstance(answer, list) else [answer]  # OlympiadBench: the answers to the parts of a problem
     return ", ".join(str(part).rpartition("####")[2].strip() for part in parts) or None
 

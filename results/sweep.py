@@ -40,7 +40,7 @@ COMMON = {
 }
 SETTINGS = {
     "grpo": {"objective": "grpo"},
-    "dapo": {"objective": "dapo", "max_rollout_batches": 1},
+    "dapo": {"objective": "dapo", "filter_groups": "on"},
     "gppo": {"objective": "gppo"},
     "cispo": {"objective": "cispo"},
     "gspo": {"objective": "gspo"},

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import loss
+import reward
 from ce_gppo import config
 from ce_gppo.types import Response
 from train import Config
@@ -33,6 +34,11 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 def resolved(**settings) -> Config:
     """train.py's configuration, checked, with the values of the objective's paper filled in."""
     return config.resolve(Config(**settings), loss.PUBLISHED)
+
+
+def score(responses: list[str], answers: list[str], *verifiers, **options) -> list[float]:
+    """The correctness that reward.score gives."""
+    return [parts["correctness"] for parts in reward.score(responses, answers, *verifiers, **options)]
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from ce_gppo.evaluation import evaluate as sample_and_score
 from ce_gppo.evaluation import warn
 from ce_gppo.types import Problem, Response, UserError
-from helpers import BASE
+from helpers import BASE, score
 from tools import evaluate
 
 
@@ -21,7 +21,7 @@ def problem(question: str, answer: str, source: str) -> dict:
 
 def row(answer: str | None, truth: str = "4", number: int = 0, sample: int = 0, source: str = "test") -> dict:
     """A row of a result file; `answer` is what its response boxes."""
-    correct = answer is not None and evaluate.score([rf"\boxed{{{answer}}}"], [truth]) == [1.0]
+    correct = answer is not None and score([rf"\boxed{{{answer}}}"], [truth]) == [1.0]
     where = {"problem": number, "sample": sample, "source": source, "question": f"{source} {number}?"}
     verdict = {
         "answer": truth,
@@ -280,12 +280,14 @@ def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, w
 
 
 def test_a_first_evaluation_that_bodes_ill_is_a_warning(capsys):
-    def responses(cut: int, text: str) -> list[Response]:
-        return [Response([1], [2], torch.zeros(1), i < cut, text) for i in range(20)]
+    def groups(cut: int, text: str) -> list[list[Response]]:
+        return [[Response([1], [2], torch.zeros(1), i < cut, text)] for i in range(20)]
 
-    warn(responses(18, "\\boxed{1}"))
+    math, countdown = ([Problem("", [], "", "", verifier=name)] * 20 for name in ("math", "countdown"))
+    warn(groups(18, "\\boxed{1}"), math)
+    warn(groups(18, "1"), countdown)
     assert not capsys.readouterr().err
-    warn(responses(19, "1"))
+    warn(groups(19, "1"), math)
     warned = capsys.readouterr().err
     assert "95% of the first evaluation's responses are cut" in warned
     assert "100%" in warned and "prompt_suffix" in warned

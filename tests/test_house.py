@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from ce_gppo import metrics
-from helpers import ROOT
-from reward import score
+from helpers import ROOT, score
 
 PACKAGE = [  # each may import those above it, and those on its own line
     {"types", "verifier", "objectives", "corrections"},

@@ -19,8 +19,10 @@ from types import SimpleNamespace
 import pytest
 
 import reward
+from ce_gppo.types import Problem
 from ce_gppo.verifier import answers, workers
-from reward import BackgroundScorer, extract_answer, overlong_penalty, score
+from helpers import score
+from reward import extract_answer, in_background, overlong_penalty
 
 TABLE = r"""
 integers            | 48 | 48 | 1
@@ -1178,19 +1180,23 @@ def test_from_another_thread(no_cache):
 
 def test_background_scorer_gives_each_group_its_own_rewards():
     """Groups that come in any order, while the ones before are being scored."""
-    answers = [str(i) for i in range(50)]
-    scorer = BackgroundScorer(answers)
+    scorer = in_background([Problem("", [], str(i), "test") for i in range(50)])
     for i in random.Random(0).sample(range(50), 50):
         scorer.add(i, [SimpleNamespace(text=f"\\boxed{{{i if right else i + 1}}}") for right in (i % 2, 1, 0)])
-    assert scorer.finish() == [[float(i % 2), 1.0, 0.0] for i in range(50)]
+    assert verdicts(scorer) == [[float(i % 2), 1.0, 0.0] for i in range(50)]
+
+
+def verdicts(scorer) -> list[list[float]]:
+    return [[parts["correctness"] for parts in group] for group in scorer.finish()]
 
 
 def test_background_scorer_passes_on_errors_and_options(monkeypatch):
-    scorer = BackgroundScorer(["4"], thinking=True)
+    four = Problem("", [], "4", "test")
+    scorer = in_background([four], thinking=True)
     scorer.add(0, [SimpleNamespace(text="<think>\\boxed{4}"), SimpleNamespace(text="<think></think>\\boxed{4}")])
-    assert scorer.finish() == [[0.0, 1.0]]
-    monkeypatch.setattr(reward, "normalize", lambda text: 1 / 0)
-    scorer = BackgroundScorer(["4"])
+    assert verdicts(scorer) == [[0.0, 1.0]]
+    monkeypatch.setattr(answers, "normalize", lambda text: 1 / 0)
+    scorer = in_background([four])
     scorer.add(0, [SimpleNamespace(text="\\boxed{4}")])
     with pytest.raises(ZeroDivisionError):
         scorer.finish()
@@ -1202,6 +1208,7 @@ def test_workers_end_with_their_parent(no_cache):
         [sys.executable, "-c", PARENT], cwd=os.path.dirname(reward.__file__), stdout=subprocess.PIPE, text=True
     )
     pids = [int(pid) for pid in child.stdout.readline().split()]
+    assert len(pids) == 2
     time.sleep(0.5)
     child.kill()
     child.wait()
@@ -1214,6 +1221,7 @@ def test_workers_end_with_their_parent(no_cache):
 
 PARENT = rf"""
 import reward
+from ce_gppo.verifier import workers
 workers._workers.extend([workers.Worker(), workers.Worker()])
 for worker in workers._workers:
     worker.start()

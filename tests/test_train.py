@@ -169,8 +169,7 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--seed", "4294967296"], "seed = 4294967296: must be at least 0 and at most 4.29"),
         (["--lr", "nan"], "lr = nan: must be above 0"),
         (["--lr", "0"], "lr = 0.0: must be above 0"),
-        (["--max-rollout-batches", "0"], "max_rollout_batches = 0: must be at least 1"),
-        (["--max-rollout-batches", "2", "--no-filter-groups"], "max_rollout_batches = 2: without filter_groups"),
+        (["--filter-groups", "always"], "filter_groups 'always' is unknown; known: off, on, refill"),
         (["--entropy-coef", "nan"], "entropy_coef = nan: must be at least 0"),
         (["--overlong-buffer", "-5"], "overlong_buffer = -5: must be at least 0"),
         (["--overlong-buffer", "65"], "overlong_buffer = 65 is more than max_response_tokens = 64"),
@@ -266,8 +265,7 @@ def test_one_setting_makes_a_baseline():
     gspo = resolved(objective="gspo")
     assert (gspo.eps_low, gspo.eps_high, gspo.aggregation) == (3e-4, 4e-4, "seq-mean-token-mean")
     ours = resolved()
-    assert (dapo.max_rollout_batches, ours.max_rollout_batches) == (3, 1)
-    assert resolved(objective="dapo", filter_groups=False).max_rollout_batches == 1
+    assert (dapo.filter_groups, ours.filter_groups) == ("refill", "on")
     assert (ours.eps_low, ours.eps_high, ours.overlong_buffer, ours.aggregation) == (0.2, 0.2, 0, "token-mean")
     dr_grpo, rloo = resolved(objective="dr_grpo"), resolved(objective="rloo")
     assert (dr_grpo.advantages, dr_grpo.aggregation) == ("group-mean", "seq-mean-token-sum-norm")
@@ -374,7 +372,7 @@ def test_tokens_are_chosen_before_the_first_update(tiny_model, tmp_path):
 @pytest.mark.slow
 def test_a_step_whose_responses_are_all_truncated(tmp_path):
     """Nothing is left to update on; the run goes on."""
-    changed = ["--steps", "1", "--max-response-tokens", "2", "--mask-truncated", "--no-filter-groups"]
+    changed = ["--steps", "1", "--max-response-tokens", "2", "--mask-truncated", "--filter-groups", "off"]
     run(tmp_path, "--run-name", "cut", *SMALL, *changed)
     row = metrics_of(tmp_path / "cut")[1]
     assert row["response/truncated"] == 1 and row["optim/updates"] == 0
@@ -418,7 +416,7 @@ def test_dynamic_sampling_refills_and_goes_on_where_it_was(tiny_model):
         return numbers, groups
 
     engine = Sampler()
-    numbers, groups = step(0, engine, max_rollout_batches=3)
+    numbers, groups = step(0, engine, filter_groups="refill")
     batches = len(numbers) // 8
     assert batches in (2, 3) and len(set(engine.seeds)) == len(engine.seeds) == batches and engine.asleep
     assert sum(number % 2 == 0 for number in numbers[:-8]) < 8 <= sum(number % 2 == 0 for number in numbers)
@@ -435,7 +433,7 @@ def test_dynamic_sampling_refills_and_goes_on_where_it_was(tiny_model):
     order = [p.prompt_ids[0] for batch in range(1, 7) for p in problems_of_batch(problems, batch, 8, seed=0)]
     assert numbers + step(batches, Sampler())[0] == order[: 8 * (batches + 1)], "one batch more, without a refill"
     stopped = Sampler(stops_after=2)
-    assert step(0, stopped, max_rollout_batches=3) == ([], []) and not stopped.asleep
+    assert step(0, stopped, filter_groups="refill") == ([], []) and not stopped.asleep
 
 
 def test_select_filters_caps_and_cuts_evenly():
@@ -459,7 +457,7 @@ def test_select_filters_caps_and_cuts_evenly():
     _, uneven = train.select(groups[:57], resolved(max_kept_prompts=40, mini_batch_prompts=10))
     assert [len(batch) // 2 for batch in uneven] == [9, 10, 9, 10]
     _, everything = train.select(
-        groups, resolved(filter_groups=False, max_kept_prompts=60, mini_batch_prompts=60, prompts_per_step=60)
+        groups, resolved(filter_groups="off", max_kept_prompts=60, mini_batch_prompts=60, prompts_per_step=60)
     )
     assert len(everything[0]) == 120
     assert train.select([[response(3, False, 1.0, 0)] * 2], config)[1] == []

@@ -25,7 +25,8 @@ from ce_gppo.evaluation import evaluate
 from ce_gppo.model import context_of
 from ce_gppo.problems import check_files, check_thinking, load_problems
 from ce_gppo.types import Problem, Response, UserError
-from reward import extract_answer, score
+from ce_gppo.verifier.sources import assign, files
+from reward import VERIFIERS, extract_answer, score
 from rollout import Engine, prepare_environment
 
 
@@ -41,6 +42,7 @@ class Config:
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
+    rewards: str = ""  # verifiers, "source=verifier,source2=mine.py:score"; empty: by the source's name, else math
     out: str = ""  # JSONL file of the responses; empty: out/eval/<model>.<benchmarks>.k<k>.jsonl
     write_every: t.Count = 512  # responses sampled between two writes: a killed run loses at most these
     gpu_memory_utilization: t.Share = 0.9  # share of the GPU's memory for vLLM
@@ -66,6 +68,7 @@ def main(config: Config) -> None:
         check_thinking(tokenizer)
     longest = min(config.max_prompt_tokens, limit - 1)
     problems, dropped = load_problems(",".join(paths), tokenizer, longest, config.system_prompt, config.prompt_suffix)
+    verifiers, (problems,) = assign(config.rewards, VERIFIERS, problems)
     longest = max(len(problem.prompt_ids) for problem in problems)
     max_tokens = config.max_response_tokens or min(16384, limit - longest)
     if longest + max_tokens > limit:
@@ -74,7 +77,8 @@ def main(config: Config) -> None:
         )
 
     settings = asdict(config) | {"max_response_tokens": max_tokens, "weights": fingerprint(config.model)}
-    settings["data"] = hashlib.sha256(json.dumps([[p.prompt, p.answer] for p in problems]).encode()).hexdigest()
+    data = json.dumps([[p.prompt, p.answer] for p in problems]).encode()
+    settings["data"] = hashlib.sha256(data + b"".join(path.read_bytes() for path in files(config.rewards))).hexdigest()
     for name in ("out", "compare", "gpu_memory_utilization"):  # they change no response
         del settings[name]
     path = Path(config.out or default_out(config, problems))
@@ -82,7 +86,9 @@ def main(config: Config) -> None:
     chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
     rows = resumed(path, settings, [len(chunk) * config.k for chunk in chunks])
     done = len({row["problem"] for row in rows})
-    print(f"{len(problems)} problems x {config.k} samples, {dropped} dropped for a prompt that is too long")
+    print(
+        f"{len(problems)} problems x {config.k} samples, {dropped} dropped for a prompt that is too long; {verifiers}"
+    )
     print(f"responses  {path}" + (f", {done} problems were there already" if done else ""), flush=True)
 
     if done < len(problems):
@@ -126,7 +132,7 @@ def rows_of(problems: list[Problem], groups: list[list[Response]], first: int, t
             "source": problem.source,
             "question": problem.question,
             "answer": problem.answer,
-            "extracted": extract_answer(response.text, thinking=thinking),
+            "extracted": extract_answer(response.text, problem.verifier, thinking=thinking),
             "correct": response.verdict == 1.0,
             "tokens": len(response.response_ids),
             "truncated": response.truncated,
@@ -225,8 +231,8 @@ def majority(samples: list[dict]) -> bool:
             continue
         wrong = [other for other in votes if other is not True]
         if answer is not True and answer not in wrong:
-            verdicts = score([f"\\boxed{{{answer}}}"] * len(wrong), wrong, timeout=1.0, budget=10.0)
-            answer = next((other for other, equal in zip(wrong, verdicts, strict=True) if equal), answer)
+            scores = score([f"\\boxed{{{answer}}}"] * len(wrong), wrong, timeout=1.0, budget=10.0)
+            answer = next((o for o, parts in zip(wrong, scores, strict=True) if parts["correctness"]), answer)
         votes[answer] = votes.get(answer, 0) + 1
     return bool(votes) and max(votes, key=votes.get) is True
 

@@ -1,1 +1,1 @@
-"""Whether two mathematical answers are the same."""
+"""Verifiers: which one a source has, where an answer stands, whether it is right, and processes for what may hang."""

@@ -22,11 +22,13 @@ A text of more than LONGEST characters is not read: it equals only itself.
 import re
 from fractions import Fraction
 
+from ce_gppo.verifier.extract import last_box
 from ce_gppo.verifier.grammar import SINGLE_NAME, Node, depths, is_name, read
 from ce_gppo.verifier.spelling import LONGEST, normalize
 
-__all__ = ["Undecided", "is_bomb", "normalize", "same", "squeeze"]
+__all__ = ["Undecided", "equal_now", "is_bomb", "normalize", "same", "squeeze"]
 
+MAX_CHARS = 300  # of an answer, unless the truth is long itself
 MAX_DEPTH = 12  # brackets; math-verify's parser takes 1.5 s for 16, and minutes for a few more
 
 
@@ -42,6 +44,21 @@ def squeeze(text: str) -> str:
 
 class Undecided(Exception):
     """Only math-verify can tell."""
+
+
+def equal_now(answer: str | None, truth: str) -> float:
+    r"""1.0 if an answer equals the true one, else 0.0. Both may be LaTeX, with $; the truth may be in a \boxed{}.
+
+    An answer that is too long, too deep, or a bomb such as 10^{10^{10}} scores 0. Undecided(answer, truth), both in one
+    spelling, where only math-verify can tell.
+    """
+    if answer is None or len(answer) > max(MAX_CHARS, 2 * len(truth)):
+        return 0.0
+    answer, truth = normalize(answer), normalize(last_box(truth) or truth)
+    try:
+        return float(squeeze(answer) == squeeze(truth) != "" or not is_bomb(answer) and same(answer, truth))
+    except Undecided:
+        raise Undecided(answer, truth) from None
 
 
 def ask_math_verify(answer: str, truth: str) -> bool:

@@ -1,9 +1,11 @@
-"""math-verify in processes that can be killed: it hangs on some answers, and its own time limit does not help.
+"""What may hang, in processes that can be killed: math-verify, and verifiers that are not this project's.
 
-That limit is signal.alarm, which fails outside the main thread and does not interrupt C (Math-Verify#50, #55).
+math-verify hangs on some answers, and its own time limit does not help: that is signal.alarm, which fails outside the
+main thread and does not interrupt C (Math-Verify#50, #55).
 """
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -19,11 +21,17 @@ from fractions import Fraction
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from ce_gppo.types import UserError
+from ce_gppo.verifier import custom
 from ce_gppo.verifier.answers import same
 
 MAX_MEMORY = 4 * 2**30  # bytes of address space per worker
 MAX_CACHED = 100_000  # verdicts
-STARTUP_SECONDS = 60.0  # a worker needs about 1 s on an idle machine
+STARTUP_SECONDS = 60.0  # a worker needs about 1 s on an idle machine, most of it for sympy
+MATH = "math"  # the verifier that is math-verify; the name of any other says what custom.load runs
+
+Job = tuple[str, str, str]  # verifier, response (of math only its answer), true answer
+Parts = dict[str, float]
 COMMAND = [sys.executable, "-m", "ce_gppo.verifier.workers"]
 
 
@@ -32,12 +40,14 @@ class Worker:
     threads, and spawn would import the trainer's __main__ again."""
 
     process: subprocess.Popen | None = None
+    loaded: set[str] = frozenset()  # verifiers that this process has imported
 
     def start(self):
         if self.process and self.process.poll() is None:
             return
         for _ in range(3):
             self.kill()
+            self.loaded = set()
             self.process = subprocess.Popen(
                 COMMAND,
                 cwd=Path(__file__).parents[2],
@@ -49,36 +59,61 @@ class Worker:
             )
             if self.read(STARTUP_SECONDS) == b"ready\n":
                 return
-        raise RuntimeError(f"the math-verify worker does not start; `{' '.join(COMMAND)}` shows why")
+        raise RuntimeError(f"the verifiers' worker does not start; `{' '.join(COMMAND)}` shows why")
 
     def read(self, timeout: float) -> bytes | None:
         """The next line; b"" if the worker has died, None if it took more than `timeout` seconds."""
         return self.process.stdout.readline() if wait([self.process.stdout], timeout) else None
 
-    def ask(self, pair: tuple[str, str], timeout: float) -> bool:
+    def ask(self, job: Job, timeout: float) -> Parts | None:
+        """The parts that the job's verifier gives; None if it takes more than `timeout` seconds, or dies of it twice.
+
+        UserError with what a user's verifier does wrong.
+        """
         for _ in range(2):  # what killed the worker may have been somebody else, not this answer
+            self.load(job[0])
+            died, reply = self.request([*job, timeout], timeout)
+            if not died:
+                return reply
+        return None
+
+    def load(self, verifier: str) -> None:
+        """Start, and import this verifier, which may take longer than a response. UserError if that fails."""
+        for _ in range(2):  # as in `ask`
             self.start()
-            try:
-                self.process.stdin.write(json.dumps([*pair, timeout]).encode() + b"\n")
-                reply = self.read(timeout)
-            except BrokenPipeError:
-                reply = b""
-            if reply:
-                return json.loads(reply)
-            self.kill()
-            if reply is None:
+            if verifier in self.loaded:
+                return
+            died, reply = self.request([verifier, None, None, STARTUP_SECONDS], STARTUP_SECONDS)
+            if not died:
                 break
-        return False
+        if reply is None:
+            raise UserError(f"verifier {verifier}: its import crashes, or takes over {STARTUP_SECONDS:g} s")
+        self.loaded.add(verifier)
+
+    def request(self, line: list, timeout: float) -> tuple[bool, Parts | None]:
+        """(whether the worker died of it, its reply). It is killed, and the reply None, after `timeout` seconds."""
+        try:
+            self.process.stdin.write(json.dumps(line).encode() + b"\n")
+            reply = self.read(timeout)
+        except BrokenPipeError:
+            reply = b""
+        if not reply:
+            self.kill()
+            return reply is not None, None
+        reply = json.loads(reply)
+        if isinstance(reply, str):
+            raise UserError(reply)
+        return False, reply
 
     def kill(self):
         if self.process:
-            with self.process:  # closes the pipes, and waits
-                self.process.kill()
+            with self.process, contextlib.suppress(ProcessLookupError):  # closes the pipes, and waits
+                os.killpg(self.process.pid, signal.SIGKILL)  # and what a verifier may have started
             self.process = None
 
 
 _workers: list[Worker] = []
-_cache: dict[tuple[str, str], bool] = {}  # the least recently used first
+_cache: dict[Job, Parts | None] = {}  # math-verify's, the least recently used first
 _lock = threading.Lock()
 os.register_at_fork(after_in_child=_workers.clear)  # a forked child must not talk to its parent's workers
 
@@ -89,22 +124,37 @@ def _stop_workers():
         worker.kill()
 
 
-def judge(pairs: list[tuple[str, str]], timeout: float, num_workers: int, budget: float) -> dict[tuple[str, str], bool]:
-    """math-verify's verdicts on distinct (answer, truth) pairs; a pair that the budget left no time for is missing."""
+def check(verifiers: set[str]) -> None:
+    """UserError for a verifier that cannot be imported."""
     with _lock:
-        verdicts = {pair: _cache.pop(pair) for pair in pairs if pair in _cache}
-        waiting = [pair for pair in pairs if pair not in verdicts]
-        waiting.sort(key=lambda pair: -abs(len(pair[0]) - len(pair[1])))  # first popped: what looks like its truth
+        if verifiers and not _workers:
+            _workers.append(Worker())
+        for verifier in sorted(verifiers):
+            _workers[0].load(verifier)
+
+
+def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> dict[Job, Parts | None]:
+    """What the verifiers give for distinct jobs: None where one took too long or died, which counts as wrong.
+
+    A job that the budget left no time for is missing. UserError with what a user's verifier does wrong.
+    """
+    with _lock:
+        verdicts = {job: _cache.pop(job) for job in jobs if job in _cache}
+        waiting = [job for job in jobs if job not in verdicts]
+        waiting.sort(key=lambda job: -abs(len(job[1]) - len(job[2])))  # first popped: what looks like its truth
+
+        verifiers = sorted({job[0] for job in waiting})
 
         def work(worker: Worker):
-            worker.start()
+            for verifier in verifiers:
+                worker.load(verifier)
             end = time.monotonic() + budget
             while waiting and time.monotonic() < end:
                 try:
-                    pair = waiting.pop()
+                    job = waiting.pop()
                 except IndexError:  # another thread was faster
                     return
-                verdicts[pair] = worker.ask(pair, timeout)
+                verdicts[job] = worker.ask(job, timeout)
 
         num_workers = min(num_workers, len(waiting))
         _workers.extend(Worker() for _ in range(num_workers - len(_workers)))
@@ -114,9 +164,9 @@ def judge(pairs: list[tuple[str, str]], timeout: float, num_workers: int, budget
                     list(threads.map(work, _workers[:num_workers]))
                 finally:
                     waiting.clear()  # after an exception too: no thread may go on
-        _cache.update(verdicts)
-        for pair in list(_cache)[: max(0, len(_cache) - MAX_CACHED)]:
-            del _cache[pair]
+        _cache.update({job: parts for job, parts in verdicts.items() if job[0] == MATH})  # others have whole responses
+        for job in list(_cache)[: max(0, len(_cache) - MAX_CACHED)]:
+            del _cache[job]
         return verdicts
 
 
@@ -151,23 +201,42 @@ def sympy_equal(answer: str, truth: str) -> bool:
 
 
 def serve():
-    """The worker's side: one "ready", then a JSON verdict for each JSON line [answer, truth, seconds]."""
+    """The worker's side: one "ready", then a JSON reply for each JSON line [verifier, response, answer, seconds].
+
+    Without a response it only imports the verifier. A reply is the parts, or a sentence about what is wrong.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints may pass for a reply
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):  # nothing that a library reads is a request, and nothing that it prints a reply
+        os.dup2(nothing, stream)
     logging.disable()
-    assert sympy_equal(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")  # imports sympy, warms up the parser
     print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        answer, truth, seconds = json.loads(line)
+    for line in requests:
+        verifier, response, answer, seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # should our parent be gone, the kernel ends us
-        try:
-            verdict = same(answer, truth, sympy_equal)
-        except Exception:  # sympy raises what it likes: here it means "not equal"
-            verdict = False
+        reply = answer_to(verifier, response, answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(verdict), file=replies, flush=True)
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+def answer_to(verifier: str, response: str | None, answer: str) -> Parts | str:
+    if verifier == MATH and response is None:  # imports sympy, prepares the parser
+        assert sympy_equal(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")
+        return {}
+    if verifier == MATH:
+        try:
+            return {"correctness": float(same(response, answer, sympy_equal))}
+        except Exception:  # sympy raises what it likes: here it means "not equal"
+            return {"correctness": 0.0}
+    try:
+        if response is not None:
+            return custom.call(verifier, response, answer)
+        custom.load(verifier)
+        return {}
+    except UserError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""Verifiers that may hang or break: functions of the user's own, `mine.py:score`. They run in the workers only."""
+
+import functools
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from ce_gppo.types import UserError
+
+
+def as_parts(value, verifier: str) -> dict[str, float]:
+    """What a verifier returned, as named parts; a number is its `correctness`. UserError for anything else."""
+    parts = value if isinstance(value, dict) else {"correctness": value}
+    try:
+        numbers = {name: float(part) for name, part in parts.items() if not isinstance(part, str)}
+    except (TypeError, ValueError, OverflowError):
+        numbers = {}
+    named = all(isinstance(name, str) and name not in ("", "mean") for name in parts)
+    if "correctness" in parts and named and len(numbers) == len(parts) and all(map(math.isfinite, numbers.values())):
+        return numbers
+    raise UserError(
+        f"verifier {verifier} returned {repr(value)[:80]}; a number is needed, or a dictionary of numbers by name with "
+        "'correctness' among them ('mean' is taken)"
+    )
+
+
+def file_of(verifier: str) -> Path | None:
+    """mine.py of mine.py:score; None for the name of a verifier."""
+    path, _, function = verifier.rpartition(":")
+    return Path(path) if path.endswith(".py") and function.isidentifier() else None
+
+
+@functools.cache
+def load(verifier: str) -> Callable:
+    """The function of `/path/mine.py:score`. Runs the file. UserError where the file or the function is missing."""
+    path, name = file_of(verifier), verifier.rpartition(":")[2]
+    if not path.is_file():
+        raise UserError(f"verifier {verifier}: there is no file {path}")
+    sys.path.insert(0, str(path.parent))  # it may import its neighbours
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # as dataclasses and pickle expect
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"verifier {verifier}: {path} cannot be imported: {told(error, path)}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"verifier {verifier}: {path} has no function {name}; it has: {', '.join(functions) or 'none'}")
+    return function
+
+
+def call(verifier: str, response: str, answer: str) -> dict[str, float]:
+    """The parts that a function of the user's own gives. UserError if it raises, or returns nonsense."""
+    function = load(verifier)
+    try:
+        value = function(response, answer)
+    except (MemoryError, RecursionError):  # a hostile response: this ends the worker, and the response is wrong
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"verifier {verifier} raised {told(error, file_of(verifier))}; a wrong response should be 0, not an error"
+        ) from None
+    return as_parts(value, verifier)
+
+
+def told(error: BaseException, path: Path) -> str:
+    """An error in a line, with the last line of the user's file that it went through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines = [error.lineno]
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}{': ' if text else ''}{text}" + (f" (line {lines[-1]})" if lines else "")

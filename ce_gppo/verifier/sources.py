@@ -1,0 +1,62 @@
+"""Which verifier each problem has: by the setting `rewards`, by the name of its source, or else `math`."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ce_gppo.types import Problem, UserError
+from ce_gppo.verifier import custom
+from ce_gppo.verifier.workers import check
+
+EVERY = ""  # stands for every source that has no entry of its own
+
+
+def read_rewards(rewards: str) -> dict[str, str]:
+    """{source: verifier} of "source=verifier,source2=mine.py:score". An entry without a source is for all others."""
+    chosen = {}
+    for entry in filter(None, map(str.strip, rewards.split(","))):
+        source, equals, verifier = entry.rpartition("=")
+        source = source.strip() or EVERY
+        if not verifier.strip() or (equals and source == EVERY):
+            raise UserError(f"rewards: '{entry}', where source=verifier is needed, or a verifier for every source")
+        if source in chosen:
+            raise UserError(f"rewards: two verifiers for {f'source {source!r}' if source else 'every source'}")
+        chosen[source] = verifier.strip()
+    return chosen
+
+
+def files(rewards: str) -> list[Path]:
+    """The files of the user's own functions."""
+    return sorted({path for verifier in read_rewards(rewards).values() if (path := custom.file_of(verifier))})
+
+
+def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -> tuple[str, list[list[Problem]]]:
+    """(which verifier each source has, in words; the sets of problems, each problem with its verifier).
+
+    verifiers: reward.VERIFIERS. UserError, now and not after hours, for an unknown source or verifier, for a function
+    that cannot be imported, and for a true answer that its verifier cannot read.
+    """
+    chosen, sources = read_rewards(rewards), sorted({problem.source for problem in itertools.chain(*sets)})
+    if unknown := sorted(chosen.keys() - {EVERY, *sources}):
+        raise UserError(f"rewards: no problem has the source '{unknown[0]}'; the data's: {', '.join(sources)}")
+    names = {source: chosen.get(source) or chosen.get(EVERY) or by_name(source, verifiers) for source in sources}
+    resolved = {name: name if name in verifiers else own(name, verifiers) for name in names.values()}
+    check(set(resolved.values()) - verifiers.keys())
+    assigned = [[replace(p, verifier=resolved[names[p.source]]) for p in problems] for problems in sets]
+    for problem in itertools.chain(*assigned):
+        if problem.verifier in verifiers:
+            verifiers[problem.verifier]("", problem.answer)
+    return ", ".join(f"{source} by {name}" for source, name in names.items()), assigned
+
+
+def by_name(source: str, verifiers: dict[str, Callable]) -> str:
+    """The verifier of a source that `rewards` does not name. Any name may stand for mathematics: aime24, mine."""
+    return source if source in verifiers else "math"
+
+
+def own(name: str, verifiers: dict[str, Callable]) -> str:
+    """A name of the user's own function that holds in any folder."""
+    if path := custom.file_of(name):
+        return f"{path.resolve()}:{name.rpartition(':')[2]}"
+    raise UserError(f"rewards: verifier '{name}' is unknown; known: {', '.join(verifiers)}, or mine.py:score, your own")

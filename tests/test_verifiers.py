@@ -1,0 +1,415 @@
+"""The verifiers by source: each against an independent truth, and what is wrong with a user's own, in a sentence."""
+
+import ast
+import contextlib
+import itertools
+import json
+import operator
+import random
+import re
+import time
+from fractions import Fraction
+
+import pytest
+import torch
+
+import reward
+from ce_gppo import metrics, runs
+from ce_gppo.types import Problem, Response, UserError
+from ce_gppo.verifier import countdown, custom, sources, workers
+from ce_gppo.verifier.answers import Undecided
+from helpers import resolved, score
+from reward import VERIFIERS, extract_answer
+
+
+def problem(source: str, answer: str = "4") -> Problem:
+    return Problem("", [], answer, source)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Countdown, against Python's own reading of the expression
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def by_python(text: str) -> tuple[Fraction, list[int]] | None:
+    """(value, numbers) of an expression by Python's parser and Fraction; None if it is none."""
+    numbers = []
+
+    def value(node):
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            numbers.append(node.value)
+            return Fraction(node.value)
+        raise ValueError
+
+    try:
+        return value(ast.parse(text.strip(), mode="eval").body), numbers
+    except (ValueError, KeyError, SyntaxError, ZeroDivisionError):
+        return None
+
+
+def expression(rng: random.Random, numbers: list[int]) -> str:
+    """A random tree over these numbers in this order."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    cut = rng.randint(1, len(numbers) - 1)
+    sign = rng.choice(["+", "-", "*", "/", " + ", " - "])
+    text = expression(rng, numbers[:cut]) + sign + expression(rng, numbers[cut:])
+    return rng.choice(["{}", "({})", "({})", "-({})"]).format(text)
+
+
+def test_countdown_computes_what_python_does():
+    rng = random.Random(0)
+    values = set()
+    for _ in range(3_000):
+        text = expression(rng, [rng.randint(0, 99) for _ in range(rng.randint(1, 6))])
+        assert countdown.evaluate(text) == by_python(text), text
+        values.add(countdown.evaluate(text) and countdown.evaluate(text)[0])
+    assert len(values) > 1_000 and None in values  # some divide by 0
+    for length in range(1, 6):  # every short string, most of which are no expressions
+        for text in map("".join, itertools.product("12+-*/() ", repeat=length)):
+            if "//" not in text and "**" not in text and not re.search(r"(^|[-+*/( ])\+", text.replace(" ", "")):
+                assert countdown.evaluate(text) == by_python(text), text
+
+
+def test_countdown_by_brute_force():
+    """For each task, the expressions that solve it score 1, those with another value or other numbers 0."""
+    rng = random.Random(1)
+    for _ in range(100):
+        numbers = [rng.randint(1, 30) for _ in range(3)]
+        target = rng.randint(1, 60)
+        answer = json.dumps({"numbers": numbers, "target": target})
+        for order in itertools.permutations(numbers):
+            text = expression(rng, list(order))
+            right = by_python(text) is not None and by_python(text)[0] == target
+            assert countdown.score(f"so <answer>{text}</answer>", answer)["correctness"] == right
+            exact = by_python(text)
+            if exact and exact[0].denominator == 1:
+                hit = json.dumps({"numbers": numbers, "target": int(exact[0])})
+                assert countdown.score(f"<answer> {text} </answer>", hit)["correctness"] == 1
+                for other in (numbers[:2], [*numbers, 1], [*numbers[:2], numbers[2] + 1]):
+                    task = json.dumps({"numbers": other, "target": int(exact[0])})
+                    assert countdown.score(f"<answer>{text}</answer>", task)["correctness"] == 0
+
+
+TASK = json.dumps({"numbers": [1, 2, 3, 4], "target": 10})
+
+
+@pytest.mark.parametrize(
+    "text, correctness, read",
+    [
+        ("1+2+3+4", 1, True),
+        (" ( 1 + 2 ) + 3\n+ 4 ", 1, True),
+        ("4*3-2/1", 1, True),
+        ("4*3-(2*1)", 1, True),
+        ("-2+4*3*1", 1, True),
+        ("1+2+3", 0, True),  # not all
+        ("1+2+3+4+4-4", 0, True),  # one three times
+        ("5+5", 0, True),
+        ("12-3+4-3", 0, True),
+        ("1 2-3+4-3", 0, False),  # white space does not join digits
+        ("12 - 34", 0, True),  # concatenated numbers are other numbers
+        ("10", 0, True),
+        ("1+2+3+4=10", 0, False),
+        ("1.0+2+3+4", 0, False),
+        ("4**1+3*2", 0, False),
+        ("7//1", 0, False),
+        ("1+2+3+٤", 0, False),  # a digit of another script
+        ("１+2+3+4", 0, False),
+        ("1+2+3+4²", 0, False),
+        ("1×2", 0, False),
+        ("1/(2-2)", 0, False),
+        ("3/0+1+2+4", 0, False),
+        ("9**9**9**9", 0, False),
+        ("9" * 150, 0, False),
+        ("*".join(["9" * 9] * 20), 0, True),
+        ("/".join(["9" * 9] * 20), 0, True),
+        ("(" * 90 + "1" + ")" * 90, 0, False),
+        ("(" * 100_000, 0, False),
+        ("-" * 190 + "1", 0, False),
+        ("1+" * 100_000 + "1", 0, False),
+        ("1+2+3+4)", 0, False),
+        ("(1+2+3+4", 0, False),
+        ("()", 0, False),
+        ("", 0, False),
+        ("+1", 0, False),
+        ("1+", 0, False),
+        ("__import__('os').getpid()", 0, False),
+        ("1 if 1 else 2", 0, False),
+        ("1_0", 0, False),
+        ("0x10", 0, False),
+        ("1e1", 0, False),
+        ("1\0+2+3+4", 0, False),
+    ],
+)
+def test_countdown_hostile_and_odd(text, correctness, read):
+    start = time.process_time()
+    parts = countdown.score(f"<think>hm</think>\n<answer>{text}</answer>", TASK)
+    assert time.process_time() - start < 1
+    assert parts == {"correctness": correctness, "format": 0.1 * read}
+
+
+def test_countdown_format():
+    """0.1 where the response ends with the tag: a sum that is right, wrong, followed by more, not in the tag."""
+    says = {
+        "<answer>1+2+3+4</answer>": (1, 0.1),
+        "<answer>1+2+3-4</answer>\n": (0, 0.1),
+        "<answer>1+2+3+4</answer> QED": (1, 0),
+        "1+2+3+4": (0, 0),
+        "<answer>1+2+3+4": (0, 0),
+        "<answer>1+2</answer> no: <answer>1+2+3+4</answer>": (1, 0.1),
+        "<answer>1+2+3+4</answer> no: <answer>1+2</answer>": (0, 0.1),
+        "<answer>" * 10_000 + "</answer>" * 10_000: (0, 0),
+        "": (0, 0),
+    }
+    for response, (correctness, form) in says.items():
+        assert countdown.score(response, TASK) == {"correctness": correctness, "format": form}, response
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The others
+
+
+@pytest.mark.parametrize(
+    "verifier, response, answer, right",
+    [
+        ("gsm8k", "so 40 + 2\n#### 42", "42", 1),
+        ("gsm8k", "#### 41\nno\n#### 42\nThat is it.", "42", 1),
+        ("gsm8k", "#### 1,234", "1234", 1),
+        ("gsm8k", "#### $1234", "1,234", 1),
+        ("gsm8k", "#### 42.00", "42", 1),
+        ("gsm8k", "#### 42 apples", "42", 1),
+        ("gsm8k", "#### 43", "42", 0),
+        ("gsm8k", "#### 4 2", "42", 0),
+        ("gsm8k", "#### 42\n#### 41", "42", 0),
+        ("gsm8k", "42", "42", 0),
+        ("gsm8k", "#### ", "42", 0),
+        ("gsm8k", r"\boxed{42}", "42", 1),  # as a model for competitions writes it
+        ("gsm8k", r"\boxed{42} #### 41", "42", 0),
+        ("gsm8k", "#### 10^{10^{10}}", "42", 0),
+        ("gsm8k", "#### " + "(" * 100_000, "42", 0),
+        ("choice", r"\boxed{C}", "C", 1),
+        ("choice", r"\boxed{\text{(C)}}", "C", 1),
+        ("choice", "The answer is C.", "C", 1),
+        ("choice", "The answer is (C)", "C", 1),
+        ("choice", "**Answer:** C", "C", 1),
+        ("choice", "Answer: **C**", "C", 1),
+        ("choice", "#### C", "(C)", 1),
+        ("choice", "The answer is B. No, the answer is C", "C", 1),
+        ("choice", "The answer is C. No, the answer is B", "C", 0),
+        ("choice", r"The answer is C \boxed{B}", "C", 0),
+        ("choice", "The answer is Canada", "C", 0),
+        ("choice", "C", "C", 0),
+        ("choice", "A B C D", "C", 0),
+        ("choice", "", "C", 0),
+        ("choice", "answer is " * 50_000, "C", 0),
+        ("exact", "I say <answer> yes sir </answer>", "yes sir", 1),
+        ("exact", r"\boxed{yes}", "yes", 1),
+        ("exact", " yes\n", "yes", 1),
+        ("exact", "Yes", "yes", 0),
+        ("exact", "<answer>no</answer> yes", "yes", 0),
+        ("exact", "", "yes", 0),
+        ("math", r"\boxed{42}", "42", 1),
+        ("math", "#### 42", "42", 0),
+        ("math", "<answer>42</answer>", "42", 0),
+    ],
+)
+def test_verdicts(verifier, response, answer, right):
+    start = time.process_time()
+    assert score([response], [answer], [verifier]) == [right]
+    assert time.process_time() - start < 1
+    assert right == 0 or extract_answer(response, verifier) is not None or response.strip() == answer
+
+
+def test_what_only_math_verify_can_tell_is_asked_whoever_asks():
+    response, truth = r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"
+    responses = [f"#### {response}", rf"\boxed{{{response}}}", "#### 3"]
+    assert score(responses, [truth] * 3, ["gsm8k", "math", "gsm8k"], timeout=20) == [1, 1, 0]
+
+
+def test_thinking_hides_what_comes_before_it_from_every_verifier():
+    answers = {"gsm8k": ("#### 4", "4"), "choice": ("The answer is C", "C"), "math": (r"\boxed{4}", "4")}
+    answers |= {"exact": ("<answer>4</answer>", "4"), "countdown": ("<answer>1+2+3+4</answer>", TASK)}
+    for verifier, (says, answer) in answers.items():
+        responses = [f"<think>{says}", f"<think>hm</think>{says}", f"<think>{says}</think>"]
+        assert score(responses, [answer] * 3, [verifier] * 3, thinking=True) == [0, 1, 0], verifier
+
+
+def test_every_verifier_answers_any_text():
+    rng = random.Random(0)
+    pieces = ["<answer>", "</answer>", r"\boxed{", "####", "answer is", "</think>", *"A4+(){} \n٤"]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(0, 15))) for _ in range(2_000)]
+    for verifier, verify in VERIFIERS.items():
+        answer = {"countdown": TASK, "choice": "C"}.get(verifier, "4")
+        for text in texts:
+            with contextlib.suppress(Undecided):
+                assert custom.as_parts(verify(text, answer), verifier)["correctness"] in (0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which verifier
+
+
+def chosen(rewards: str, *names: str) -> dict[str, str]:
+    problems = [problem(name, TASK if name == "countdown" else "4") for name in names]
+    _, (problems,) = sources.assign(rewards, VERIFIERS, problems)
+    return {p.source: p.verifier for p in problems}
+
+
+def test_a_source_chooses_its_verifier():
+    assert chosen("", "arithmetic", "aime24", "mine") == dict.fromkeys(("arithmetic", "aime24", "mine"), "math")
+    assert chosen("", "gsm8k", "countdown", "mine") == {"gsm8k": "gsm8k", "countdown": "countdown", "mine": "math"}
+    assert chosen("gsm8k=math, mine = exact", "gsm8k", "mine") == {"gsm8k": "math", "mine": "exact"}
+    assert chosen("exact,gsm8k=math", "gsm8k", "mine", "b") == {"gsm8k": "math", "mine": "exact", "b": "exact"}
+
+
+def test_both_sets_count_and_who_has_which_is_said():
+    said, (train, held_out) = sources.assign("a=exact,b=math", VERIFIERS, [problem("a")], [problem("b"), problem("a")])
+    assert [p.verifier for p in train + held_out] == ["exact", "math", "exact"]
+    assert said == "a by exact, b by math"
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Write mine.py; returns mine.py:score as the setting has it."""
+
+    def write(code: str) -> str:
+        path = tmp_path / "mine.py"
+        path.write_text(code)
+        workers._stop_workers()  # they have imported the one before
+        return f"{path}:score"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "rewards, message",
+    [
+        ("maths", "verifier 'maths' is unknown; known: math, gsm8k"),
+        ("mine=maths", "verifier 'maths' is unknown"),
+        ("mine=mine.txt:score", "verifier 'mine.txt:score' is unknown"),
+        ("mine=mine.py", "verifier 'mine.py' is unknown"),
+        ("mime=math", "no problem has the source 'mime'; the data's: arithmetic, mine"),
+        ("mine=", "'mine=', where source=verifier is needed"),
+        ("=math", "'=math', where source=verifier is needed"),
+        ("mine=math,mine=exact", "two verifiers for source 'mine'"),
+        ("math,exact", "two verifiers for every source"),
+        ("mine=nowhere.py:score", "there is no file .*nowhere.py"),
+        ("mine=countdown", "countdown: answer '4', where {\"numbers\""),
+        ("mine=choice", "choice: answer '4', where one capital letter is needed"),
+    ],
+)
+def test_mistakes_in_the_setting(rewards, message):
+    with pytest.raises(UserError, match=message) as error:
+        chosen(rewards, "arithmetic", "mine")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer", ["4", "", "[1]", '{"numbers": [1]}', '{"numbers": [1.5], "target": 1}', "9" * 5000])
+def test_answers_that_are_no_task(answer):
+    with pytest.raises(UserError, match="countdown: answer .* is needed"):
+        countdown.score("", answer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A function of one's own
+
+OWN = """
+import sys, time, os
+from neighbour import RIGHT
+def score(response, answer):
+    print("a library may print")
+    sys.stdin.read()
+    if response == "hang": time.sleep(600)
+    if response == "crash": os._exit(1)
+    return {"correctness": RIGHT * (response == answer), "short": 0.5 * (len(response) < 3)}
+"""
+
+
+def test_an_own_function_gives_parts_and_cannot_hold_up_the_run(mine, tmp_path, capsys):
+    (tmp_path / "neighbour.py").write_text("RIGHT = 1.0\n")
+    verifier = mine(OWN)
+    assert chosen(f"mine={verifier}", "mine", "arithmetic") == {"mine": verifier, "arithmetic": "math"}
+    responses = ["4", "5", "crash", "hang", "four", r"\boxed{4}"]
+    found = reward.score(responses, ["4"] * 6, [verifier] * 5 + ["math"], timeout=2.0, workers=1)
+    right, wrong = {"correctness": 1, "short": 0.5}, {"correctness": 0, "short": 0.5}
+    nothing, plain = {"correctness": 0}, {"correctness": 0, "short": 0}
+    assert found == [right, wrong, nothing, nothing, plain, {"correctness": 1}]
+    assert "2 of 6 answers scored 0 after 2 s, or a crash" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        (
+            "def score(response, answer):\n    x = 1\n    return int(response)",
+            r"raised ValueError: .* \(line 3\); a wrong",
+        ),
+        ("def score(response): return 1", "raised TypeError"),
+        ("def score(response, answer): raise SystemExit", "raised SystemExit"),
+        ("def score(response, answer): return float('nan')", "returned nan; a number is needed"),
+        ("def score(response, answer): return None", "returned None; a number is needed"),
+        ("def score(response, answer): return '1'", "returned '1'; a number is needed"),
+        ("def score(response, answer): return {}", "returned {}; a number is needed"),
+        ("def score(response, answer): return {'format': 1}", "returned {'format': 1}; .* with 'correctness' among"),
+        ("def score(response, answer): return {'correctness': 1, 'mean': 1}", "'mean' is taken"),
+        ("def score(response, answer): return [1]", r"returned \[1\]"),
+        ("def score(response, answer): return 10**400", "returned 10*; a number"),
+        ("def other(response, answer): return 1", "has no function score; it has: other"),
+        ("score = 1", "has no function score; it has: none"),
+        ("def score(response, answer)", r"cannot be imported: SyntaxError: .* \(line 1\)"),
+        ("import nothing_like_it", r"cannot be imported: ModuleNotFoundError: .* \(line 1\)"),
+        ("1 / 0", r"cannot be imported: ZeroDivisionError: division by zero \(line 1\)"),
+    ],
+)
+def test_a_broken_function_is_a_sentence(mine, code, message):
+    """By custom.call, which the worker calls; that its sentence arrives is in the next test."""
+    custom.load.cache_clear()
+    with pytest.raises(UserError, match=message) as error:
+        custom.call(mine(code), "four", "4")
+    assert "\n" not in str(error.value) and "mine.py" in str(error.value)
+
+
+def test_the_sentence_arrives_from_the_worker(mine):
+    verifier = mine("def score(response, answer): return int(response)")
+    scorer = reward.in_background([Problem("", [], "4", "mine", verifier=verifier)])
+    scorer.add(0, [Response([], [], torch.zeros(0), False, text) for text in ("4", "four")])
+    with pytest.raises(UserError, match="raised ValueError.*'four'"):
+        scorer.finish()
+    with pytest.raises(UserError, match="has no function other"):
+        chosen(verifier.replace(":score", ":other"), "mine")
+
+
+@pytest.mark.parametrize("value", [1, True, 0.5, -1, Fraction(1, 2), torch.tensor(0.25)])
+def test_numbers_of_any_kind_are_numbers(value):
+    assert custom.as_parts(value, "mine") == {"correctness": float(value)}
+    assert custom.as_parts({"correctness": value, "b": 1}, "mine") == {"correctness": float(value), "b": 1.0}
+
+
+def test_own_files_are_inputs_of_the_run(mine, tmp_path):
+    verifier = mine("def score(response, answer): return 1")
+    before = runs.fingerprints(resolved(rewards=verifier))
+    assert str(tmp_path / "mine.py") in before
+    mine("def score(response, answer): return 0")
+    assert runs.fingerprints(resolved(rewards=f"x={verifier}")) != before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From parts to rewards and metrics
+
+
+def test_parts_become_reward_verdict_and_metrics():
+    parts = [[{"correctness": 1.0, "format": 0.1}, {"correctness": 0.0, "format": 0.1}], [{"correctness": 0.5}] * 2]
+    groups = [[Response([], [0] * 10, torch.zeros(10), False, "") for _ in group] for group in parts]
+    reward.set_rewards(groups, parts, max_tokens=12, overlong_buffer=4)  # 10 tokens are 2 into the buffer
+    assert [[r.verdict for r in group] for group in groups] == [[1, 0], [0, 0]]
+    assert [r.reward for group in groups for r in group] == pytest.approx([0.6, -0.4, 0, 0])
+    found = metrics.reward_metrics(groups, [problem("gym/a", "1"), problem("b", "1")])
+    expected = {"gym/a/correctness": 0.5, "gym/a/format": 0.1, "gym/a/mean": 0.6, "b/mean": 0.5}
+    assert found == pytest.approx({f"reward/{name}": value for name, value in expected.items()})
+    for name in found:
+        assert sum(bool(metric.pattern().fullmatch(name)) for metric in metrics.ALL) == 1, name
