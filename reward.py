@@ -5,7 +5,8 @@ r"""What a response is worth. The source of its problem chooses the verifier, an
     choice          the letter in the last box, or else after the last "answer is", "Answer:" or ####
     countdown       an expression in <answer></answer> that uses each number once and hits the target
     exact           the last <answer></answer>, or else the last box, or else the whole response, is the answer
-    mine.py:score   a function of your own, in processes that are killed when they overrun
+    gym             reasoning-gym's own scorer, of sources gym/<task>; gym_partial keeps its partial credit
+    mine.py:score   a function of your own. It and the gym run in processes that are killed when they overrun
 
 A verifier takes a response and the true answer. It returns a number, 1 for right and 0 for wrong, or named parts whose
 sum is the reward, such as {"correctness": 1.0, "format": 0.1}: the response is right where `correctness` is 1 or more.

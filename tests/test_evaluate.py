@@ -164,6 +164,21 @@ def test_a_stopped_evaluation_goes_on(fake, monkeypatch, calls, half_line, capsy
     assert capsys.readouterr().out.splitlines()[2:] == table
 
 
+def test_another_verifier_gives_other_verdicts_and_is_one_of_the_settings(fake, tmp_path):
+    """A function of one's own, for one of two benchmarks; the file cannot change between two parts of an evaluation."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def score(response, answer): return {'correctness': float('3' in response), 'other': 7}")
+    fake(rewards=f"amc23={mine}:score", out="own.jsonl")
+    rows = [json.loads(line) for line in Path("own.jsonl").read_text().splitlines()][1:]
+    for r in rows:
+        assert r["correct"] is (r["extracted"] == ("3" if r["source"] == "amc23" else "4"))
+    mine.write_text(mine.read_text() + "\n")
+    with pytest.raises(UserError, match="made with other settings .data: "):
+        fake(rewards=f"amc23={mine}:score", out="own.jsonl")
+    with pytest.raises(UserError, match="no problem has the source 'aime'; the data's: aime24, amc23"):
+        fake(rewards="aime=exact", out="own.jsonl")
+
+
 def test_what_another_rank_of_the_engine_gave_up_has_no_metrics():
     """The signal may have reached only that rank: `stop` says nothing here."""
 

@@ -1,4 +1,7 @@
-"""Verifiers that may hang or break: functions of the user's own, `mine.py:score`. They run in the workers only."""
+"""Verifiers that may hang or break: functions of the user's own, `mine.py:score`, and the scorers of reasoning-gym.
+
+They run in the workers only.
+"""
 
 import functools
 import importlib.util
@@ -9,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ce_gppo.types import UserError
+from ce_gppo.verifier import gym
 
 
 def as_parts(value, verifier: str) -> dict[str, float]:
@@ -35,7 +39,9 @@ def file_of(verifier: str) -> Path | None:
 
 @functools.cache
 def load(verifier: str) -> Callable:
-    """The function of `/path/mine.py:score`. Runs the file. UserError where the file or the function is missing."""
+    """The function of /path/mine.py:score, or of gym/<task>. UserError where the file or the function is missing."""
+    if verifier.startswith(gym.KINDS):
+        return gym.scorer(verifier)
     path, name = file_of(verifier), verifier.rpartition(":")[2]
     if not path.is_file():
         raise UserError(f"verifier {verifier}: there is no file {path}")
@@ -55,11 +61,11 @@ def load(verifier: str) -> Callable:
 
 
 def call(verifier: str, response: str, answer: str) -> dict[str, float]:
-    """The parts that a function of the user's own gives. UserError if it raises, or returns nonsense."""
+    """The parts that a function gives. UserError if it raises, or returns nonsense."""
     function = load(verifier)
     try:
         value = function(response, answer)
-    except (MemoryError, RecursionError):  # a hostile response: this ends the worker, and the response is wrong
+    except (MemoryError, RecursionError, UserError):  # the first two, by a hostile response, end the worker
         raise
     except (Exception, SystemExit) as error:
         raise UserError(

@@ -41,9 +41,9 @@ def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -
     if unknown := sorted(chosen.keys() - {EVERY, *sources}):
         raise UserError(f"rewards: no problem has the source '{unknown[0]}'; the data's: {', '.join(sources)}")
     names = {source: chosen.get(source) or chosen.get(EVERY) or by_name(source, verifiers) for source in sources}
-    resolved = {name: name if name in verifiers else own(name, verifiers) for name in names.values()}
-    check(set(resolved.values()) - verifiers.keys())
-    assigned = [[replace(p, verifier=resolved[names[p.source]]) for p in problems] for problems in sets]
+    full = {source: name if name in verifiers else outside(name, source, verifiers) for source, name in names.items()}
+    check(set(full.values()) - verifiers.keys())
+    assigned = [[replace(p, verifier=full[p.source]) for p in problems] for problems in sets]
     for problem in itertools.chain(*assigned):
         if problem.verifier in verifiers:
             verifiers[problem.verifier]("", problem.answer)
@@ -52,11 +52,16 @@ def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -
 
 def by_name(source: str, verifiers: dict[str, Callable]) -> str:
     """The verifier of a source that `rewards` does not name. Any name may stand for mathematics: aime24, mine."""
-    return source if source in verifiers else "math"
+    if source == "gym/countdown":  # the library's own evaluates the answer
+        return "countdown"
+    return "gym" if source.startswith("gym/") else source if source in verifiers else "math"
 
 
-def own(name: str, verifiers: dict[str, Callable]) -> str:
-    """A name of the user's own function that holds in any folder."""
+def outside(name: str, source: str, verifiers: dict[str, Callable]) -> str:
+    """The full name of a verifier that runs in the workers: the path of the user's own file, or the task of the gym."""
     if path := custom.file_of(name):
         return f"{path.resolve()}:{name.rpartition(':')[2]}"
-    raise UserError(f"rewards: verifier '{name}' is unknown; known: {', '.join(verifiers)}, or mine.py:score, your own")
+    if name in ("gym", "gym_partial") and source.startswith("gym/"):
+        return name + source.removeprefix("gym")
+    known = ", ".join([*verifiers, "gym and gym_partial (of sources gym/<task>)", "or mine.py:score, your own"])
+    raise UserError(f"rewards: verifier '{name}' of source {source} is unknown; known: {known}")
