@@ -321,7 +321,10 @@ def test_answers_that_are_no_task(answer):
 
 OWN = """
 import sys, time, os
+from dataclasses import dataclass
 from neighbour import RIGHT
+@dataclass
+class Any: x: "int" = 1
 def score(response, answer):
     print("a library may print")
     sys.stdin.read()
@@ -333,6 +336,7 @@ def score(response, answer):
 
 def test_an_own_function_gives_parts_and_cannot_hold_up_the_run(mine, tmp_path, capsys):
     (tmp_path / "neighbour.py").write_text("RIGHT = 1.0\n")
+    (tmp_path / "json.py").write_text("a file that hides no library")
     verifier = mine(OWN)
     assert chosen(f"mine={verifier}", "mine", "arithmetic") == {"mine": verifier, "arithmetic": "math"}
     responses = ["4", "5", "crash", "hang", "four", r"\boxed{4}"]

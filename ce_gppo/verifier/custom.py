@@ -45,10 +45,9 @@ def load(verifier: str) -> Callable:
     path, name = file_of(verifier), verifier.rpartition(":")[2]
     if not path.is_file():
         raise UserError(f"verifier {verifier}: there is no file {path}")
-    sys.path.insert(0, str(path.parent))  # it may import its neighbours
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # as dataclasses and pickle expect
+    sys.path.append(str(path.parent))  # it may import its neighbours, which must not hide what others import
+    spec = importlib.util.spec_from_file_location(f"verifier_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
