@@ -1,0 +1,195 @@
+"""What the small base policies of the data sets share: tokenizer, model, and supervised learning that stops early.
+
+A base policy imitates right responses, of which each problem has many, until it has a part of the skill. When to stop
+is read from the loss. Every batch has new problems, so its loss is that of unseen ones; and the mean over the last
+batches is steadier than any share of right samples that could be drawn in the same time.
+"""
+
+import argparse
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_linear_schedule_with_warmup
+from transformers.utils.logging import disable_progress_bar
+
+from ce_gppo.types import UserError
+from data.arithmetic.prepare import positive
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def make_tokenizer(words: tuple[str, ...] = ("\\boxed{",)) -> PreTrainedTokenizerFast:
+    """One token a byte, one for each role, one for the end of a turn, one for padding, and one for each of `words`."""
+    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        unk_token="<|pad|>",  # bytes need none, but Qwen2's tokenizer class would add one past the model's vocabulary
+        eos_token="<|end|>",
+        extra_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_layers: int = 4) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=hidden_size // 32,
+            num_key_value_heads=hidden_size // 32,
+            max_position_embeddings=512,
+            initializer_range=hidden_size**-0.5,  # at the usual 0.02, meant for wide models, learning starts late
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Supervised learning
+
+
+@dataclass
+class Example:
+    prompt: list[dict[str, str]]
+    response: str
+    least: float  # nats that this response costs whoever knows how the examples are drawn
+
+
+def add_arguments(parser: argparse.ArgumentParser, excess: float, max_steps: int, batch_size: int) -> None:
+    """The options of `imitate`, with a data set's defaults."""
+    excess_help = "stop at so many nats a response above the least loss"
+    parser.add_argument("--excess", type=above_zero, default=excess, help=excess_help)
+    parser.add_argument("--max-steps", type=positive, default=max_steps, help="the learning rate is 0 then: give up")
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help="examples a step")
+
+
+def above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def make_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
+    """Make the folder now, before minutes are spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
+    return folder
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: list[dict[str, str]]) -> list[int]:
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and labels, [B, T] each; -100 where there is nothing to imitate."""
+    prompts = [prompt_ids(tokenizer, example.prompt) for example in examples]
+    responses = [[*tokenizer.encode(example.response), tokenizer.eos_token_id] for example in examples]
+    length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    input_ids = torch.full((len(examples), length), tokenizer.pad_token_id)  # [B, T]
+    labels = torch.full((len(examples), length), -100)  # [B, T]
+    for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+        input_ids[i, : len(p) + len(r)] = torch.tensor(p + r)
+        labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
+    return input_ids, labels
+
+
+def imitate(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    draw: Callable[[int], list[Example]],
+    excess_wanted: float,
+    max_steps: int,
+    batch_size: int,
+) -> int:
+    """Train on examples that `draw` makes, until the loss is near the least possible. Returns the number of steps.
+
+    excess_wanted: nats a response above the least loss, mean over the last 32 batches. UserError if max_steps steps
+    do not reach it.
+    """
+    disable_progress_bar()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    # Muon needs half as many steps, but works in bfloat16: without AVX512-BF16 each takes six times as long.
+    # The falling learning rate flattens the curve where it stops: a few steps more or less change little.
+    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=max_steps)
+    recent: deque[float] = deque(maxlen=32)  # excess of the last batches, nats a response
+    excess, progress = math.inf, tqdm(range(max_steps), desc="base policy", unit="step", disable=None)
+    for step in progress:
+        examples = draw(batch_size)
+        input_ids, labels = batch(tokenizer, examples)  # [B, T] each
+        logits = model(input_ids=input_ids).logits[:, :-1]  # [B, T - 1, V]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        tokens = (labels != -100).sum().item()
+        recent.append((loss.item() * tokens - sum(example.least for example in examples)) / batch_size)
+        excess = sum(recent) / len(recent)
+        progress.set_postfix(excess=f"{excess:.2f}")
+        if progress.disable and (step + 1) % 100 == 0:  # no terminal: plain lines for the log
+            print(f"base policy: step {step + 1}, excess {excess:.2f} nats", flush=True)
+        if excess <= excess_wanted:
+            break
+    progress.close()
+    if excess > excess_wanted:
+        raise UserError(f"excess of {excess:.2f} nats after {max_steps} steps, above {excess_wanted}; allow more")
+    return step + 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the policy then does
+
+
+@torch.no_grad()
+def sample(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[dict[str, str]]], max_tokens: int
+) -> tuple[list[str | None], float]:
+    """A response to each prompt at temperature 1 (None: it did not end), and the mean entropy in nats per token."""
+    model.eval()
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    responses: list[str | None] = [None] * len(prompts)
+    entropy, tokens = 0.0, 0
+    for length in sorted(set(map(len, ids))):  # prompts of one length need no padding
+        same = [i for i, row in enumerate(ids) if len(row) == length]
+        for some in (same[i : i + 256] for i in range(0, len(same), 256)):
+            rows = torch.tensor([ids[i] for i in some])  # [B, P]
+            options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_tokens, "output_logits": True}
+            out = model.generate(rows, attention_mask=torch.ones_like(rows), return_dict_in_generate=True, **options)
+            sampled = out.sequences[:, length:]  # [B, R]
+            ended = (sampled == tokenizer.eos_token_id).int()
+            mask = ended.cumsum(1) - ended == 0  # [B, R]  the end-of-sequence token included
+            log_p = torch.stack(out.logits, 1).log_softmax(-1)  # [B, R, V]
+            entropy -= ((log_p.exp() * log_p).sum(-1) * mask).sum().item()
+            tokens += mask.sum().item()
+            for i, row in zip(some, tokenizer.batch_decode(sampled), strict=True):
+                response, end, _ = row.partition(tokenizer.eos_token)
+                responses[i] = response if end else None
+    return responses, entropy / tokens
