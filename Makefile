@@ -12,14 +12,16 @@ CHECK_GPU = .venv/bin/python -c 'import torch; torch.cuda.is_available() or exit
 FIND_PROJECT = echo "$(CURDIR)" > "$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/this-project.pth"
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
+WALK_DATA := data/walk/train.jsonl data/walk/eval.jsonl
+WALK_BASE := data/walk/base/model.safetensors
 
-.PHONY: help setup data train eval figures view workspace doctor bench reproduce test test-fast torture lint clean
+.PHONY: help setup data walk train eval figures view workspace doctor bench reproduce test test-fast torture lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
 
-train: setup $(if $(RECIPE),,data)  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), or RECIPE=<name>; GPUS=8
+train: setup $(if $(RECIPE),$(filter walk,$(RECIPE)),data)  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), or RECIPE=<name>; GPUS=8
 	@.venv/bin/$(if $(GPUS),torchrun --standalone --nproc_per_node $(GPUS),python) train.py $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)
 
 eval: setup $(if $(and $(MODEL),$(BENCH)),,data)  ## evaluate: MODEL=out/<run>/checkpoint-000040 BENCH=aime24,aime25 K=32
@@ -67,8 +69,16 @@ data: setup $(DEFAULT_DATA) $(DEFAULT_BASE)  ## make the default data set and it
 data/arithmetic/train.jsonl data/arithmetic/eval.jsonl &: data/arithmetic/prepare.py | setup
 	@.venv/bin/python -m data.arithmetic.prepare
 
-$(DEFAULT_BASE): data/arithmetic/base.py data/arithmetic/prepare.py | setup
+$(DEFAULT_BASE): data/arithmetic/base.py data/arithmetic/prepare.py data/base.py | setup
 	@.venv/bin/python -m data.arithmetic.base
+
+walk: setup $(WALK_DATA) $(WALK_BASE)  ## make the data set `walk` and its base policy, for make train RECIPE=walk
+
+data/walk/train.jsonl data/walk/eval.jsonl &: data/walk/prepare.py ce_gppo/verifier/walk.py | setup
+	@.venv/bin/python -m data.walk.prepare
+
+$(WALK_BASE): data/walk/base.py data/walk/prepare.py ce_gppo/verifier/walk.py data/base.py | setup
+	@.venv/bin/python -m data.walk.base
 
 setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 
@@ -93,6 +103,6 @@ setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 	@$(CHECK_GPU)
 	@touch $@
 
-clean:  ## remove .venv, the default data and base policy, and caches; runs in out/ are kept
-	rm -rf .venv bench/.venv-trl .pytest_cache .ruff_cache data/arithmetic/base $(DEFAULT_DATA)
+clean:  ## remove .venv, the small data sets and base policies, and caches; runs in out/ are kept
+	rm -rf .venv bench/.venv-trl .pytest_cache .ruff_cache data/arithmetic/base $(DEFAULT_DATA) data/walk/base $(WALK_DATA)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

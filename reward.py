@@ -4,6 +4,7 @@ r"""What a response is worth. The source of its problem chooses the verifier, an
     gsm8k           the rest of the line after the last ####, or else the last box, equals the answer
     choice          the letter in the last box, or else after the last "answer is", "Answer:" or ####
     countdown       an expression in <answer></answer> that uses each number once and hits the target
+    walk            lines of moves from a start to a target, each move and its result right
     exact           the last <answer></answer>, or else the last box, or else the whole response, is the answer
     gym             reasoning-gym's own scorer, of sources gym/<task>; gym_partial keeps its partial credit
     mine.py:score   a function of your own. It and the gym run in processes that are killed when they overrun
@@ -17,7 +18,7 @@ import re
 from collections.abc import Callable
 
 from ce_gppo.types import Problem, Response, UserError
-from ce_gppo.verifier import countdown, custom, extract
+from ce_gppo.verifier import countdown, custom, extract, walk
 from ce_gppo.verifier.answers import Undecided, equal_now
 from ce_gppo.verifier.background import BackgroundScorer
 from ce_gppo.verifier.workers import judge
@@ -48,6 +49,7 @@ VERIFIERS: dict[str, Callable[[str, str], float | dict[str, float]]] = {
     "choice": choice,
     "countdown": countdown.score,
     "exact": exact,
+    "walk": walk.score,
 }
 
 

@@ -50,7 +50,10 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_every_recipe_is_known():
-    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == PAPER.keys() | FIGURES.keys() | {ONE_GPU}
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == PAPER.keys() | FIGURES.keys() | {
+        ONE_GPU,
+        "walk",
+    }
 
 
 def test_one_gpu_differs_in_where_the_weights_are():
@@ -124,6 +127,11 @@ def test_a_baseline_differs_in_its_objective_alone():
         for baseline in baselines:
             different = {name for name in ours.keys() | baseline.keys() if ours.get(name) != baseline.get(name)}
             assert different <= {"objective", "beta1", "beta2", "eps_high"}
+
+
+def test_the_recipe_of_walk():
+    config = parse(["--recipe", "walk"])
+    assert (config.lr, config.steps, config.max_kept_prompts // config.mini_batch_prompts) == (3e-5, 150, 8)
 
 
 def test_the_command_line_wins(recipe):

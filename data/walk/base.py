@@ -1,0 +1,69 @@
+"""The base policy of `walk`: a 0.9 M parameter Qwen2, warm-started by supervised learning.
+
+    python -m data.walk.base           writes the folder base/ beside this file, in two minutes on two slow cores
+
+It imitates traces that head for the target in 70 % of their moves, and move at random in the others. A heading move is
+any one that ends nearer to the target. Many traces do not arrive within six moves: there is much to improve, in many
+ways, and a choice among many moves at every step. It never sees a held-out problem.
+"""
+
+import math
+import random
+
+import torch
+
+from ce_gppo.config import command
+from ce_gppo.verifier.walk import MAX_MOVES, after, legal_moves, score
+from data.base import Example, add_arguments, imitate, make_folder, make_model, make_tokenizer, sample
+from data.walk.prepare import WORDS, answer, arguments, prompt, splits
+
+HEADING = 0.7  # share of the moves that head for the target
+SAMPLES = 8  # of each held-out problem, for pass@8
+
+
+def trace(rng: random.Random, start: int, target: int) -> tuple[str, float]:
+    """(a response, arrived or out of moves; minus the log of its probability under this way of walking)"""
+    number, lines, nats = start, [], 0.0
+    while number != target and len(lines) < MAX_MOVES:
+        legal = legal_moves(number)
+        heading = [move for move in legal if abs(after(move, number) - target) < abs(number - target)]
+        move = rng.choice(heading if rng.random() < HEADING else legal)
+        nats -= math.log(HEADING * (move in heading) / len(heading) + (1 - HEADING) / len(legal))
+        number = after(move, number)
+        lines.append(f"{move} ={number}\n")
+    return "".join(lines), nats
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    add_arguments(parser, excess=0.6, max_steps=1200, batch_size=32)
+    args = parser.parse_args()
+    out = make_folder(parser, args.out / "base")
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    training, held_out = splits(args.seed, args.held_out)
+
+    def draw(count: int) -> list[Example]:
+        problems = rng.choices(training, k=count)
+        return [Example(prompt(*problem), *trace(rng, *problem)) for problem in problems]
+
+    tokenizer = make_tokenizer(WORDS)
+    model = make_model(tokenizer, hidden_size=192, num_layers=2)  # wide and flat learns this task faster
+    steps = imitate(model, tokenizer, draw, args.excess, args.max_steps, args.batch_size, lr=3e-3)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+    problems = [problem for problem in held_out for _ in range(SAMPLES)]
+    responses, entropy = sample(model, tokenizer, [prompt(*p) for p in problems], 2 * MAX_MOVES + 1)
+    scores = [score(text or "", answer(*problem)) for problem, text in zip(problems, responses, strict=True)]
+    groups = [scores[i : i + SAMPLES] for i in range(0, len(scores), SAMPLES)]
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{out}: {parameters / 1e6:.2f} M parameters, {steps} steps; at temperature 1 accuracy "
+        f"{sum(scores) / len(scores):.2f}, pass@{SAMPLES} {sum(map(max, groups)) / len(groups):.2f}, entropy "
+        f"{entropy:.2f} nats per token"
+    )
+
+
+if __name__ == "__main__":
+    command(main)
