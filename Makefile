@@ -15,7 +15,7 @@ DEFAULT_BASE := data/arithmetic/base/model.safetensors
 WALK_DATA := data/walk/train.jsonl data/walk/eval.jsonl
 WALK_BASE := data/walk/base/model.safetensors
 
-.PHONY: help setup data walk train eval figures view workspace doctor bench reproduce test test-fast torture lint clean
+.PHONY: help setup data walk train eval figures view branch workspace doctor bench reproduce test test-fast torture lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -32,6 +32,10 @@ figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 
 view: setup  ## show what training did to single tokens, as one HTML file: RUN=out/<run>
 	@.venv/bin/python -m tools.view $(RUN) $(ARGS)
+
+branch: setup $(if $(RUN),,$(if $(RECIPE),$(filter walk,$(RECIPE)),data))  ## what settings do to entropy, from one state: RUN=out/<run> BRANCHES=10 EVERY=5
+	@.venv/bin/python -m tools.branch $(if $(RUN),--run $(RUN)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(BRANCHES),--branches $(BRANCHES)) \
+		$(if $(EVERY),--every $(EVERY)) $(ARGS)
 
 workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
 	@.venv/bin/python -m tools.workspace --project $(PROJECT)
