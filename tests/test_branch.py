@@ -88,7 +88,7 @@ def test_what_is_measured(step, given):
             rows += zip(own.tolist(), (-log_p.exp() * log_p).sum(-1).tolist(), [r] * len(own), strict=True)
         return rows
 
-    (row, _), (rollout, held_out) = step.branch({}, given[1]), given
+    (row, *_), (rollout, held_out) = step.branch({}, given[1]), given
     before, held_before = truth(flatten(rollout)), truth(held_out)
     step.learn(CONFIG)
     after, held_after = truth(flatten(rollout)), truth(held_out)
@@ -114,6 +114,18 @@ def test_first_order_in_the_weights_is_exact_for_small_steps(step, given):
         assert small[f"linear/{tokens}"] == pytest.approx(small[f"delta/{tokens}"], rel=0.1)
 
 
+def test_without_a_gradient_the_weights_coast(step, given):
+    """Against Adam's equations: m decays by 0.9 and v by 0.999 in each step, and weights decay."""
+    p, state = next((p, state) for p, state in step.optimizer.state.items() if p.ndim == 2)
+    weights, m, v, steps = p.double(), state["exp_avg"].double(), state["exp_avg_sq"].double(), int(state["step"])
+    mini_batches = 4
+    for k in range(steps + 1, steps + mini_batches + 1):
+        m, v = 0.9 * m, 0.999 * v
+        weights = weights * (1 - 1e-3 * 0.1) - 1e-3 * (m / (1 - 0.9**k)) / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
+    step.coast()
+    torch.testing.assert_close(p.double(), weights, rtol=1e-4, atol=1e-6)
+
+
 def test_a_setting_has_the_values_of_its_paper_whatever_the_run_has():
     run = resolved(beta1=0.3, eps_high=0.5, aggregation="seq-mean-token-mean", dual_clip=10.0, entropy_target=0.2)
     assert branch.variant(run, {"objective": "dapo"}).eps_high == 0.28
@@ -136,6 +148,7 @@ def row(seed: int, step: int, setting: str, delta: float) -> dict:
         "kl/rollout",
     )
     names += ("predicted/velocity/total", "predicted/clip/low", "predicted/clip/high", "rank/tokens")
+    names += ("predicted/clip/prob_low",)
     names += tuple(f"delta/{quadrant}" for quadrant in ("pa_lp", "na_hp", "pa_hp", "na_lp"))
     values = dict.fromkeys(names, 0.5) | {"delta/rollout": delta, "linear/rollout": delta, names[7]: -delta}
     return same | {"seed": seed, "step": step, "setting": setting} | values

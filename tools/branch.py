@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -59,7 +60,7 @@ SETTINGS = {  # each with its objective's published values; all else is the run'
     "bonus 0.001": {"objective": "grpo", "entropy_coef": 0.001},
     "bonus 0.003": {"objective": "grpo", "entropy_coef": 0.003},
 }
-OWN, SMALL = "the run's own", "the run's own, lr / 10"
+OWN, SMALL, COAST = "the run's own", "the run's own, lr / 10", "no gradient"  # beside them, in every branch
 # Settings of a run that all branches in one file have in common.
 SAME = ("model", "objective", "beta1", "beta2", "lr", "max_kept_prompts", "mini_batch_prompts", "responses_per_prompt")
 
@@ -98,10 +99,24 @@ class Step:
         updates = train.learn(self.policy, self.optimizer, *trained, config, self.folder, self.meter)
         return step_metrics(groups, updates, None)
 
+    def coast(self) -> dict[str, float]:
+        """As many optimizer steps, with gradients of zero: what momentum and weight decay do."""
+        lr = self.config.lr * min(1.0, self.step / max(1, self.config.warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for p in self.policy.parameters():
+            p.grad = torch.zeros_like(p)
+        for _ in train.select(self.rollout, self.config)[1]:
+            self.optimizer.step()
+        self.policy.zero_grad()
+        return {}
+
     def branch(
         self, settings: dict[str, train.Config], held_out: list[Response], progress: Callable = lambda: None
     ) -> list[dict]:
-        """What each setting did, the run's own, and its own at a tenth of the learning rate. The state stays as it is.
+        """What each setting did, the run's own, that at a tenth of its learning rate, and momentum without a gradient.
+
+        The state stays as it is.
 
         delta/*       change of mean entropy, nats: of all tokens of the rollout, of its trained tokens by quadrant, of
                       the tokens of held-out problems' responses
@@ -121,9 +136,9 @@ class Step:
         gradients = {name: self.entropy_gradient(responses) for name, responses in tokens.items()}
         velocity = self.token_velocity(tokens["rollout"])  # [N]
         rows = []
-        jobs = [(name, config, 1.0) for name, config in (settings | {OWN: self.config}).items()]
-        for name, config, lr_factor in [*jobs, (SMALL, self.config, 0.1)]:
-            predicted = self.learn(config, lr_factor)
+        jobs = {name: partial(self.learn, config) for name, config in (settings | {OWN: self.config}).items()}
+        for name, job in (jobs | {SMALL: partial(self.learn, self.config, 0.1), COAST: self.coast}).items():
+            predicted = job()
             after = {name: self.measured(responses) for name, responses in tokens.items()}
             moved = [p.detach() - w for p, w in zip(self.policy.parameters(), weights, strict=True)]
             row = {"setting": name} | changes(before, after, velocity)
@@ -255,7 +270,7 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
     settings = {name: variant(config, changes) for name, changes in SETTINGS.items()}
     last = state.step + 1 + (options.branches - 1) * options.every
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(total=options.branches * (len(settings) + 2), unit="setting", disable=None)
+    progress = tqdm(total=options.branches * (len(settings) + 3), unit="setting", disable=None)
     for step in range(state.step + 1, last + 1):
         branching = (last - step) % options.every == 0
         if branching:  # before `sample`, which sends the engine to sleep
@@ -328,6 +343,13 @@ def text(values: np.ndarray, unit: float = 1e-4, digits: int = 2) -> str:
     return f"{mean:+.{digits}f}" + ("" if np.isnan(width) else f" ± {width:.{digits}f}")
 
 
+def clipped_text(rows: list[dict], setting: str, side: str) -> str:
+    """Share of tokens beyond one end of the clip interval, and their mean probability before the step."""
+    share = 100 * paired(rows, setting, f"predicted/clip/{side}", None).mean()
+    probability = paired(rows, setting, f"predicted/clip/prob_{side}", None)  # of the branches that have such tokens
+    return f"{share:.2f}" + (f" ({probability.mean():.2f})" if len(probability) else "")
+
+
 def agreement(predicted: np.ndarray, measured: np.ndarray) -> str:
     """Share of the branches in which the prediction has the sign of what was measured."""
     moved = measured != 0
@@ -336,7 +358,7 @@ def agreement(predicted: np.ndarray, measured: np.ndarray) -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown: paired differences to the baseline, and how well the predictions rank what was measured."""
-    settings = [name for name in dict.fromkeys(row["setting"] for row in rows) if name not in (OWN, SMALL)]
+    settings = [name for name in dict.fromkeys(row["setting"] for row in rows) if name not in (OWN, SMALL, COAST)]
     branches = len({(row["seed"], row["step"]) for row in rows})
     seeds = len({row["seed"] for row in rows})
     about = ", ".join(f"{name} {rows[0][name]}" for name in SAME)
@@ -345,7 +367,8 @@ def table(rows: list[dict]) -> str:
         f"{BASELINE}'s from the same state and rollout. Mean and 95 % interval over branches.",
         "",
         "| setting | on the rollout | of it on clipped tokens | to first order in the weights | velocity | same sign: "
-        "first order, velocity | on held-out tokens | log p of right | of wrong | KL | clipped below, above, % |",
+        "first order, velocity | on held-out tokens | log p of right | of wrong | KL "
+        "| clipped below, above, % (their probability) |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in settings:
@@ -357,11 +380,13 @@ def table(rows: list[dict]) -> str:
             )
         }
         measured, own, linear, velocity, held_out, right, wrong, kl = columns.values()
-        clipped = [100 * paired(rows, name, f"predicted/clip/{side}", None).mean() for side in ("low", "high")]
+        clipped = ", ".join(clipped_text(rows, name, side) for side in ("low", "high"))
         signs = f"{agreement(linear, measured)}, {agreement(velocity, measured)}"
         cells = [*map(text, (measured, own, linear, velocity)), signs, *map(text, (held_out, right, wrong, kl))]
         label = f"{name} (itself)" if name == BASELINE else name
-        lines.append(f"| {label} | {' | '.join(cells)} | {clipped[0]:.2f}, {clipped[1]:.2f} |")
+        lines.append(f"| {label} | {' | '.join(cells)} | {clipped} |")
+    coast, own = (text(paired(rows, name, "delta/rollout", None)) for name in (COAST, OWN))
+    lines += ["", f"The run's own setting: {own}. As many optimizer steps without a gradient, by momentum: {coast}."]
     lines += ["", "| by quadrant | PA&LP | NA&HP | PA&HP | NA&LP |", "|---|---|---|---|---|"]
     for name in settings:
         parts = (
@@ -392,7 +417,9 @@ def over_branches(rows: list[dict], setting: str, key: str) -> str:
 
 def figure(rows: list[dict]) -> plt.Figure:
     """Bars: differences to the baseline in the change of entropy, measured; and the velocity that predicts them."""
-    settings = [name for name in dict.fromkeys(row["setting"] for row in rows) if name not in (BASELINE, OWN, SMALL)]
+    settings = [
+        name for name in dict.fromkeys(row["setting"] for row in rows) if name not in (BASELINE, OWN, SMALL, COAST)
+    ]
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.6 + 0.5 * len(settings)), sharey=True, layout="constrained")
     y, bars = np.arange(len(settings)), {"delta/rollout": "on the rollout", "delta/held_out": "on held-out tokens"}
     for offset, color, (key, label) in zip((-0.2, 0.2), ("#1f4e9c", "#e69f00"), bars.items(), strict=True):
