@@ -127,7 +127,6 @@ def imitate(
     excess_wanted: float,
     max_steps: int,
     batch_size: int,
-    lr: float = 2e-3,
 ) -> int:
     """Train on examples that `draw` makes, until the loss is near the least possible. Returns the number of steps.
 
@@ -135,7 +134,7 @@ def imitate(
     do not reach it.
     """
     disable_progress_bar()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
     # Muon needs half as many steps, but works in bfloat16: without AVX512-BF16 each takes six times as long.
     # The falling learning rate flattens the curve where it stops: a few steps more or less change little.
     schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=max_steps)

@@ -128,6 +128,7 @@ class Step:
         predicted/*   the updates' own velocity/*, clip/* and kl/old, as a run logs them
         rank/tokens   rank correlation over the trained tokens: of the entropy velocity that each would have in a first
                       update, with the change of its entropy
+        reward/mean entropy/mean   of the rollout
         """
         snapshot = deepcopy((self.policy.state_dict(), self.optimizer.state_dict()))
         weights = [p.detach().clone() for p in self.policy.parameters()]
@@ -150,6 +151,7 @@ class Step:
                 products = [(g.double() * m.double()).sum() for g, m in zip(gradient, moved, strict=True)]
                 row[f"linear/{part}"] = sum(products).item()
             row |= {f"predicted/{k}": v for k, v in predicted.items() if k.startswith(("velocity/", "clip/", "kl/"))}
+            row |= {k: v for k, v in predicted.items() if k in ("reward/mean", "entropy/mean")}
             rows.append(row)
             restore(self.policy, self.optimizer, snapshot)
             progress()
