@@ -34,7 +34,7 @@ import reward
 import train
 from ce_gppo import checkpoint, dist
 from ce_gppo import types as t
-from ce_gppo.betas import steer
+from ce_gppo.betas import first_control, next_control
 from ce_gppo.checkpoint import State
 from ce_gppo.config import check_ranges, command, parse, resolve
 from ce_gppo.entropy import QUADRANTS, entropy_velocity, quadrants
@@ -43,8 +43,8 @@ from ce_gppo.forward import Batch, Policy, collate, compute_old_logprobs, flatte
 from ce_gppo.metrics import check_mismatch, step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
-from ce_gppo.problems import load_sets, problems_of_step
-from ce_gppo.types import Response, UserError
+from ce_gppo.problems import load_sets
+from ce_gppo.types import Response, UserError, has_signal
 from rollout import Engine, prepare_environment
 
 BASELINE = "grpo"
@@ -57,6 +57,7 @@ SETTINGS = {  # each with its objective's published values; all else is the run'
     "(0.5, 1)": {"beta1": 0.5, "beta2": 1.0},
     "(0.75, 1)": {"beta1": 0.75, "beta2": 1.0},
     "(1, 1)": {"beta1": 1.0, "beta2": 1.0},
+    "lp_only (1, 1)": {"objective": "lp_only", "beta1": 1.0, "beta2": 1.0},
     "bonus 0.001": {"objective": "grpo", "entropy_coef": 0.001},
     "bonus 0.003": {"objective": "grpo", "entropy_coef": 0.003},
 }
@@ -67,9 +68,14 @@ SAME = ("model", "objective", "beta1", "beta2", "lr", "max_kept_prompts", "mini_
 
 def variant(config: train.Config, changes: dict) -> train.Config:
     """The run's configuration under another objective, whose published values replace the run's."""
-    kept = {field.name for field in fields(loss.Objective)} - {"name", "positive_nll_coef", "rollout_correction"}
+    kept = {"name", "max_response_tokens", "positive_nll_coef", "rollout_correction"}
     defaults = {field.name: field.default for field in fields(train.Config)}
-    names = kept | {"objective", "beta1_end", "beta2_end", "entropy_target"}
+    names = {field.name for field in fields(loss.Objective)} - kept | {
+        "objective",
+        "advantages",
+        "beta_schedule",
+        "entropy_target",
+    }
     return resolve(replace(config, **{name: defaults[name] for name in names} | changes), loss.PUBLISHED)
 
 
@@ -97,7 +103,7 @@ class Step:
         objective = train.objective_of_step(config, self.step, self.control)
         trained = groups, mini_batches, objective, lr, State(wandb_id="")
         updates = train.learn(self.policy, self.optimizer, *trained, config, self.folder, self.meter)
-        return step_metrics(groups, updates, None)
+        return step_metrics(groups, mini_batches, updates, None)
 
     def coast(self) -> dict[str, float]:
         """As many optimizer steps, with gradients of zero: what momentum and weight decay do."""
@@ -252,19 +258,20 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
     about = {name: getattr(config, name) for name in SAME}
     if any(row[name] != value for row in rows for name, value in about.items()):
         raise UserError(f"{options.results} has branches of a run with other settings; name another --results")
+    if config.kl_coef:
+        raise UserError(f"kl_coef = {config.kl_coef}: branches have no reference policy; leave it out")
     device = dist.init()
     source = str(start or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing)
-    problems, held_out, _ = load_sets(config, tokenizer, model.config.max_position_embeddings)
+    problems, held_out, _ = load_sets(config, tokenizer, model.config.max_position_embeddings, reward.VERIFIERS)
     policy = Policy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **train.ADAMW)
-    state = checkpoint.load(start, model, optimizer) if start else State(wandb_id="")
+    state = checkpoint.load(start, model, optimizer) if start else State("", control=first_control(config))
     engine = Engine(
         source,
         tokenizer,
         context=config.max_prompt_tokens + config.max_response_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        cpu_kv_cache_gib=config.cpu_kv_cache_gib,
         seed=config.seed,
     )
     engine.load_weights(named_weights(model))
@@ -280,20 +287,20 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
             held = evaluate(
                 engine, held_out[: options.held_out], 4, score=reward.score, seed=config.seed + step, **sampling
             )
-        chosen = problems_of_step(problems, step, config.prompts_per_step, config.seed)
-        rollout = train.sample(engine, chosen, step, config, meter, lambda: False)
+        chosen, rollout = train.sample(engine, problems, state.batches, config, meter, lambda: False)
+        state.batches += len(chosen) // config.prompts_per_step
         one = Step(policy, optimizer, config, meter, options.results.parent, step, state.control, rollout)
-        if branching and any(len({r.reward for r in group}) > 1 for group in rollout):
+        if branching and any(map(has_signal, rollout)):
             found = one.branch(settings, flatten(held), progress.update)
             with options.results.open("a") as file:
                 for row in found:
                     file.write(json.dumps(about | {"seed": config.seed, "step": step} | row) + "\n")
         if step < last:
             metrics = one.learn(config)
-            check_mismatch(metrics)
+            check_mismatch(metrics, device)
             engine.wake(named_weights(model))
             if config.entropy_target:
-                state.control = steer(state.control, metrics["entropy/mean"], config.entropy_target)
+                state.control = next_control(config, state.control, metrics["entropy/mean"])
     progress.close()
 
 
