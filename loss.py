@@ -81,11 +81,9 @@ def gppo(x: Tokens, o: Objective) -> Tensor:
 
 
 def lp_only(x: Tokens, o: Objective) -> Tensor:
-    """CE-GPPO for low-probability tokens only, this project's own:
+    """CE-GPPO for LP tokens only, this project's own: l = CE-GPPO's if log pi_old(a) < -H_old, PPO-clip's otherwise.
 
-    l = CE-GPPO's if log pi_old(a) < -H_old, PPO-clip's otherwise. Tokens that were HP in the rollout
-    (`entropy.quadrants`) have no gradient outside the interval, so that sure tokens of wrong answers, such as their
-    end, are not unlearned any further there.
+    HP tokens have no gradient outside the interval: sure tokens of wrong answers, such as their end, are not unlearned.
     """
     return torch.where(x.old_logprobs < -x.old_entropy, ce_gppo(x, o), ppo_clip(x, o))
 
