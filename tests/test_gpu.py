@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
 
 import loss
@@ -110,6 +111,42 @@ def test_on_a_gpu_all_elementwise_work_on_logits_is_compiled(monkeypatch):
     views = [name for name in outside if not name.startswith(("aten.permute", "aten.t.", "aten.detach"))]
     to_float = "aten._to_copy.default"  # our stand-in for out_dtype
     assert [name for name in views if name != to_float] == [] and len(views) <= 2 * V // width
+
+
+def test_torch_has_products_with_a_wider_result():
+    """Of these only the signatures can be tried without a GPU."""
+    a, b = (
+        torch.empty(3, 5, dtype=torch.bfloat16, device="meta"),
+        torch.empty(5, 7, dtype=torch.bfloat16, device="meta"),
+    )
+    assert torch.mm(a, b, out_dtype=torch.float32).dtype == torch.float32
+    added = torch.addmm(torch.empty(3, 7, device="meta"), a, b, out_dtype=torch.float32)
+    assert added.shape == (3, 7) and added.dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_compiled_functions_are_whole_graphs_and_compiled_for_all_tiles(temperature):
+    """No part of them is left to Python, and another tile, which may be narrower, does not compile them anew."""
+    g, N, width = torch.Generator().manual_seed(0), 6, 16
+    m, zeros, ones = torch.full((N,), -1e30), torch.zeros(N), torch.ones(N)
+    counters = CompileCounter(), CompileCounter()
+    with torch.compiler.set_stance("default"):
+        compiled = [
+            torch.compile(function, dynamic=True, fullgraph=True, backend=counter)
+            for function, counter in zip((entropy._fold, entropy._grad_logits), counters, strict=True)
+        ]
+        results = []
+        for fold, gradient in (compiled, (entropy._fold, entropy._grad_logits)):
+            g.manual_seed(1)
+            running = m, (zeros,) * 4, zeros
+            for start, columns in ((0, width), (16, width), (32, width), (48, 5)):
+                z, place = torch.randn(N, columns, generator=g), torch.arange(N) * 9 - start
+                running = fold(z.clone(), *running, place, temperature)
+                found = gradient(z, ones * 3, ones, ones, ones, place, temperature, torch.bfloat16, True)
+                results.append((running, found))
+    half = len(results) // 2
+    torch.testing.assert_close(results[:half], results[half:])
+    assert all(counter.frame_count <= 2 for counter in counters), "a second time at most, for the narrower tile"
 
 
 @pytest.mark.parametrize("options", [{}, {"positive_nll_coef": 0.1, "entropy_coef": 0.1, "dual_clip": 3.0}], ids=str)
