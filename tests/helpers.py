@@ -186,3 +186,12 @@ def group_of(prompt: int, lengths: list[int], seed: int = 0) -> list[Response]:
     for r in responses:
         r.prompt_ids = responses[0].prompt_ids
     return responses
+
+
+def naive_statistics(hidden, weight, targets, temperature):
+    """The definitions, with the whole [N, V] in float64."""
+    log_p = torch.log_softmax(hidden.double() @ weight.double().T / temperature, -1)
+    p = log_p.exp()
+    H = -(p * log_p).sum(-1)
+    S = (p**2 * (log_p + H[:, None])).sum(-1)
+    return log_p.gather(1, targets[:, None])[:, 0], H, S

@@ -17,8 +17,7 @@ from ce_gppo import checkpoint, dist, entropy, forward
 from ce_gppo.forward import Policy
 from ce_gppo.model import load_model
 from data.arithmetic.base import make_model
-from helpers import group_of, resolved, responses_of
-from test_policy import naive
+from helpers import group_of, naive_statistics, resolved, responses_of
 
 
 class LikeGpu(torch.Tensor):
@@ -66,7 +65,7 @@ def test_the_head_on_a_gpu_matches_naive_float64(width, temperature):
     weight[targets[0]] = hidden[0].float() / hidden[0].float().square().sum() * 9.8 * temperature  # this target's logit
     to_logprobs, to_entropy = torch.randn(24, generator=g), torch.randn(24, generator=g)
     h, w = hidden.double().requires_grad_(), weight.bfloat16().double().requires_grad_()
-    logprobs, H, S = naive(h, w, targets, temperature)
+    logprobs, H, S = naive_statistics(h, w, targets, temperature)
     assert -0.02 < logprobs[0] < -0.0002
     ((logprobs * to_logprobs).sum() + (H * to_entropy).sum()).backward()
     found = head_like_gpu(hidden, weight, targets, temperature, width, to_logprobs, to_entropy)
@@ -75,7 +74,7 @@ def test_the_head_on_a_gpu_matches_naive_float64(width, temperature):
     for ours, expected in zip(found[3:], (h.grad, w.grad), strict=True):  # the products of backward are in bfloat16
         torch.testing.assert_close(ours.double(), expected, atol=0.02 * expected.abs().max().item(), rtol=0)
     sure = head_like_gpu(hidden[:1], weight, targets[:1], temperature, width, to_logprobs[:1], None)[3].double()
-    logprob = naive(h[:1], w, targets[:1], temperature)[0]
+    logprob = naive_statistics(h[:1], w, targets[:1], temperature)[0]
     (expected,) = torch.autograd.grad(logprob * to_logprobs[0], h)
     assert (sure - expected[:1]).norm() < 0.02 * expected.norm(), "1 - p is taken before p is rounded to bfloat16"
 

@@ -16,18 +16,9 @@ from ce_gppo.model import load_model
 from ce_gppo.perf import Meter
 from ce_gppo.reference import load_reference, set_reference_logprobs
 from ce_gppo.types import Response, UserError
-from helpers import group_of, resolved, responses_of
+from helpers import group_of, naive_statistics, resolved, responses_of
 from tools import doctor
 from tools.families import build
-
-
-def naive(hidden, weight, targets, temperature):
-    """The definitions, with the whole [N, V] in float64."""
-    log_p = torch.log_softmax(hidden.double() @ weight.double().T / temperature, -1)
-    p = log_p.exp()
-    H = -(p * log_p).sum(-1)
-    S = (p**2 * (log_p + H[:, None])).sum(-1)
-    return log_p.gather(1, targets[:, None])[:, 0], H, S
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 53, 100])
@@ -38,7 +29,7 @@ def test_head_matches_naive_float64_forward_and_backward(width, temperature):
     targets = torch.randint(53, (24,), generator=g)
     to_logprobs, to_entropy = torch.randn(24, generator=g), torch.randn(24, generator=g)
     results = []
-    for compute, args in ((token_statistics, (temperature, width)), (naive, (temperature,))):
+    for compute, args in ((token_statistics, (temperature, width)), (naive_statistics, (temperature,))):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropy, S = compute(h, w, targets, *args)
         ((logprobs * to_logprobs).sum() + (entropy * to_entropy).sum()).backward()
@@ -53,7 +44,7 @@ def test_head_with_one_gradient_only(which):
     hidden, weight = torch.randn(5, 8, generator=g), torch.randn(11, 8, generator=g)
     targets = torch.randint(11, (5,), generator=g)
     grads = []
-    for compute in (token_statistics, naive):
+    for compute in (token_statistics, naive_statistics):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         args = (1.0, 2) if compute is token_statistics else (1.0,)
         compute(h, w, targets, *args)[which].sum().backward()
