@@ -159,7 +159,7 @@ def test_the_loss_touches_the_model_s_graph_once(options):
     tensors = {"old_logprobs": torch.zeros(2, 3), "advantages": torch.ones(2, 3), "old_entropy": torch.ones(2, 3)}
     mask, correct = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[True], [False]])
     batch = types.SimpleNamespace(
-        response_mask=mask, correct=correct, rollout_logprobs=None, ref_logprobs=None, **tensors
+        response_mask=mask, correct=correct, rollout_logprobs=None, ref_logprobs=None, chosen=None, **tensors
     )
     result, _ = loss.policy_loss(batch, *outputs, loss.Objective(**options), correct_tokens=3.0)
     assert not calls
@@ -240,7 +240,7 @@ def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, 
                 module.register_forward_hook(lambda *_, m=model: whole.append(unsharded(m)))
                 module.register_full_backward_pre_hook(lambda *_, m=model: whole.append(unsharded(m)))
         done = train.update(policy, optimizer, group_of(5, [3, 9, 1, 5]), objective, 1e-3, config, "cpu")
-        checkpoint.save(tmp_path / f"checkpoint-{index:06d}", model, tokenizer, optimizer, checkpoint.State("id", 1))
+        checkpoint.Saver(tmp_path, model, tokenizer, optimizer).finish(checkpoint.State("id", index))
         gradients = {name: dist.whole(p.grad) for name, p in model.named_parameters()}
         folder = tmp_path / f"checkpoint-{index:06d}"
         moments = torch.load(folder / "trainer.pt", weights_only=True)["optimizer"]["state"]
