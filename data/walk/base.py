@@ -1,4 +1,4 @@
-"""The base policy of `walk`: a 0.9 M parameter Qwen2, warm-started by supervised learning.
+"""The base policy of `walk`: a 1.0 M parameter Qwen2, warm-started by supervised learning.
 
     python -m data.walk.base           writes the folder base/ beside this file, in about four minutes on one slow core
 
