@@ -7,9 +7,7 @@ A family trains if it loads, if vLLM serves it, and if after an update both give
 difference over 64 sampled tokens is in the table. Everything runs on the CPU in float32.
 """
 
-import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 from dataclasses import dataclass
 
@@ -76,35 +74,40 @@ def difference(folder: str) -> float:
     return (logprobs - torch.cat([r.rollout_logprobs for r in responses])).abs().max().item()
 
 
-def verdict(name: str) -> str:
+def verdict(name: str, answer) -> None:
+    """Send the verdict on a family through a pipe; in a process of its own, as an engine stays until that ends."""
+    prepare_environment()
     with tempfile.TemporaryDirectory() as folder:
         try:
             build(folder, name)
             gap = difference(folder)
+            answer.send(f"trains, {gap:.0e}" if gap < 1e-4 else f"WRONG by {gap:.2g} nats")
         except UserError as error:
-            return "refused: " + str(error).partition("': ")[2]
+            answer.send("refused: " + str(error).partition("': ")[2])
         except Exception as error:  # of a library: train.py tells it as a sentence, too
-            return f"refused: {type(error).__name__}, {str(error).strip().splitlines()[0][:150]}"
-    return f"trains, {gap:.0e}" if gap < 1e-4 else f"WRONG by {gap:.2g} nats"
+            answer.send(f"refused: {type(error).__name__}, {str(error).strip().splitlines()[0][:150]}")
 
 
 def main(config: Config) -> None:
     prepare_environment()
     if config.only and config.only not in FAMILIES:
         raise UserError(f"--only {config.only}: unknown; known: {', '.join(FAMILIES)}")
-    if config.only:
-        return print(json.dumps(verdict(config.only)))
-    print(
-        "# Models\n\nMade by `python -m tools.families`: each family small, with random weights, on a CPU in float32.\n"
-    )
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["transformers", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])  # once
+    print("# Models\n\nMade by `python -m tools.families`: each small, with random weights, on a CPU in float32.")
     print("A number is the largest difference between vLLM's logprobs and the trainer's after an update, in nats.\n")
-    print("| family | verdict |\n|---|---|")
-    for name in FAMILIES:  # each in a process of its own, as an engine stays until its process ends
-        one = [sys.executable, "-m", "tools.families", "--only", name]
-        lines = subprocess.run(one, capture_output=True, text=True).stdout.strip().splitlines() or [
-            '"refused: it ends the process"'
-        ]
-        print(f"| {name} | {json.loads(lines[-1])} |", flush=True)
+    print("| family | verdict |\n|---|---|", flush=True)
+    for name in [config.only] if config.only else FAMILIES:
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        process = forks.Process(target=verdict, args=(name, theirs))
+        process.start()
+        theirs.close()
+        try:
+            said = ours.recv()
+        except EOFError:
+            said = "refused: it ends the process"
+        process.join()
+        print(f"| {name} | {said} |", flush=True)
 
 
 if __name__ == "__main__":
