@@ -198,7 +198,9 @@ def recipe_rows() -> list[dict]:
         limits = {"max_length": recipe.max_response_tokens, "micro_batch_tokens": recipe.max_micro_batch_tokens}
         config = Config(gpu_memory=80.0, **limits)
         offload = recipe.shard == "offload"
-        name = next(name for name in SHAPES if name in recipe.model)
+        name = next((name for name in SHAPES if name in recipe.model), None)
+        if name is None:  # a small policy, for a CPU
+            continue
         for gpus in (1,) if offload else (1, 8):
             row = plan(name, gpus, config, ("offload",) if offload else ("no", "yes")) | {
                 "recipe": path.stem,

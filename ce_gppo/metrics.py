@@ -21,8 +21,8 @@ WARN_MISMATCH = {"cpu": 0.001, "cuda": 0.05}
 MAX_MISMATCH = 0.2
 
 # One response in so many of those that are not trained on has its entropy measured. entropy/mean, then an estimate, has
-# a standard error of 0.4 % with 11 dropped groups of 64, and of 1 % with 50 (tests/test_rollout.py).
-MEASURED = 4
+# a standard error of 0.4 % with 11 dropped groups of 64, and of about 1 % with 50 (tests/test_rollout.py).
+MEASURED = 3
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The list
@@ -56,7 +56,7 @@ METRICS = {
             "entropy/mean p10 p90",
             "nats",
             "exact entropy of the next-token distribution, over all response tokens; of responses that are not trained "
-            "on, one in four is measured",
+            "on, one in three is measured",
             "falls slowly while accuracy rises; near 0 it has collapsed, far above its start it explodes",
             swept=True,
         ),

@@ -9,7 +9,6 @@ rollout.prepare_environment()
 for name in (
     "train",
     "tyro",
-    "wandb",
     "scipy.stats",
     "transformers.models.qwen2.modeling_qwen2",
     "vllm.entrypoints.llm",

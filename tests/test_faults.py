@@ -55,7 +55,7 @@ def dying(*args, on_group=lambda *a: None, **options):
     count += 1
     def third(index, group):
         on_group(index, group)
-        if count == 3 and index == 2: die()  # evaluation, step 1, step 2
+        if count == 4 and index == 2: die()  # check, evaluation, step 1, step 2
     return generate(*args, on_group=third, **options)
 rollout.Engine.generate = dying
 """,

@@ -154,7 +154,7 @@ def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path):
         "def stopping(engine, *args, **options):\n"
         "    global calls\n"
         "    calls += 1\n"
-        "    if calls == 3 and dist.rank() == 0:\n"  # after the first evaluation and rollout
+        "    if calls == 4 and dist.rank() == 0:\n"  # after the check, the first evaluation and rollout
         "        inner = engine.llm.llm_engine.step\n"
         "        engine.llm.llm_engine.step = lambda: (os.kill(os.getpid(), signal.SIGTERM), inner())[1]\n"
         "    return generate(engine, *args, **options)\n"

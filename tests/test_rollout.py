@@ -172,17 +172,17 @@ def test_on_a_gpu_memory_is_asked_for_in_the_right_order():
     ]
 
 
-@pytest.mark.parametrize("dropped, bound", [(11, 0.006), (32, 0.01), (50, 0.011)])
+@pytest.mark.parametrize("dropped, bound", [(11, 0.006), (32, 0.01), (50, 0.013)])
 def test_entropy_of_a_sample_of_the_dropped_groups(everything, dropped, bound):
-    """entropy/mean from all trained tokens and one in four of the other responses: its standard error, relative."""
+    """entropy/mean from all trained tokens and one in three of the other responses: its standard error, relative."""
     H, tokens = everything  # [P, G] each
     generator = torch.Generator().manual_seed(0)
     errors = []
     for _ in range(200):
         order = torch.randperm(len(H), generator=generator)
         others, trained = order[:dropped], order[dropped:]
-        columns = torch.rand(H.shape, generator=generator).argsort(1)[others][:, : H.shape[1] // metrics.MEASURED]
-        sample = H[others].gather(1, columns).sum() / tokens[others].gather(1, columns).sum()
+        measured = slice(None, None, metrics.MEASURED)
+        sample = H[others].flatten()[measured].sum() / tokens[others].flatten()[measured].sum()
         estimate = (H[trained].sum() + sample * tokens[others].sum()) / tokens.sum()
         errors.append((estimate / (H.sum() / tokens.sum()) - 1).item())
     assert 0 < torch.tensor(errors).square().mean().sqrt() < bound
@@ -216,28 +216,25 @@ def test_on_a_gpu_every_response_has_a_seed_of_its_own(cuda):
 class Recorded:
     """In the place of vllm.LLM. Every call must fit the signature of the installed vLLM, and is written down."""
 
+    real: type  # vllm.LLM
     calls = []
 
     def __init__(self, **options):
-        import vllm
         from vllm.engine.arg_utils import EngineArgs
 
-        known = {*inspect.signature(vllm.LLM.__init__).parameters, *inspect.signature(EngineArgs.__init__).parameters}
+        known = {*inspect.signature(self.real.__init__).parameters, *inspect.signature(EngineArgs.__init__).parameters}
         assert options.keys() <= known, options.keys() - known
         self.options = options
 
     def collective_rpc(self, method, kwargs):
-        from vllm import LLM
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-        inspect.signature(LLM.collective_rpc).bind(self, method, kwargs=kwargs)
+        inspect.signature(self.real.collective_rpc).bind(self, method, kwargs=kwargs)
         inspect.signature(getattr(GPUModelRunner, method)).bind(self, **kwargs)
         self.calls.append((method, list(kwargs["weights_iterator"])))
 
     def __getattr__(self, name):
-        from vllm import LLM
-
-        method = getattr(LLM, name)
+        method = getattr(self.real, name)
 
         def call(**kwargs):
             inspect.signature(method).bind(self, **kwargs)
@@ -250,6 +247,7 @@ def test_on_a_gpu_the_engine_is_called_as_vllm_wants(tiny_folder, tokenizer, mon
     """Options, and the way from sleep to new weights; the head's logits are in float32, as the trainer's are."""
     import vllm
 
+    monkeypatch.setattr(Recorded, "real", vllm.LLM)
     monkeypatch.setattr(vllm, "LLM", Recorded)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     engine = Engine(str(tiny_folder), tokenizer, context=64)

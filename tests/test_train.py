@@ -480,13 +480,13 @@ def learn(model, folder, **settings):
 
 
 def test_old_logprobs_only_of_what_trains(tiny_model, tmp_path):
-    """And the entropy of one in four of the others. All by the weights before the first update; no gradient is left."""
+    """And the entropy of one in three of the others, all by the weights before the first update. No gradient is left."""
     before = copy.deepcopy(tiny_model)
     groups, mini_batches, _, row = learn(tiny_model, tmp_path)
     everything = [r for group in groups for r in group]
     others = [r for group in groups[:2] for r in group]
-    measured = [r for batch in mini_batches for r in batch] + others[::4]
-    assert {id(r) for r in everything if r.entropy is not None} == {id(r) for r in measured} and len(measured) == 36
+    measured = [r for batch in mini_batches for r in batch] + others[:: metrics.MEASURED]
+    assert {id(r) for r in everything if r.entropy is not None} == {id(r) for r in measured} and len(measured) == 38
     found = [(r.old_logprobs, r.entropy) for r in measured]
     compute_old_logprobs(Policy(before), everything, 1.0, 4096, "cpu")
     for (old_logprobs, entropy), r in zip(found, measured, strict=True):
@@ -502,7 +502,7 @@ def test_old_logprobs_of_the_sampler(tiny_model, tmp_path, monkeypatch):
     passes = []
     monkeypatch.setattr(train, "compute_old_logprobs", lambda policy, responses, *_: passes.append(responses))
     _, (first, second), updates, row = learn(tiny_model, tmp_path, old_logprobs="sampler")
-    assert [len(responses) for responses in passes] == [4], "a sample of the groups without a signal, for entropy/mean"
+    assert [len(responses) for responses in passes] == [6], "a sample of the groups without a signal, for entropy/mean"
     assert all(r.entropy is not None and not torch.equal(r.old_logprobs, r.rollout_logprobs) for r in first)
     assert all(r.entropy is None and r.old_logprobs is r.rollout_logprobs for r in second)
     assert row["update_1/ratio_max"] == 1 and row["mismatch/mean"] > 0

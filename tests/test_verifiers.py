@@ -244,7 +244,7 @@ def test_every_verifier_answers_any_text():
     pieces = ["<answer>", "</answer>", r"\boxed{", "####", "answer is", "</think>", *"A4+(){} \n٤"]
     texts = ["".join(rng.choices(pieces, k=rng.randint(0, 15))) for _ in range(2_000)]
     for verifier, verify in VERIFIERS.items():
-        answer = {"countdown": TASK, "choice": "C"}.get(verifier, "4")
+        answer = {"countdown": TASK, "choice": "C", "walk": "4 to 8"}.get(verifier, "4")
         for text in texts:
             with contextlib.suppress(Undecided):
                 assert custom.as_parts(verify(text, answer), verifier)["correctness"] in (0, 1)
