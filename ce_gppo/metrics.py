@@ -95,6 +95,7 @@ METRICS = {
             "",
             "the same of the problems of a source, without the penalty; and each part where a verifier gives several",
             "rises",
+            always=False,
         ),
         Metric(
             "eval/<source>/avg_at_k",

@@ -480,7 +480,7 @@ def learn(model, folder, **settings):
 
 
 def test_old_logprobs_only_of_what_trains(tiny_model, tmp_path):
-    """And the entropy of one in three of the others, all by the weights before the first update. No gradient is left."""
+    """And the entropy of one in three of the others, by the weights before the first update. No gradient is left."""
     before = copy.deepcopy(tiny_model)
     groups, mini_batches, _, row = learn(tiny_model, tmp_path)
     everything = [r for group in groups for r in group]
