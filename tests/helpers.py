@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "data" / "arithmetic" / "base")
 DATA = str(ROOT / "data" / "arithmetic" / "eval.jsonl")
 SMALL = [
-    *("--steps", "4", "--prompts-per-step", "16", "--max-kept-prompts", "8", "--mini-batch-prompts", "2"),
+    *("--steps", "4", "--prompts-per-step", "8", "--max-kept-prompts", "8", "--mini-batch-prompts", "2"),
     *("--eval-every", "2", "--eval-samples", "2", "--checkpoint-every", "2", "--max-micro-batch-tokens", "2048"),
-    *("--entropy-target", "0.2"),  # every test of a run is one of the controller, too
+    *("--entropy-target", "0.2", "--filter-groups", "refill"),  # every test of a run is one of these, too
 ]
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 

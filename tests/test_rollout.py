@@ -216,7 +216,7 @@ def test_on_a_gpu_every_response_has_a_seed_of_its_own(cuda):
 class Recorded:
     """In the place of vllm.LLM. Every call must fit the signature of the installed vLLM, and is written down."""
 
-    real: type  # vllm.LLM
+    real: type = object  # vllm.LLM, which the test sets
     calls = []
 
     def __init__(self, **options):
