@@ -57,10 +57,10 @@ reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: three hours on
 	@.venv/bin/python -m results.claims $(RESULTS)
 
 test: setup data  ## run the tests, in two processes
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: setup data  ## run the tests that need no vLLM: a minute and a half
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 torture: setup data  ## twelve steps killed twenty times are twelve steps: takes five minutes
 	@KILLS=20 .venv/bin/python -m pytest tests/test_faults.py -k torture -s $(ARGS)

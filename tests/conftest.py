@@ -59,12 +59,10 @@ def write_rows(tmp_path):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of the finished run are slow, too. They are done by one process, as the verdicts are, to make them once."""
+    """Tests of the finished run are slow, too."""
     for item in items:
         if "finished" in item.fixturenames:
             item.add_marker("slow")
-        for fixture in {"finished", "rewards"} & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(fixture))
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ import torch
 from bench import attribution, gpu
 from ce_gppo import entropy, forward
 from ce_gppo.types import RunEnded
+from helpers import Forked
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bench")]  # of one fixture, which runs them all
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--layers", "2", "--hidden-size", "64", "--intermediate-size", "128", "--heads", "2", "--kv-heads", "1"]
@@ -49,7 +50,7 @@ def test_trl_s_environment_needs_none_of_our_modules(tmp_path):
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """(stdout, stderr, exit code) of each bench. They run side by side: a tiny bench is mostly imports."""
+    """(stdout, stderr or None, exit code) of each bench. They run side by side: a tiny bench is mostly imports."""
     metrics = tmp_path_factory.mktemp("run") / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(row) + "\n" for row in STEPS))
     commands = {
@@ -75,11 +76,12 @@ def outputs(tmp_path_factory):
     }
     processes = {}
     for name, arguments in commands.items():
-        module = ["-m", f"bench.{name}"]
         if name == "gpu":
-            module = run_without(["vllm", "wandb", "tyro", "scipy"], "bench.gpu")
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes[name] = subprocess.Popen([sys.executable, *module, *arguments], cwd=ROOT, **pipes)
+            alone = [sys.executable, *run_without(["vllm", "wandb", "tyro", "scipy"], "bench.gpu"), *arguments]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            processes[name] = subprocess.Popen(alone, cwd=ROOT, **pipes)
+        else:
+            processes[name] = Forked(f"bench.{name}", *arguments)
     return {name: (*process.communicate(), process.returncode) for name, process in processes.items()}
 
 
@@ -87,7 +89,7 @@ def outputs(tmp_path_factory):
 def result(outputs, request):
     """The JSON line of the bench that the test is parametrized with."""
     stdout, stderr, code = outputs[request.param]
-    assert code == 0, stderr
+    assert code == 0, stderr or stdout
     lines = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1 and len(stdout.splitlines()) > 4, "one JSON line, and a table"
     return lines[0]

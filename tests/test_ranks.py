@@ -15,7 +15,7 @@ from ce_gppo.types import Update
 from helpers import group_of, metrics_of, outputs_of, quick, ranks, run, torchrun, without_timings
 from tools import view
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]  # never two of them side by side
+pytestmark = pytest.mark.slow
 
 # An update on fixed responses, of which the ranks have the shares given; writes the gradient and a checkpoint.
 ONE_UPDATE = """

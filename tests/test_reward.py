@@ -1083,7 +1083,7 @@ def test_no_text_keeps_the_main_process_busy(run, length, monkeypatch):
     ]:
         start = time.process_time()
         score([rf"\boxed{{{answer}}}"], [truth])
-        assert time.process_time() - start < 1
+        assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("length", [1_001, 5_000])

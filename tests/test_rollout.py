@@ -19,7 +19,7 @@ from ce_gppo.types import Problem, UserError
 from helpers import BASE, DATA, ROOT, Forked, resolved
 from rollout import Engine, decode, stop_token_ids
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rollout")]  # of one engine
+pytestmark = pytest.mark.slow
 TRAIN = str(ROOT / "data" / "arithmetic" / "train.jsonl")
 
 
