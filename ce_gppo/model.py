@@ -44,11 +44,18 @@ def load_model(
     device = "cpu" if shard == "offload" or (shard == "yes" and dist.world_size() > 1) else device
     disable_progress_bar()
     register_attention()
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="packed", use_safetensors=True, trust_remote_code=False
-    )
-    if not model._supports_attention_backend:
-        raise UserError(f"model '{path}': transformers cannot replace the attention of a {type(model).__name__}")
+    options = {"attn_implementation": "packed", "use_safetensors": True, "trust_remote_code": False}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+        if not model._supports_attention_backend:
+            raise KeyError("packed")
+    except KeyError as error:  # as Falcon's class raises it
+        if error.args != ("packed",):
+            raise
+        raise UserError(
+            f"model '{path}': transformers cannot replace the attention of this architecture; docs/models.md lists "
+            "those that train"
+        ) from None
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise UserError(f"model '{path}': its output head is not a plain linear layer without bias")
@@ -124,7 +131,15 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
     responses = [Response(i[:2], i[2:], torch.zeros(len(i) - 2), False, "") for i in ids]
     policy = Policy(model)
     batch = collate(responses)
-    together = policy(batch, 1.0)[0][batch.response_mask]
+    try:
+        together = policy(batch, 1.0)[0][batch.response_mask]
+    except TypeError as error:
+        if "packing" not in str(error):
+            raise
+        raise UserError(
+            f"model '{path}': a {type(model).__name__} does not hand on to its attention where sequences begin; "
+            "docs/models.md lists those that train"
+        ) from None
     alone = torch.cat([policy(collate([response]), 1.0)[0][0] for response in responses])
     difference = (together - alone).abs().max().item()
     if not difference < 1e-4 * alone.std():  # rounding gives 1e-5 at most, a convolution 1e-3 and more

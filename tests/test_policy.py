@@ -412,3 +412,15 @@ def test_the_doctor_says_what_a_model_would_do(tiny_folder, capsys):
     with pytest.raises(UserError, match="because of the model"):
         doctor.main(doctor.Config(model=str(tiny_folder)))
     assert f"model '{tiny_folder}': SafetensorError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("Falcon", "cannot replace the attention"),
+        ("Nemotron", "does not hand on to its attention where"),
+    ],
+)
+def test_architectures_whose_attention_is_not_ours_are_refused(tmp_path, name, message):
+    with pytest.raises(UserError, match=f"{message}.*docs/models.md"):
+        load_model(build(str(tmp_path), name))

@@ -27,10 +27,9 @@ FAMILIES = {  # the name of the configuration's class without "Config", and what
     **dict.fromkeys(
         ("Glm4", "Starcoder2", "StableLm", "Phi", "SeedOss", "Exaone4", "Ernie4_5", "Apertus", "Arcee"), {}
     ),
-    **dict.fromkeys(("Nemotron", "Helium", "HunYuanDenseV1", "GPTNeoX", "Cohere2", "Gemma2", "Falcon", "OPT"), {}),
+    **dict.fromkeys(("Nemotron", "GPTNeoX", "Cohere2", "Gemma2", "Falcon", "OPT"), {}),
     **dict.fromkeys(("GPT2", "Bloom", "T5", "Mamba2"), {}),
-    "Qwen3": {"head_dim": 32},
-    "Gemma3Text": {"head_dim": 32},
+    **dict.fromkeys(("Qwen3", "Gemma3Text", "Helium", "HunYuanDenseV1"), {"head_dim": 32}),
     "Qwen2Moe": MOE | {"shared_expert_intermediate_size": 64},
     "Qwen3Moe": MOE,
     "Mixtral": {"num_local_experts": 4},
