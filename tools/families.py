@@ -80,7 +80,7 @@ def verdict(name: str, answer) -> None:
         try:
             build(folder, name)
             gap = difference(folder)
-            answer.send(f"trains, {gap:.0e}" if gap < 1e-4 else f"WRONG by {gap:.2g} nats")
+            answer.send(f"trains, {gap:.0e}" if gap < 1e-4 else f"differs by {gap:.2g} nats, more than rounding does")
         except UserError as error:
             answer.send("refused: " + str(error).partition("': ")[2])
         except Exception as error:  # of a library: train.py tells it as a sentence, too
