@@ -75,6 +75,18 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(saver, tmp_path, monkeypatc
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-000002"
 
 
+@pytest.mark.parametrize("failure", [OSError("disk full"), RuntimeError("zip"), ValueError("odd"), KeyError("key")])
+def test_no_failure_of_the_thread_is_lost(saver, tmp_path, monkeypatch, capsys, failure):
+    def fails(*_):
+        raise failure
+
+    monkeypatch.setattr(checkpoint, "_write", fails)
+    save(saver, State("id", 1))
+    assert "checkpoint not written, training goes on" in capsys.readouterr().err and saver.saved == 0
+    with pytest.raises(RunEnded, match="checkpoint of step 1 could not be written"):
+        saver.finish(State("id", 1))
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_model, optimizer, saver, tmp_path, monkeypatch):
     """What is written is what was there when the save began; the next save waits for it."""
     train_a_step(tiny_model, optimizer, 0)
