@@ -11,7 +11,7 @@ With r_t = pi_old / pi_vllm of a token, the same weights on both sides, over the
 | geo-mask | the same of (r_1 ... r_T)^(1/T)           | 1.001 | verl's rollout correction, Geo-RS                     |
 
 The first two are biased and vary little; a response's product has no bias, and grows with its length.
-Masked tokens stay in the denominator of the loss. The weights have no gradient and leave the ratio pi / pi_old alone.
+Masked tokens stay in the denominator of the loss. The weights have no gradient. The ratio pi / pi_old stays as it is.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Each takes a `loss.Tokens` x and a `loss.Objective` o, and returns the loss of every token, [B, T]. OBJECTIVES in
 loss.py has names for them, with the settings of their papers.
-The last four are entropy methods. What they pick is chosen over the whole mini-batch, by selection.py.
+The last four are entropy methods. For three of them selection.py picks tokens over the whole mini-batch.
 """
 
 import torch
