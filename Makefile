@@ -51,8 +51,8 @@ bench: setup data  ## measure updates, rollouts, rewards and the entropy account
 	@.venv/bin/python -m bench.reward
 	@.venv/bin/python -m bench.attribution --repeats 7
 
-reproduce: RESULTS = results/$(if $(QUICK),quick,reproduction).jsonl
-reproduce: setup data  ## the sweep of docs/evidence.md, 60 runs: three hours on two cores; QUICK=1: a few minutes; RESULTS=<file>
+reproduce: RESULTS = results/$(if $(QUICK),quick,reproduction-walk).jsonl
+reproduce: setup walk  ## the sweep of docs/evidence.md, 55 runs: three hours on two cores; QUICK=1: a few minutes; RESULTS=<file>
 	@.venv/bin/python -m results.sweep --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
 	@.venv/bin/python -m results.claims $(RESULTS)
 

@@ -1,4 +1,4 @@
-"""avg@k and pass@k of a policy on held-out problems, and what is checked before the first of them."""
+"""avg@k, pass@k and distinct@k of a policy on held-out problems, and what is checked before the first of them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -72,8 +72,9 @@ def evaluate_policy(
             return
         if step == 0:
             warn(groups, mine)
-        verdicts = dist.gather_dealt([[r.verdict for r in group] for group in groups], config.rollout_tp)
-    metrics = accuracy([(problem.source, row) for problem, row in zip(problems, verdicts, strict=True)])
+        right = [[r.text.strip() for r in group if r.verdict] for group in groups]
+        counts = dist.gather_dealt([(len(texts), len(set(texts))) for texts in right], config.rollout_tp)
+    metrics = accuracy([problem.source for problem in problems], counts, config.eval_samples)
     if log:
         log.log(step, {f"eval/{name}": value for name, value in metrics.items()} | meter.take_part("eval"))
 
@@ -103,11 +104,15 @@ def warn(groups: list[list[Response]], problems: list[Problem]) -> None:
         )
 
 
-def accuracy(graded: list[tuple[str, list[float]]]) -> dict[str, float]:
-    """avg@k and pass@k by source, from (source, verdicts of the k samples) of each problem."""
+def accuracy(sources: list[str], counts: list[tuple[int, int]], k: int) -> dict[str, float]:
+    """avg@k, pass@k and distinct@k by source, from each problem's source and counts.
+
+    counts: of the k samples of a problem the right ones, and the right ones that differ from each other.
+    """
     metrics = {}
-    for source in dict.fromkeys(source for source, _ in graded):
-        verdicts = [row for name, row in graded if name == source]
-        metrics[f"{source}/avg_at_k"] = sum(map(sum, verdicts)) / sum(map(len, verdicts))
-        metrics[f"{source}/pass_at_k"] = sum(max(row) > 0 for row in verdicts) / len(verdicts)
+    for source in dict.fromkeys(sources):
+        own = [count for count, name in zip(counts, sources, strict=True) if name == source]
+        metrics[f"{source}/avg_at_k"] = sum(right for right, _ in own) / (k * len(own))
+        metrics[f"{source}/pass_at_k"] = sum(right > 0 for right, _ in own) / len(own)
+        metrics[f"{source}/distinct_at_k"] = sum(distinct for _, distinct in own) / len(own)
     return metrics

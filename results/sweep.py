@@ -1,7 +1,8 @@
-"""The sweep behind docs/evidence.md: every objective from the same base policy, on the arithmetic task.
+"""The sweeps behind docs/evidence.md: settings of the objective from the same base policy, several seeds each.
 
-    .venv/bin/python -m results.sweep              60 runs of 80 steps: under three hours on two cores
-    .venv/bin/python -m results.sweep --quick      12 runs of 5 steps: a few minutes
+    .venv/bin/python -m results.sweep                    55 runs on the task `walk`: under three hours on two cores
+    .venv/bin/python -m results.sweep --quick            11 runs of 5 steps: a few minutes
+    .venv/bin/python -m results.sweep --sweep walk-32    32 updates per rollout; or arithmetic, the older sweep
 
 Start it from the repository root. Every core (or GPU) has one run at a time. A run that ends adds a line to the results
 at once. The same command again continues the sweep: it does the missing runs, and resumes interrupted ones.
@@ -14,8 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -27,17 +29,18 @@ from ce_gppo.types import RunEnded, UserError
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 
-# Chosen once for all settings (docs/evidence.md): train.py's learning rate, and eight updates per rollout. At twice
-# that rate more tokens are clipped, and the policies that keep most of the clipped gradients unlearn the task.
-# Everything else is train.py's default.
-COMMON = {
-    "lr": 1e-4,
-    "prompts_per_step": 48,
-    "max_kept_prompts": 48,
-    "mini_batch_prompts": 6,
-    "eval_every": 20,
-    "eval_samples": 8,
-}
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all runs of a sweep share, and the settings that it compares. Everything else is train.py's default."""
+
+    source: str  # of the held-out problems
+    common: dict[str, object]
+    settings: tuple[str, ...]  # of SETTINGS; others are run where --settings names them
+    seeds: int
+    steps: int
+
+
 SETTINGS = {
     "grpo": {"objective": "grpo"},
     "dapo": {"objective": "dapo", "filter_groups": "on"},
@@ -48,11 +51,13 @@ SETTINGS = {
     "ce_gppo (0.75, 1)": {"beta1": 0.75, "beta2": 1.0},
     "ce_gppo (1, 0.5)": {"beta1": 1.0, "beta2": 0.5},
     "ce_gppo (0, 1)": {"beta1": 0.0, "beta2": 1.0},
+    "lp_only (1, 1)": {"objective": "lp_only", "beta1": 1.0, "beta2": 1.0},
+    "grpo, bonus 0.001": {"objective": "grpo", "entropy_coef": 0.001},
+    "grpo, bonus 0.003": {"objective": "grpo", "entropy_coef": 0.003},
     "grpo, bonus 0.01": {"objective": "grpo", "entropy_coef": 0.01},
     "grpo, bonus 0.03": {"objective": "grpo", "entropy_coef": 0.03},
     "ce_gppo, target 0.11": {"entropy_target": 0.11},
-}
-MORE = {  # not in the evidence: run those named by --settings
+    "ce_gppo, target 0.9": {"entropy_target": 0.9},
     "dapo, refilled": {"objective": "dapo"},
     "dr_grpo": {"objective": "dr_grpo"},
     "rloo": {"objective": "rloo"},
@@ -66,29 +71,74 @@ MORE = {  # not in the evidence: run those named by --settings
     "lp_only (0.75, 1)": {"objective": "lp_only"},
     "lp_only_half (0.75, 1)": {"objective": "lp_only_half"},
 }
-# The series that are kept of metrics.jsonl, as lists by step, in five significant digits: about a megabyte for 60 runs.
-SERIES = [name.replace("<source>", "arithmetic") for metric in ALL if metric.swept for name in metric.each()]
+CE = ("ce_gppo (0, 1)", "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)", "ce_gppo (1, 0.5)")  # by beta2 - beta1, falling
+
+# Learning rates and updates per rollout were chosen once for all settings of a sweep: docs/evidence.md.
+WALK = {"recipe": "walk", "eval_every": 25, "eval_samples": 8}
+SIX_OF_48 = {"prompts_per_step": 48, "max_kept_prompts": 48, "mini_batch_prompts": 6}  # eight updates per rollout
+SWEEPS = {
+    "walk": Sweep(
+        "walk",
+        WALK | SIX_OF_48,
+        (
+            "grpo",
+            "dapo",
+            "gppo",
+            *CE,
+            "lp_only (1, 1)",
+            "grpo, bonus 0.001",
+            "grpo, bonus 0.003",
+            "ce_gppo, target 0.9",
+        ),
+        seeds=5,
+        steps=150,
+    ),
+    "walk-32": Sweep(
+        "walk", WALK | {"mini_batch_prompts": 2}, ("grpo", *CE[1:3], "gppo", "lp_only (1, 1)"), seeds=3, steps=100
+    ),
+    "arithmetic": Sweep(
+        "arithmetic",
+        {"lr": 1e-4} | SIX_OF_48 | {"eval_every": 20, "eval_samples": 8},
+        (
+            *("grpo", "dapo", "gppo", "cispo", "gspo", "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)", "ce_gppo (1, 0.5)"),
+            *("ce_gppo (0, 1)", "grpo, bonus 0.01", "grpo, bonus 0.03", "ce_gppo, target 0.11"),
+        ),
+        seeds=5,
+        steps=80,
+    ),
+}
+
+
+def series_of(source: str) -> list[str]:
+    """The metrics that are kept of metrics.jsonl, as lists by step, in five significant digits: 20 kB a run."""
+    return [name.replace("<source>", source) for metric in ALL if metric.swept for name in metric.each()]
 
 
 @dataclass
 class Config:
+    sweep: Literal["walk", "walk-32", "arithmetic"] = "walk"
     quick: bool = False  # one seed and 5 steps: shows that it works, not which claims hold
-    results: str = ""  # file that the runs are added to; empty: results/reproduction.jsonl, or results/quick.jsonl
-    seeds: int | None = None  # runs of each setting, from seed 0; None: 5, quick: 1
-    steps: int | None = None  # of each run; None: 80, quick: 5
-    settings: tuple[str, ...] = field(default_factory=lambda: tuple(SETTINGS))  # the ones to run
+    results: str = ""  # file that the runs are added to; empty: results/reproduction-<sweep>.jsonl, or quick.jsonl
+    seeds: int | None = None  # runs of each setting, from seed 0; None: the sweep's, quick: 1
+    steps: int | None = None  # of each run; None: the sweep's, quick: 5
+    settings: tuple[str, ...] = ()  # the ones to run; none given: the sweep's
     out: Path = REPOSITORY / "out" / "reproduce"  # folder of the runs themselves
     lanes: int | None = None  # runs at a time; None: one per GPU, or one per core and 5 GiB of memory
 
 
 def main(config: Config) -> None:
-    if unknown := [name for name in config.settings if name not in SETTINGS | MORE]:
-        raise UserError(f"setting '{unknown[0]}' is unknown; known: {', '.join(SETTINGS | MORE)}")
-    results = Path(config.results or HERE / ("quick.jsonl" if config.quick else "reproduction.jsonl"))
-    seeds, steps = config.seeds or (1 if config.quick else 5), config.steps or (5 if config.quick else 80)
-    wanted = [(name, seed) for seed in range(seeds) for name in config.settings]  # whole seeds first
+    if unknown := [name for name in config.settings if name not in SETTINGS]:
+        raise UserError(f"setting '{unknown[0]}' is unknown; known: {', '.join(SETTINGS)}")
+    sweep = SWEEPS[config.sweep]
+    results = Path(config.results or HERE / ("quick.jsonl" if config.quick else f"reproduction-{config.sweep}.jsonl"))
+    seeds, steps = (
+        config.seeds or (1 if config.quick else sweep.seeds),
+        config.steps or (5 if config.quick else sweep.steps),
+    )
+    wanted = [(name, seed) for seed in range(seeds) for name in config.settings or sweep.settings]  # whole seeds first
     done = {(row["setting"], row["seed"]): row["arguments"] for row in read(results)}
-    if other := [job for job in wanted if done.get(job, arguments(*job, steps)) != arguments(*job, steps)]:
+    other = [job for job in wanted if done.get(job, arguments(sweep, *job, steps)) != arguments(sweep, *job, steps)]
+    if other:
         raise UserError(f"{results} has {other[0][0]} with other arguments; name another file with --results")
     waiting = [job for job in wanted if job not in done]
     lanes = lanes_of_this_machine()[: config.lanes]
@@ -101,7 +151,7 @@ def main(config: Config) -> None:
         while waiting or running:
             free = [lane for lane in lanes if lane not in running]
             for lane in free[: len(waiting)]:
-                running[lane] = Run(*waiting.pop(0), steps, config.out, lane)
+                running[lane] = Run(sweep, *waiting.pop(0), steps, config.out / config.sweep, lane)
             time.sleep(0.5)
             for lane, run in [(lane, run) for lane, run in running.items() if run.process.poll() is not None]:
                 del running[lane]
@@ -128,9 +178,9 @@ def main(config: Config) -> None:
 class Run:
     """One run of train.py, on one lane: a core or a GPU."""
 
-    def __init__(self, setting: str, seed: int, steps: int, out: Path, lane: tuple[str, int]):
-        self.setting, self.seed = setting, seed
-        self.arguments = arguments(setting, seed, steps)
+    def __init__(self, sweep: Sweep, setting: str, seed: int, steps: int, out: Path, lane: tuple[str, int]):
+        self.sweep, self.setting, self.seed = sweep, setting, seed
+        self.arguments = arguments(sweep, setting, seed, steps)
         name = "".join(c if c.isalnum() or c in "._" else "-" for c in f"{setting}-{steps}-{seed}").replace("--", "-")
         self.folder = out / name
         self.log = out / f"{name}.log"
@@ -141,18 +191,9 @@ class Run:
             environment["CUDA_VISIBLE_DEVICES"] = str(index)
         else:
             environment["OMP_NUM_THREADS"] = "1"  # processes that share cores slow each other down many times
-        finished = (
-            self.folder / f"checkpoint-{steps:06d}"
-        ).exists()  # but the sweep was killed before it wrote the row
-        training = [
-            sys.executable,
-            "train.py",
-            *self.arguments.split(),
-            "--out",
-            str(out.resolve()),
-            "--run-name",
-            name,
-        ]
+        finished = (self.folder / f"checkpoint-{steps:06d}").exists()  # the sweep was killed before it wrote the row
+        place = ["--out", str(out.resolve()), "--run-name", name]
+        training = [sys.executable, "train.py", *self.arguments.split(), *place]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 ["true"] if finished else training,
@@ -165,12 +206,14 @@ class Run:
 
     def row(self) -> dict:
         metrics = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        series = {name: [shorten(row.get(name)) for row in metrics if row["step"]] for name in SERIES}
-        evaluations = [row for row in metrics if "eval/arithmetic/avg_at_k" in row]
-        series |= {name: [shorten(row[name]) for row in evaluations] for name in SERIES if name.startswith("eval/")}
+        kept = series_of(self.sweep.source)
+        series = {name: [shorten(row.get(name)) for row in metrics if row["step"]] for name in kept}
+        evaluations = [row for row in metrics if f"eval/{self.sweep.source}/avg_at_k" in row]
+        series |= {name: [shorten(row[name]) for row in evaluations] for name in kept if name.startswith("eval/")}
         return {
             "setting": self.setting,
             "seed": self.seed,
+            "source": self.sweep.source,
             "arguments": self.arguments,
             "commit": json.loads((self.folder / "config.json").read_text())["git_commit"],
             "minutes": round(sum(map(seconds, metrics)) / 60, 2),
@@ -184,9 +227,9 @@ def seconds(row: dict) -> float:
     return row.get("time/step", 0.0) + row.get("time/eval", 0.0)
 
 
-def arguments(setting: str, seed: int, steps: int) -> str:
+def arguments(sweep: Sweep, setting: str, seed: int, steps: int) -> str:
     """The arguments of train.py for a run."""
-    options = COMMON | (SETTINGS | MORE)[setting] | {"steps": steps, "seed": seed}
+    options = sweep.common | SETTINGS[setting] | {"steps": steps, "seed": seed}
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
@@ -216,7 +259,7 @@ def append(path: Path, row: dict) -> None:
 
 
 def describe(row: dict) -> str:
-    entropy, accuracy = row["series"]["entropy/mean"], row["series"]["eval/arithmetic/avg_at_k"]
+    entropy, accuracy = row["series"]["entropy/mean"], row["series"][f"eval/{row['source']}/avg_at_k"]
     return (
         f"{row['setting']} seed {row['seed']}: entropy {entropy[0]:.3f} -> {entropy[-1]:.3f}, "
         f"accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}, {row['minutes']:.1f} min"

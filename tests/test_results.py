@@ -1,9 +1,11 @@
 """The sweep: it runs, keeps and resumes the right things. Verdicts and figures of runs with known values."""
 
+import itertools
 import json
 import shutil
 import subprocess
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,11 @@ import loss
 import train
 from ce_gppo.config import parse
 from helpers import Forked, rows_of
-from results import claims, sweep
+from results import claims, draw, sweep
 from tools.figures import QUADRANTS, plt
 
 pytestmark = pytest.mark.slow
+SETTINGS = sweep.SWEEPS["walk"].settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,16 +41,18 @@ def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sweep, "subprocess", types.SimpleNamespace(Popen=forked))
     small = {"train_data": rows_of("train", 256), "eval_data": rows_of("eval", 16), "prompts_per_step": 24}
-    monkeypatch.setattr(sweep, "COMMON", sweep.COMMON | small | {"max_kept_prompts": 24})
+    common = sweep.SWEEPS["arithmetic"].common | small | {"max_kept_prompts": 24}
+    monkeypatch.setitem(sweep.SWEEPS, "arithmetic", replace(sweep.SWEEPS["arithmetic"], common=common))
     results = tmp_path / "results.jsonl"
     names = ("grpo", "ce_gppo (1, 0.5)")
-    config = sweep.Config(results=str(results), seeds=1, steps=2, settings=names, out=tmp_path / "out", lanes=1)
+    options = {"results": str(results), "seeds": 1, "steps": 2, "settings": names, "out": tmp_path / "out", "lanes": 1}
+    config = sweep.Config(sweep="arithmetic", **options)
     sweep.main(config)
     rows = {row["setting"]: row for row in sweep.read(results)}
     assert sorted(rows) == ["ce_gppo (1, 0.5)", "grpo"]
     first = {name: row["series"]["entropy/mean"][0] for name, row in rows.items()}
     assert first["grpo"] == first["ce_gppo (1, 0.5)"]  # the same base, the same first rollout
-    metrics = (tmp_path / "out" / "grpo-2-0" / "metrics.jsonl").read_text().splitlines()
+    metrics = (tmp_path / "out" / "arithmetic" / "grpo-2-0" / "metrics.jsonl").read_text().splitlines()
     for name, values in rows["grpo"]["series"].items():
         there = [row for row in map(json.loads, metrics) if (name in row if name.startswith("eval/") else row["step"])]
         expected = [row.get(name) for row in there]  # None for a step without it
@@ -58,7 +63,7 @@ def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path, monkeypatch, ca
     times = [row.get(f"time/{part}", 0) for row in map(json.loads, metrics) for part in ("step", "eval")]
     assert rows["grpo"]["minutes"] == pytest.approx(sum(times) / 60, abs=0.01)
     # A misspelled series would be None everywhere. Few tokens are clipped in two steps, and grpo has no betas.
-    always = set(sweep.SERIES) - {"clip/prob_low", "clip/prob_high", "optim/beta1", "optim/beta2"}
+    always = set(sweep.series_of("arithmetic")) - {"clip/prob_low", "clip/prob_high", "optim/beta1", "optim/beta2"}
     assert all(value is not None for name in always for value in rows["grpo"]["series"][name])
     assert rows["ce_gppo (1, 0.5)"]["series"]["optim/beta1"] == [1.0, 1.0]
     assert "--objective grpo" in rows["grpo"]["arguments"]
@@ -91,17 +96,19 @@ def test_results_of_other_arguments_are_not_mixed(tmp_path):
 
 
 def test_every_setting_is_train_py_s():
-    for name, options in (sweep.SETTINGS | sweep.MORE).items():
-        config, recipe, resume = parse(train.Config, sweep.arguments(name, 3, 50).split(), loss.PUBLISHED)
-        assert (config.seed, config.steps, recipe, resume) == (3, 50, "", "")
-        for key, value in (sweep.COMMON | options).items():
-            assert getattr(config, key) == value
+    for one, (name, options) in itertools.product(sweep.SWEEPS.values(), sweep.SETTINGS.items()):
+        config, recipe, resume = parse(train.Config, sweep.arguments(one, name, 3, 50).split(), loss.PUBLISHED)
+        assert (config.seed, config.steps, recipe, resume) == (3, 50, one.common.get("recipe", ""), "")
+        for key, value in (one.common | options).items():
+            assert key == "recipe" or getattr(config, key) == value
+        assert set(one.settings) <= set(sweep.SETTINGS)
 
 
 def test_series_are_those_of_the_list_of_metrics():
-    assert len(set(sweep.SERIES)) == len(sweep.SERIES) and not [name for name in sweep.SERIES if "<" in name]
+    kept = sweep.series_of("arithmetic")
+    assert len(set(kept)) == len(kept) and not [name for name in kept if "<" in name]
     rows = sweep.read(ROOT / "results" / "evidence.jsonl")  # made before some of the series were kept
-    assert set(rows[0]["series"]) < set(sweep.SERIES)
+    assert set(rows[0]["series"]) < set(kept)
 
 
 def test_the_kept_runs_still_give_the_published_verdicts(tmp_path):
@@ -113,7 +120,7 @@ def test_the_kept_runs_still_give_the_published_verdicts(tmp_path):
             [line.split("|")[1:3] for line in (folder / f"{stem}.md").read_text().splitlines() if line.startswith("|")]
             for folder in (tmp_path, ROOT / "results")
         ]
-        assert cells[0] == cells[1] and len(cells[0]) == 2 + 12 + 2 + 11
+        assert cells[0] == cells[1] and len(cells[0]) == 2 + 12 + 2 + 12
 
 
 def test_interval_is_student_s():
@@ -129,18 +136,18 @@ def test_interval_is_student_s():
 def made_up(entropy, accuracy, seeds=5, noise=0.002):
     """A sweep whose entropy falls from 0.3 to the given values, by setting."""
     rows = []
-    for name in sweep.SETTINGS:
+    for name in SETTINGS:
         for seed in range(seeds):
-            random = np.random.default_rng([seed, list(sweep.SETTINGS).index(name)])
+            random = np.random.default_rng([seed, SETTINGS.index(name)])
             course = np.linspace(0.3, entropy.get(name, 0.1), 50) + noise * random.standard_normal(50)
-            series = {key: [0.01] * 50 for key in sweep.SERIES}
+            series = {key: [0.01] * 50 for key in sweep.series_of("walk")}
             series |= {f"velocity/{quadrant}": [0.01 * sign] * 50 for quadrant, sign in claims.SIGNS.items()}
             series |= {"entropy/mean": course.tolist(), "clip/prob_low": [None, *[0.2] * 49]}
-            series["eval/arithmetic/avg_at_k"] = [0.3, accuracy.get(name, 0.8) + noise * random.standard_normal()]
-            series["eval/arithmetic/pass_at_k"] = [0.9, 0.9]
+            series["eval/walk/avg_at_k"] = [0.3, accuracy.get(name, 0.8) + noise * random.standard_normal()]
+            series["eval/walk/pass_at_k"], series["eval/walk/distinct_at_k"] = [0.9, 0.9], [2.0, 4.0]
             row = {"setting": name, "seed": seed, "arguments": "", "minutes": 1.0, "eval_steps": [0, 50]}
-            rows.append(row | {"series": series})
-    return claims.Sweep(rows)
+            rows.append(row | {"source": "walk", "series": series})
+    return claims.Runs(rows)
 
 
 def test_part_of_a_sweep(tmp_path):
@@ -148,12 +155,12 @@ def test_part_of_a_sweep(tmp_path):
     rows = list(made_up({}, {}, seeds=2).rows.values())
     for row in rows:
         row["eval_steps"], entropy = [0, 20, 50], row["series"]["entropy/mean"]
-        for name in ("eval/arithmetic/avg_at_k", "eval/arithmetic/pass_at_k"):
+        for name in ("eval/walk/avg_at_k", "eval/walk/pass_at_k", "eval/walk/distinct_at_k"):
             row["series"][name].insert(1, 0.5)
         row["series"]["response/truncated"] = [0.0] * 25 + [0.9 * row["seed"]] * 25
         part = claims.begin(row, 20)
-        assert part["series"]["entropy/mean"] == entropy[:20] and part["series"]["eval/arithmetic/avg_at_k"][-1] == 0.5
-        assert claims.rows_of(part) == [r for r in claims.rows_of(row) if r["step"] <= 20]
+        assert part["series"]["entropy/mean"] == entropy[:20] and part["series"]["eval/walk/avg_at_k"][-1] == 0.5
+        assert draw.rows_of(part) == [r for r in draw.rows_of(row) if r["step"] <= 20]
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for options, stem, runs in (("--steps", "20"), "-20", 2), (("--without-idle",), "-without-idle", 1):
@@ -168,43 +175,77 @@ def test_part_of_a_sweep(tmp_path):
     assert code == 2 and "no such runs there" in output
 
 
+def verdicts(runs):
+    return {name.split()[0]: verdict for name, verdict, _ in claims.claims(runs)}
+
+
 def test_verdicts_follow_the_runs():
     like_the_paper = {"grpo": 0.05, "ce_gppo (0, 1)": 0.3, "ce_gppo (0.5, 1)": 0.25, "ce_gppo (0.75, 1)": 0.2}
-    like_the_paper |= {"ce_gppo (1, 0.5)": 0.1, "dapo": 0.2, "grpo, bonus 0.03": 0.4}
-    found = {name.split()[0]: verdict for name, verdict, _ in claims.claims(made_up(like_the_paper, {}))}
-    held = {"1a.", "1b.", "2a.", "2b.", "3a.", "4a.", "5.", "6a.", "6b."}
+    like_the_paper |= {"ce_gppo (1, 0.5)": 0.1, "dapo": 0.2, "grpo, bonus 0.003": 0.4, "lp_only (1, 1)": 0.2}
+    found = verdicts(made_up(like_the_paper, {"lp_only (1, 1)": 0.9}))
+    held = {"1a.", "1b.", "2a.", "2b.", "3a.", "4a.", "5.", "6a.", "6b.", "6c.", "7a.", "7b."}
     assert {name for name, verdict in found.items() if verdict == "held"} == held
-    assert found["4b."] == found["3b."] == "undecided"
+    assert {name for name in found if found[name] == "no difference"} == {"3b.", "4b.", "4c."}
 
     other_way = {"grpo": 0.25, "ce_gppo (0, 1)": 0.1, "ce_gppo (1, 0.5)": 0.3}
-    found = {n.split()[0]: v for n, v, _ in claims.claims(made_up(other_way, {"ce_gppo (0.75, 1)": 0.7}))}
+    found = verdicts(made_up(other_way, {"ce_gppo (0.75, 1)": 0.7}))
     assert {found[name] for name in ("1a.", "1b.", "2a.", "2b.", "4a.")} == {"not held"}
 
-    one_seed = claims.claims(made_up(like_the_paper, {}, seeds=1))
-    assert {verdict for name, verdict, _ in one_seed if not name.startswith("6b")} == {"undecided"}
+    found = verdicts(made_up(like_the_paper, {}, seeds=1))
+    assert {verdict for name, verdict in found.items() if name not in ("6b.", "6c.")} == {"undecided"}
+
+
+def test_a_difference_inside_the_margin_is_none():
+    """5 % of 0.3 nats. The verdict of a claim of several parts is that of its worst part."""
+    same = dict.fromkeys(SETTINGS, 0.1)
+    found = verdicts(made_up(same | {"ce_gppo (0.5, 1)": 0.105}, {}))
+    assert {found[name] for name in ("1b.", "2a.", "2b.", "7a.", "7b.")} == {"no difference"}
+    wide = {0: 0.03, 1: -0.03, 2: 0.0}
+    assert claims.compare(wide, 0, 0.015) == claims.compare(wide, 0, 0.07) == "undecided"
+    assert claims.compare(wide, 0, 0.08) == "no difference"  # 0.03 * 4.303 / sqrt(3) = 0.0745
+    assert claims.compare({0: 0.02, 1: 0.021}, 0, 0.015) == "held"  # [0.0141, 0.0269]: not inside
+    assert claims.compare({0: -0.02, 1: -0.021}, 0, 0.015) == "not held"
+    assert claims.decide("held", "no difference") == "no difference" and claims.decide("held", "held") == "held"
+    assert claims.decide("undecided", "no difference") == "undecided"
+    assert claims.decide("not held", "undecided", "held") == "not held"
+
+
+@pytest.mark.parametrize("name", ["collapses", "explodes", "unlearns"])
+def test_a_run_that_collapses_explodes_or_unlearns_is_not_steady(name):
+    made = made_up({}, {}, noise=0)
+    assert verdicts(made)["6c."] == "held"
+    series = made.rows["ce_gppo (0.5, 1)", 2]["series"]  # one run of one seed
+    if name == "unlearns":
+        series["eval/walk/avg_at_k"] = [0.3, 0.8, 0.74]
+    else:
+        series["entropy/mean"] = series["entropy/mean"][:-1] + [{"collapses": 0.02, "explodes": 0.4}[name]]
+    assert verdicts(made)["6c."] == "not held"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
 
 
-def groups_of(sweep_):
-    """{setting: the runs' rows}, as `claims.main` draws them."""
-    return {name: [claims.rows_of(r) for (n, _), r in sweep_.rows.items() if n == name] for name in sweep_.settings}
+def groups_of(runs):
+    """{setting: its runs}, as `claims.main` draws them."""
+    return {name: [row for (n, _), row in runs.rows.items() if n == name] for name in runs.settings}
 
 
-def test_every_setting_has_a_colour_of_its_own():
-    assert sorted(claims.COLORS) == sorted(sweep.SETTINGS)
-    assert len({to_hex(color) for color in claims.COLORS.values()}) == len(sweep.SETTINGS)
-    assert set(sweep.SETTINGS) == {name for names in claims.ROWS.values() for name in names}
+def test_settings_in_one_panel_have_colours_of_their_own():
+    assert set(sweep.SETTINGS) == {name for names in draw.ROWS.values() for name in names}
+    for settings in (one.settings for one in sweep.SWEEPS.values()):
+        assert set(settings) <= set(draw.COLORS)
+        assert len({to_hex(draw.COLORS[name]) for name in settings}) == len(settings)
 
 
 def test_curves_show_each_seed_and_the_mean():
-    made = made_up({"gspo": 0.2}, {}, seeds=3, noise=0.02)
-    figure = claims.curves(groups_of(made))
+    made = made_up({"dapo": 0.2}, {}, seeds=3, noise=0.02)
+    figure = draw.curves(groups_of(made), "walk")
     panels = np.reshape(figure.axes, (-1, 2))
-    for (title, names), (entropy, accuracy) in zip(claims.ROWS.items(), panels, strict=True):
-        for axis, metric in (entropy, "entropy/mean"), (accuracy, "eval/arithmetic/avg_at_k"):
+    rows = list(draw.ROWS.items())[:3]
+    for (title, settings), (entropy, accuracy) in zip(rows, panels, strict=True):
+        names = [name for name in settings if name in SETTINGS]
+        for axis, metric in (entropy, "entropy/mean"), (accuracy, "eval/walk/avg_at_k"):
             assert title in axis.get_title() and axis.get_xlabel() == "step" and axis.get_ylabel()
             thick = [line for line in axis.lines if line.get_linewidth() >= 2]
             assert len(thick) == len(names) and len(axis.lines) == len(names) * (1 + 3)
@@ -219,7 +260,7 @@ def test_curves_show_each_seed_and_the_mean():
         legend = accuracy.get_legend()
         keys = {text.get_text(): key for text, key in zip(legend.get_texts(), legend.legend_handles, strict=True)}
         assert {name: to_hex(key.get_color()) for name, key in keys.items()} == {
-            name: to_hex(claims.COLORS[name]) for name in names
+            name: to_hex(draw.COLORS[name]) for name in names
         }
     plt.close(figure)
 
@@ -227,30 +268,31 @@ def test_curves_show_each_seed_and_the_mean():
 @pytest.mark.parametrize("names, titles", [(("grpo",), ["objectives"]), (("grpo", "ce_gppo (0, 1)"), ["betas"])])
 def test_curves_of_part_of_a_sweep_have_no_empty_panels(names, titles):
     made = made_up({}, {}, seeds=1)
-    figure = claims.curves({name: runs for name, runs in groups_of(made).items() if name in names})
+    figure = draw.curves({name: runs for name, runs in groups_of(made).items() if name in names}, "walk")
     assert len(figure.axes) == 2 * len(titles)
     for axis, title in zip(figure.axes[::2], titles, strict=True):
         assert title in axis.get_title() and len(axis.lines) == len(names)
     plt.close(figure)
 
 
-def test_settings_outside_the_evidence_are_compared_in_the_same_table_and_figure():
+def test_settings_outside_the_sweeps_are_compared_in_the_same_table_and_figure():
+    names = ("grpo", *(name for name in sweep.SETTINGS if name not in draw.COLORS))
     rows = [row for row in sweep.read(ROOT / "results" / "evidence.jsonl") if row["setting"] == "grpo"]
-    made = claims.Sweep(rows + [row | {"setting": name} for row in rows for name in sweep.MORE])
+    made = claims.Runs([row | {"setting": name} for row in rows for name in names])
     lines = claims.table(made).splitlines()
-    assert [line.split(" |")[0] for line in lines[2:]] == [f"| {name}" for name in ("grpo", *sweep.MORE)]
-    entropy, accuracy = claims.curves(groups_of(made)).axes
+    assert [line.split(" |")[0] for line in lines[2:]] == [f"| {name}" for name in names]
+    entropy, accuracy = draw.curves(groups_of(made), made.source).axes
     assert "others" in entropy.get_title()
-    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["grpo", *sweep.MORE]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == list(names)
 
 
 def test_velocities_have_a_panel_for_each_setting():
     made = made_up({}, {}, seeds=2)
     for row in made.rows.values():
         row["series"]["velocity/pa_lp"] = [0.03 + 0.01 * row["seed"]] * 50
-        row["series"]["velocity/total"] = [0.002 * list(sweep.SETTINGS).index(row["setting"])] * 50
-    figure = claims.velocities(groups_of(made))
-    assert [axis.get_title() for axis in figure.axes] == list(sweep.SETTINGS)
+        row["series"]["velocity/total"] = [0.002 * made.settings.index(row["setting"])] * 50
+    figure = draw.velocities(groups_of(made))
+    assert [axis.get_title() for axis in figure.axes] == made.settings
     assert figure.get_supxlabel() == "step" and "nats per token" in figure.get_supylabel()
     for i, axis in enumerate(figure.axes):
         total = axis.lines[0]

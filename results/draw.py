@@ -1,0 +1,100 @@
+"""Figures of a sweep: entropy and accuracy of its settings, and their velocities.
+
+groups: {setting: its runs}, each run a row of the results, as results/sweep.py writes them.
+"""
+
+from results.sweep import CE, SETTINGS
+from tools import figures
+from tools.figures import plt
+
+COLORS = {  # those of ce_gppo go from blue to red as beta2 - beta1 falls
+    "grpo": "black",
+    "dapo": "#e69f00",
+    "gppo": "#2ca02c",
+    "cispo": "#7b3294",
+    "gspo": "#17becf",
+    "ce_gppo (0, 1)": "#1f4e9c",
+    "ce_gppo (0.5, 1)": "#5fa8e6",
+    "ce_gppo (0.75, 1)": "#e6398b",
+    "ce_gppo (1, 0.5)": "#b2182b",
+    "lp_only (1, 1)": "#ff7f0e",
+    "grpo, bonus 0.001": "#b8b800",
+    "grpo, bonus 0.003": "#7a5c00",
+    "grpo, bonus 0.01": "#b8b800",
+    "grpo, bonus 0.03": "#7a5c00",
+    "ce_gppo, target 0.11": "#00897b",
+    "ce_gppo, target 0.9": "#00897b",
+}
+ROWS = {  # of panels: title -> settings
+    "objectives": ("grpo", "dapo", "gppo", "cispo", "gspo", "ce_gppo (0.75, 1)", "lp_only (1, 1)"),
+    "betas of ce_gppo": ("grpo", *CE),
+    "entropy bonus and target": ("grpo", *(name for name in COLORS if "bonus" in name or "target" in name)),
+    "others": ("grpo", *(name for name in SETTINGS if name not in COLORS)),
+}
+
+
+def curves(groups: dict[str, list[dict]], source: str) -> plt.Figure:
+    """Entropy and accuracy: a row each for the objectives, for the betas, and for the other ways to more entropy."""
+    rows = {title: [name for name in names if name in groups] for title, names in ROWS.items()}
+    rows = {title: names for title, names in rows.items() if set(names) - {"grpo"}} or {"objectives": list(groups)}
+    fig, axes = plt.subplots(
+        len(rows), 2, figsize=(9, 0.4 + 3 * len(rows)), sharey="col", squeeze=False, layout="constrained"
+    )
+    for (left, right), (title, names) in zip(axes, rows.items(), strict=True):
+        draw_panels(left, right, {name: groups[name] for name in names}, source)
+        left.set_title(f"entropy: {title}")
+        right.set_title(f"held-out accuracy: {title}")
+    return finish(fig, groups)
+
+
+def draw_panels(left, right, groups: dict[str, list[dict]], source: str) -> None:
+    """Entropy on the left, accuracy with a legend for both on the right."""
+    others = [name for name in SETTINGS if name not in COLORS]
+    for name, runs in groups.items():
+        color = COLORS.get(name) or f"C{others.index(name) % 10}"
+        rows = list(map(rows_of, runs))
+        figures.draw(left, rows, "entropy/mean", color=color)
+        figures.draw(right, rows, f"eval/{source}/avg_at_k", label=name, color=color)
+    left.set(xlabel="step", ylabel="nats per token")
+    right.set(xlabel="step", ylabel="avg@8")
+    left.set_ylim(bottom=0)
+    right.legend(loc="lower right", frameon=False)  # the accuracies leave room there
+
+
+def velocities(groups: dict[str, list[dict]]) -> plt.Figure:
+    """The parts of the quadrants in the entropy velocity, a panel for each setting."""
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(3 * columns, 2.4 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (name, runs) in zip(axes.flat, groups.items(), strict=False):
+        figures.draw_velocity(axis, list(map(rows_of, runs)))
+        axis.set_title(name)
+    for axis in axes.flat[len(groups) :]:
+        axis.remove()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=5)
+    fig.supxlabel("step")
+    fig.supylabel("entropy velocity, nats per token, mean of the seeds")
+    return finish(fig)
+
+
+def rows_of(run: dict) -> list[dict]:
+    """A run's series as rows of a metrics.jsonl, which tools/figures.py draws."""
+    rows = {0: {"step": 0}}
+    for name, values in run["series"].items():
+        steps = run["eval_steps"] if name.startswith("eval/") else range(1, len(values) + 1)
+        for step, value in zip(steps, values, strict=True):
+            if value is not None:
+                rows.setdefault(step, {"step": step})[name] = value
+    return [rows[step] for step in sorted(rows)]
+
+
+def finish(fig: plt.Figure, groups: dict[str, list[dict]] | None = None) -> plt.Figure:
+    """groups: of a figure whose title says how many seeds it shows."""
+    for axis in fig.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    if groups:
+        seeds = max(map(len, groups.values()))
+        fig.suptitle(f"thick lines: mean of {seeds} seeds; thin lines: each seed" if seeds > 1 else "one seed")
+    return fig
