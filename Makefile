@@ -87,14 +87,15 @@ $(WALK_BASE): data/walk/base.py data/walk/prepare.py ce_gppo/verifier/walk.py da
 setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 
 # torch comes first and alone: its CPU build from PyTorch's own index where that can be reached, otherwise from wherever
-# pip finds it in the next step. The rest is locked, hence --no-deps.
+# pip finds it in the next step. The rest is locked, hence --no-deps. Python compiles the few files that are imported when
+# they first are: --no-compile saves a minute and a half on a slow core.
 .venv/installed-cpu: requirements/cpu.txt
 	@$(CHECK_PYTHON)
 	@echo "installing into .venv, without a GPU: a few minutes and 4 GB, once"
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --no-deps --retries 0 --timeout 15 $(TORCH) \
+	@.venv/bin/python -m pip install --quiet --no-deps --no-compile --retries 0 --timeout 15 $(TORCH) \
 		--index-url https://download.pytorch.org/whl/cpu 2>/dev/null || echo "PyTorch's index cannot be reached; going on without it"
-	@.venv/bin/python -m pip install --quiet --no-deps -r $<
+	@.venv/bin/python -m pip install --quiet --no-deps --no-compile -r $<
 	@$(FIND_PROJECT)
 	@touch $@
 
@@ -102,7 +103,7 @@ setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 	@$(CHECK_PYTHON)
 	@echo "installing into .venv, for an NVIDIA GPU: several minutes, once"
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --no-deps -r $<
+	@.venv/bin/python -m pip install --quiet --no-deps --no-compile -r $<
 	@$(FIND_PROJECT)
 	@$(CHECK_GPU)
 	@touch $@
