@@ -1,6 +1,6 @@
 """Table, verdicts and figures from the runs of a sweep.
 
-    .venv/bin/python -m results.claims results/reproduction-walk.jsonl    writes reproduction-walk.md and two figures
+    .venv/bin/python -m results.claims results/reproduction-walk.jsonl    writes reproduction-walk.md and figures
     .venv/bin/python -m results.claims results/reproduction-walk.jsonl --steps 50    of the first 50 steps only
 
 Start it from the repository root. A claim is decided by 95 % intervals over seeds: Student's t, of differences between
@@ -27,6 +27,7 @@ from ce_gppo.config import command
 from ce_gppo.types import UserError
 from results import draw
 from results.sweep import CE, SETTINGS, read
+from tools import branches
 from tools.figures import QUADRANTS
 
 LAST = 10  # steps; "the end" of a run is their mean
@@ -46,6 +47,7 @@ class Config:
     results: Annotated[Path, tyro.conf.Positional]  # JSONL file that results.sweep made
     steps: int | None = None  # use only so many, as if the runs had ended there; None: all
     without_idle: bool = False  # without the runs that stopped to end their responses
+    branches: Path | None = None  # JSONL file that tools/branch.py made: beside the curves in a third figure
 
 
 class Runs:
@@ -343,7 +345,10 @@ def main(config: Config) -> None:
     print(report)
     config.results.with_name(f"{name}.md").write_text(report)
     groups = {setting: [run for (other, _), run in runs.rows.items() if other == setting] for setting in runs.settings}
-    for suffix, figure in (("", draw.curves(groups, runs.source)), ("-velocity", draw.velocities(groups))):
+    drawn = {"": draw.curves(groups, runs.source), "-velocity": draw.velocities(groups)}
+    if config.branches:
+        drawn["-summary"] = draw.summary(groups, runs.source, branches.read(config.branches))
+    for suffix, figure in drawn.items():
         for kind in ("png", "svg"):
             path = config.results.with_name(f"{name}{suffix}.{kind}")
             figure.savefig(path, dpi=150)

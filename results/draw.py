@@ -4,7 +4,7 @@ groups: {setting: its runs}, each run a row of the results, as results/sweep.py 
 """
 
 from results.sweep import CE, SETTINGS
-from tools import figures
+from tools import branches, figures
 from tools.figures import plt
 
 COLORS = {  # those of ce_gppo go from blue to red as beta2 - beta1 falls
@@ -32,6 +32,8 @@ ROWS = {  # of panels: title -> settings
     "others": ("grpo", *(name for name in SETTINGS if name not in COLORS)),
 }
 
+SUMMARY = ("grpo", "ce_gppo (0.5, 1)", "gppo", "lp_only (1, 1)")
+
 
 def curves(groups: dict[str, list[dict]], source: str) -> plt.Figure:
     """Entropy and accuracy: a row each for the objectives, for the betas, and for the other ways to more entropy."""
@@ -44,6 +46,24 @@ def curves(groups: dict[str, list[dict]], source: str) -> plt.Figure:
         draw_panels(left, right, {name: groups[name] for name in names}, source)
         left.set_title(f"entropy: {title}")
         right.set_title(f"held-out accuracy: {title}")
+    return finish(fig, groups)
+
+
+def summary(groups: dict[str, list[dict]], source: str, rows: list[dict]) -> plt.Figure:
+    """Four settings at a glance: entropy, accuracy, and what one step of each does to entropy.
+
+    rows: branches, as tools/branch.py writes them; without any there is no third panel.
+    """
+    columns = 3 if rows else 2
+    fig, (left, right, *last) = plt.subplots(1, columns, figsize=(4.2 * columns, 3.6), layout="constrained")
+    draw_panels(left, right, {name: groups[name] for name in SUMMARY if name in groups}, source)
+    left.set_title("entropy")
+    right.set_title("held-out accuracy")
+    for axis in last:
+        names = [name for name in branches.others(rows) if name in ("(0.5, 1)", "(1, 1)", "lp_only (1, 1)", "(0, 1)")]
+        branches.draw_measured(axis, rows, names)
+        axis.set_title(f"one step, less grpo's ({branches.count(rows)} branches)")
+        axis.legend(frameon=False)
     return finish(fig, groups)
 
 

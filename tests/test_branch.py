@@ -12,7 +12,7 @@ from ce_gppo.forward import Policy, flatten
 from ce_gppo.perf import Meter
 from ce_gppo.types import UserError
 from helpers import group_of, resolved, responses_of
-from tools import branch
+from tools import branch, branches
 from train import ADAMW
 
 CONFIG = resolved(objective="grpo", lr=1e-3, warmup_steps=0, max_kept_prompts=4, mini_batch_prompts=1)
@@ -57,11 +57,11 @@ def test_a_branch_leaves_the_state_and_the_responses_bit_by_bit(step, given):
 def test_the_same_setting_has_the_same_effect_and_another_one_has_not(step, given):
     rows = step.branch(SETTINGS | {"again": SETTINGS["grpo"]}, given[1])
     rows = {row.pop("setting"): row for row in rows}
-    assert rows["grpo"] == rows["again"] == rows[branch.OWN]
+    assert rows["grpo"] == rows["again"] == rows[branches.OWN]
     for name in ("(1, 1)", "bonus 0.003"):
         assert rows[name]["delta/rollout"] != rows["grpo"]["delta/rollout"]
         assert rows[name]["predicted/clip/low"] > 0
-    assert abs(rows[branch.SMALL]["delta/rollout"]) < abs(rows["grpo"]["delta/rollout"])
+    assert abs(rows[branches.SMALL]["delta/rollout"]) < abs(rows["grpo"]["delta/rollout"])
 
 
 def test_going_on_is_what_the_branch_of_the_own_setting_did(step, given):
@@ -137,7 +137,7 @@ def test_a_setting_has_the_values_of_its_paper_whatever_the_run_has():
 
 
 def row(seed: int, step: int, setting: str, delta: float) -> dict:
-    same = dict.fromkeys(branch.SAME, 0)
+    same = dict.fromkeys(branches.SAME, 0)
     names = (
         "delta/held_out",
         "delta/clipped",
@@ -159,29 +159,29 @@ def test_differences_are_paired_and_have_students_interval(tmp_path):
     effects = [0.010, 0.012, 0.011, 0.013]
     rows = []
     for i, effect in enumerate(effects):
-        rows += [row(0, i, "grpo", float(i)), row(0, i, "(0, 1)", i + effect), row(0, i, branch.OWN, float(i))]
+        rows += [row(0, i, "grpo", float(i)), row(0, i, "(0, 1)", i + effect), row(0, i, branches.OWN, float(i))]
     rows += [row(1, 0, "(0, 1)", 99.0)]  # a branch without its baseline
-    values = branch.paired(rows, "(0, 1)", "delta/rollout")
+    values = branches.paired(rows, "(0, 1)", "delta/rollout")
     assert values == pytest.approx(effects)
-    mean, width = branch.interval(values)
+    mean, width = branches.interval(values)
     expected = stats.ttest_1samp(effects, 0).confidence_interval(0.95)
     assert (mean - width, mean + width) == pytest.approx((expected.low, expected.high))
-    text = branch.table(rows)
+    text = branches.table(rows)
     assert "| (0, 1) | +115.00 ± 20.54 | +0.00 ± 0.00 | +115.00 ± 20.54 | -115.00 ± 20.54 | 100%, 0% |" in text
     assert "| velocity, over the branches | -1.00 |" in text and "| first order, over the branches | +1.00 |" in text
-    branch.figure(rows).savefig(tmp_path / "figure.png")
+    branches.figure(rows).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
 def test_results_that_are_none(tmp_path):
     path = tmp_path / "results.jsonl"
-    assert branch.read(path) == []
+    assert branches.read(path) == []
     path.write_text(json.dumps({"seed": 0}) + "\n")
     with pytest.raises(UserError, match="results.jsonl: not a file of branches"):
-        branch.read(path)
+        branches.read(path)
     twice = [row(0, 1, "grpo", 1.0), row(0, 1, "grpo", 2.0)]
     path.write_text("".join(json.dumps(r) + "\n" for r in twice))
-    assert [r["delta/rollout"] for r in branch.read(path)] == [2.0]
+    assert [r["delta/rollout"] for r in branches.read(path)] == [2.0]
 
 
 def test_a_start_that_is_none(tmp_path):
