@@ -241,6 +241,7 @@ class Options:
     branches: t.Count
     every: t.Count
     held_out: t.Count
+    settings: list[str]
     results: Path
 
 
@@ -268,7 +269,7 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
     )
     engine.load_weights(named_weights(model))
     meter = Meter(model, device)
-    settings = {name: variant(config, changes) for name, changes in SETTINGS.items()}
+    settings = {name: variant(config, changes) for name, changes in SETTINGS.items() if name in options.settings}
     last = state.step + 1 + (options.branches - 1) * options.every
     options.results.parent.mkdir(parents=True, exist_ok=True)
     progress = tqdm(total=options.branches * (len(settings) + 3), unit="setting", disable=None)
@@ -321,10 +322,19 @@ def main() -> None:
     parser.add_argument("--branches", type=int, default=1, help="how many")
     parser.add_argument("--every", type=int, default=5, help="steps of the run from one branch to the next")
     parser.add_argument("--held-out", type=int, default=64, help="held-out problems, with four responses each")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=list(SETTINGS),
+        metavar="NAME",
+        help=f"of {', '.join(SETTINGS)}; {BASELINE} always",
+    )
     parser.add_argument("--results", type=Path, default=Path("out/branches/branches.jsonl"), help="file to add to")
     parser.add_argument("--draw", action="store_true", help="only table and figure, of the results that are there")
     given, settings = parser.parse_known_args()
-    options = Options(given.branches, given.every, given.held_out, given.results)
+    if unknown := [name for name in given.settings if name not in SETTINGS]:
+        raise UserError(f"--settings: '{unknown[0]}' is unknown; known: {', '.join(SETTINGS)}")
+    options = Options(given.branches, given.every, given.held_out, [BASELINE, *given.settings], given.results)
     check_ranges(options)
     if not given.draw:
         prepare_environment()
