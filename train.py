@@ -51,13 +51,13 @@ class Config:
 
     # Rollouts.
     steps: t.Count = 50  # rollouts, each followed by several updates
-    prompts_per_step: t.Count = 64  # problems per batch of a rollout [256]
+    prompts_per_step: t.Count = 48  # problems per batch of a rollout [256]
     responses_per_prompt: t.GroupSize = 8  # responses to each problem, one group
     temperature: t.Positive = 1.0  # sampling temperature; logprobs in training use it too
     max_prompt_tokens: t.Count = 64  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: t.Count = 64  # longer responses are cut, and are wrong unless already boxed [16384]
     filter_groups: t.one_of(FILTERS) | None = None  # on: drop groups of equal rewards; refill: and sample more; or off
-    max_kept_prompts: t.Count = 64  # groups trained on at most, of those with a signal [128]
+    max_kept_prompts: t.Count = 48  # groups trained on at most, of those with a signal [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
@@ -82,9 +82,9 @@ class Config:
 
     # Updates.
     old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios get its error
-    mini_batch_prompts: t.Count = 8  # groups per update; at most max_kept_prompts / mini_batch_prompts updates [16]
+    mini_batch_prompts: t.Count = 6  # groups per update; at most max_kept_prompts / mini_batch_prompts updates [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
-    lr: t.Positive = 1e-4  # AdamW learning rate [1e-6]
+    lr: t.Positive = 5e-5  # AdamW learning rate [1e-6]
     warmup_steps: t.CountOrZero = 5  # rollouts over which the learning rate grows to lr, then constant [10]
     max_micro_batch_tokens: t.Count = 16384  # tokens in one pass through the model; bounds the memory
     gradient_checkpointing: bool = False  # recompute the layers in backward: a third more time, far less memory [true]

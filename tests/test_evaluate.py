@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ce_gppo.evaluation import accuracy, warn
 from ce_gppo.evaluation import evaluate as sample_and_score
-from ce_gppo.evaluation import warn
 from ce_gppo.types import Problem, Response, UserError
 from helpers import BASE, score
 from tools import evaluate
@@ -306,3 +306,10 @@ def test_a_first_evaluation_that_bodes_ill_is_a_warning(capsys):
     warned = capsys.readouterr().err
     assert "95% of the first evaluation's responses are cut" in warned
     assert "100%" in warned and "prompt_suffix" in warned
+
+
+def test_accuracies_are_by_source():
+    """Two problems of one source with two samples each, and one of another."""
+    found = accuracy(["walk", "sums", "walk"], [(2, 1), (0, 0), (1, 1)], k=2)  # (right, of these different)
+    walk = {"walk/avg_at_k": 0.75, "walk/pass_at_k": 1.0, "walk/distinct_at_k": 1.0}
+    assert found == walk | {"sums/avg_at_k": 0.0, "sums/pass_at_k": 0.0, "sums/distinct_at_k": 0.0}

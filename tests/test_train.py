@@ -57,8 +57,10 @@ def test_every_metric_is_there_finite_and_sane(finished):
         assert row["update_1/clip_low"] == row["update_1/clip_high"] == 0, "the first update is at ratio 1"
         assert row["update_1/ratio_max"] == pytest.approx(1, abs=1e-4)
         assert row["entropy/p10"] <= row["entropy/mean"] <= row["entropy/p90"]
+    k = json.loads((finished[0] / "config.json").read_text())["config"]["eval_samples"]
     for row in rows[::2]:
-        assert 0 <= row["eval/arithmetic/avg_at_k"] <= row["eval/arithmetic/pass_at_k"] <= 1
+        right, passed, distinct = (row[f"eval/arithmetic/{name}_at_k"] for name in ("avg", "pass", "distinct"))
+        assert 0 <= right <= passed <= 1 and passed <= distinct <= k * right + 1e-9
     assert rows[3]["entropy/delta"] == pytest.approx(rows[3]["entropy/mean"] - rows[2]["entropy/mean"])
 
 
@@ -162,8 +164,8 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--learning-rate", "1"], r"unknown setting --learning-rate; known: .*\blr\b"),
         (["--objective", "ppo"], "objective 'ppo' is unknown; known: ce_gppo, gppo, grpo"),
         (["--aggregation", "mean"], "aggregation 'mean' is unknown; known: token-mean"),
-        (["--mini-batch-prompts", "5"], "mini_batch_prompts = 5 does not divide max_kept_prompts = 64"),
-        (["--max-kept-prompts", "100"], "max_kept_prompts = 100 is more than prompts_per_step = 64"),
+        (["--mini-batch-prompts", "5"], "mini_batch_prompts = 5 does not divide max_kept_prompts = 48"),
+        (["--max-kept-prompts", "100"], "max_kept_prompts = 100 is more than prompts_per_step = 48"),
         (["--responses-per-prompt", "1"], "responses_per_prompt = 1: must be at least 2"),
         (["--steps", "0"], "steps = 0: must be at least 1"),
         (["--seed", "4294967296"], "seed = 4294967296: must be at least 0 and at most 4.29"),
