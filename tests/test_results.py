@@ -107,14 +107,14 @@ def test_every_setting_is_train_py_s():
 def test_series_are_those_of_the_list_of_metrics():
     kept = sweep.series_of("arithmetic")
     assert len(set(kept)) == len(kept) and not [name for name in kept if "<" in name]
-    rows = sweep.read(ROOT / "results" / "evidence.jsonl")  # made before some of the series were kept
+    rows = sweep.read(ROOT / "results" / "arithmetic.jsonl")  # made before some of the series were kept
     assert set(rows[0]["series"]) < set(kept)
 
 
 def test_the_kept_runs_still_give_the_published_verdicts(tmp_path):
-    shutil.copy(ROOT / "results" / "evidence.jsonl", tmp_path)
-    for options, stem in ((), "evidence"), (("--steps", "40"), "evidence-40"):
-        code, output = script("claims", tmp_path / "evidence.jsonl", *options)
+    shutil.copy(ROOT / "results" / "arithmetic.jsonl", tmp_path)
+    for options, stem in ((), "arithmetic"), (("--steps", "40"), "arithmetic-40"):
+        code, output = script("claims", tmp_path / "arithmetic.jsonl", *options)
         assert code == 0, output
         cells = [
             [line.split("|")[1:3] for line in (folder / f"{stem}.md").read_text().splitlines() if line.startswith("|")]
@@ -277,7 +277,7 @@ def test_curves_of_part_of_a_sweep_have_no_empty_panels(names, titles):
 
 def test_settings_outside_the_sweeps_are_compared_in_the_same_table_and_figure():
     names = ("grpo", *(name for name in sweep.SETTINGS if name not in draw.COLORS))
-    rows = [row for row in sweep.read(ROOT / "results" / "evidence.jsonl") if row["setting"] == "grpo"]
+    rows = [row for row in sweep.read(ROOT / "results" / "arithmetic.jsonl") if row["setting"] == "grpo"]
     made = claims.Runs([row | {"setting": name} for row in rows for name in names])
     lines = claims.table(made).splitlines()
     assert [line.split(" |")[0] for line in lines[2:]] == [f"| {name}" for name in names]
