@@ -198,9 +198,12 @@ def collate(responses: list[Response], device: str = "cpu") -> Batch:
     lengths = torch.tensor([len(r.response_ids) for r in responses])
     response_mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, R]
 
-    def padded(values: list[Tensor | None]) -> Tensor:  # None: not measured
-        values = [torch.zeros(n) if value is None else value for n, value in zip(lengths, values, strict=True)]
-        return torch.zeros(response_mask.shape).masked_scatter(response_mask, torch.cat(values)).to(device)
+    def padded(values: list[Tensor | None]) -> Tensor:  # None: not measured, of this response or of any
+        out = torch.zeros(response_mask.shape)
+        if any(value is not None for value in values):
+            values = [torch.zeros(n) if value is None else value for n, value in zip(lengths, values, strict=True)]
+            out.masked_scatter_(response_mask, torch.cat(values))
+        return out.to(device)
 
     return Batch(
         input_ids=torch.tensor(ids, device=device),
@@ -214,7 +217,7 @@ def collate(responses: list[Response], device: str = "cpu") -> Batch:
         chosen=padded([r.chosen for r in responses]),
         rollout_logprobs=padded([r.rollout_logprobs for r in responses]),
         ref_logprobs=padded([r.ref_logprobs for r in responses]),
-        advantages=padded([torch.full((len(r.response_ids),), r.advantage) for r in responses]),
+        advantages=torch.where(response_mask, torch.tensor([[r.advantage] for r in responses]), 0.0).to(device),
         correct=torch.tensor([[r.verdict > 0] for r in responses], device=device),
     )
 
@@ -229,15 +232,16 @@ def pack(sequences: list[list[int]], tokens: int, device: str) -> Packing:
     blocks = [] if on_gpu else similar_lengths([len(s) for s in sequences])
     lengths = [t for b, t in blocks for _ in range(b)] or [len(s) for s in sequences]
     starts = [0, *itertools.accumulate(lengths)]
-    order = torch.zeros(starts[-1], dtype=torch.long)  # padding stays 0: a real token, whose result is never read
-    places = torch.empty(tokens, dtype=torch.long)
+    order = [0] * starts[-1]  # padding stays 0: a real token, whose result is never read
+    places = [0] * tokens
     for sequence, start in zip(sequences, starts, strict=False):
-        place = slice(start, start + len(sequence))
-        order[place] = torch.tensor(sequence)
-        places[order[place]] = torch.arange(place.start, place.stop)  # a shared prompt's copies have equal results
-    as_packed = order.tolist() == list(range(tokens))
-    starts = torch.tensor(starts, dtype=torch.int32)
-    return Packing(order.to(device), places.to(device), as_packed, starts.to(device), max(lengths), blocks)
+        order[start : start + len(sequence)] = sequence
+        for place, token in enumerate(sequence, start):  # a shared prompt's copies have equal results
+            places[token] = place
+    as_packed = order == list(range(tokens))
+    order, places = torch.tensor(order, device=device), torch.tensor(places, device=device)
+    starts = torch.tensor(starts, dtype=torch.int32, device=device)
+    return Packing(order, places, as_packed, starts, max(lengths), blocks)
 
 
 def similar_lengths(lengths: list[int], waste: float = 0.15) -> list[tuple[int, int]]:
