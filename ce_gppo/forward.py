@@ -195,15 +195,12 @@ def collate(responses: list[Response], device: str = "cpu") -> Batch:
         predecessors += [prompt[-1], *own[:-1]] if own else []
         targets += r.response_ids
         sequences.append([*prompt, *own])
-    lengths = torch.tensor([len(r.response_ids) for r in responses])
-    response_mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]  # [B, R]
+    lengths = [len(r.response_ids) for r in responses]
+    response_mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]  # [B, R]
 
-    def padded(values: list[Tensor | None]) -> Tensor:  # None: not measured, of this response or of any
-        out = torch.zeros(response_mask.shape)
-        if any(value is not None for value in values):
-            values = [torch.zeros(n) if value is None else value for n, value in zip(lengths, values, strict=True)]
-            out.masked_scatter_(response_mask, torch.cat(values))
-        return out.to(device)
+    def padded(values: list[Tensor | None]) -> Tensor:  # None: not measured
+        values = [torch.zeros(n) if value is None else value for n, value in zip(lengths, values, strict=True)]
+        return torch.zeros(response_mask.shape).masked_scatter(response_mask, torch.cat(values)).to(device)
 
     return Batch(
         input_ids=torch.tensor(ids, device=device),
@@ -271,12 +268,8 @@ def packed_attention(
         q, k, v = (take(x, packing.order) for x in (q, k, v))  # [L, H, d]
     if query.is_cuda:
         q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
-        ends = {
-            "max_q": packing.longest,
-            "max_k": packing.longest,
-            "cu_seq_q": packing.starts,
-            "cu_seq_k": packing.starts,
-        }
+        longest, starts = packing.longest, packing.starts
+        ends = {"max_q": longest, "max_k": longest, "cu_seq_q": starts, "cu_seq_k": starts}
         sides = (-1 if window is None else window - 1, 0)
         out = varlen_attn(q, k, v, **ends, scale=scaling, window_size=sides, enable_gqa=True)  # [L, H, d]
     else:

@@ -15,7 +15,7 @@ import loss
 import train
 from ce_gppo import checkpoint, dist, entropy, forward
 from ce_gppo.forward import Policy
-from ce_gppo.model import load_model
+from ce_gppo.model import compile_layers, load_model
 from data.arithmetic.base import make_model
 from helpers import group_of, naive_statistics, resolved, responses_of
 
@@ -211,6 +211,60 @@ def test_attention_on_a_gpu(monkeypatch, window, shared):
     found, _ = forward.packed_attention(None, *pretending, packing=on_gpu.packing, **call)
     torch.testing.assert_close(found.as_subclass(torch.Tensor).float(), expected, atol=1e-5, rtol=1e-5)
     assert len(moved) == (4 if shared else 0)
+
+
+@pytest.mark.parametrize("shard", ["no", "offload"])
+def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, tokenizer, one_process, shard):
+    """Three layers and micro-batches of any length: no graph is made after the third. Gradients stay the same."""
+    torch.manual_seed(0)
+    make_model(tokenizer, hidden_size=64, num_layers=3).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    batches = [group_of(3, [4, 9]), responses_of([(2, 5), (3, 1)]), responses_of([(8, 30)]), group_of(5, [60, 7, 2]), []]
+    counter, counts, found = CompileCounter(), [], []
+    for compiled in (True, False):
+        model, _ = load_model(str(tmp_path), gradient_checkpointing=True, shard=shard)
+        names = [name for name, _ in model.named_parameters()]
+        if compiled:
+            compile_layers(model, backend=counter)
+        policy = dist.distribute(Policy(model), shard, model._no_split_modules)
+        assert [name for name, _ in model.named_parameters()] == names, "checkpoints and vLLM go by them"
+        for responses in batches:
+            batch = forward.collate(responses)
+            with torch.compiler.set_stance("default"):
+                with torch.no_grad():
+                    measured = policy(batch, 1.0)
+                policy.zero_grad()
+                logprobs, entropy, _ = policy(batch, 1.0)
+                (logprobs.sum() + 0.1 * entropy.sum()).backward()
+            gradients = {name: dist.whole(p.grad).clone() for name, p in model.named_parameters()}
+            found.append((measured, logprobs.detach(), gradients))
+            counts.append(counter.frame_count)
+    half = len(batches)
+    torch.testing.assert_close(found[:half], found[half:], atol=2e-5, rtol=1e-4)
+    assert 0 < counts[2] < 20 and set(counts[2:]) == {counts[2]}, counts
+
+
+def test_compile_layers_on_a_gpu_only(monkeypatch, tiny_folder):
+    """Before FSDP2 wraps the layers, also where the weights stay on the host until then."""
+    compiled = []
+    monkeypatch.setattr("ce_gppo.model.compile_layers", compiled.append)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
+    for device, shard, times in (("cpu", "no", 0), ("cuda", "no", 1), ("cuda", "offload", 2)):
+        load_model(str(tiny_folder), device, shard=shard)
+        assert len(compiled) == times
+
+
+@pytest.mark.parametrize("ranks, responses", [(8, 128), (64, 512)])
+def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses):
+    """Long-tailed lengths, of which none is longer than the mean of the ranks: at most 2 % above that mean."""
+    for seed in range(20):
+        normal = torch.randn(responses, generator=torch.Generator().manual_seed(seed))
+        lengths = ((0.8 * normal).exp() * 4000).clamp(1, 16384).long().tolist()
+        loads = [0] * ranks
+        for length, owner in zip(lengths, dist.largest_first(lengths, ranks), strict=True):
+            loads[owner] += length
+        mean = sum(lengths) / ranks
+        assert max(lengths) <= mean and max(loads) <= 1.02 * mean
 
 
 @pytest.fixture
