@@ -4,7 +4,8 @@
 
 Run it from the repository root. It measures train.learn (old logprobs and updates) and the step's metrics. Rollouts are
 left out: they cost the same in both variants, which makes the share of a whole step smaller than the printed ratio.
-The variants run in turn, on the same responses.
+The variants run in turn, on the same responses. It also prints what the pass that computes old logprobs takes, as a
+share of the updates' time.
 """
 
 import statistics
@@ -104,7 +105,10 @@ def main(config: Config) -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = medians | {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
     result |= {"bench": "attribution", "device": device, "model": config.model, "repeats": config.repeats}
+    # Forward over all mini-batches but the first, against forward and backward over all.
+    result["old_logprobs_over_update"] = meter.seconds["time/old_logprobs"] / meter.seconds["time/update"]
     rows = [*medians.items(), ("ratio, median of the pairs", result["ratio"])]
+    rows.append(("old logprobs over update, both variants", result["old_logprobs_over_update"]))
     common.show(result, [("variant", "median seconds"), *rows])
 
 

@@ -12,8 +12,11 @@ Run it from the repository root. Each part runs in a process of its own:
     update   forward and backward of train.update, without the optimizer's step, in bfloat16 over float32 weights, which
              are random: model flops utilization, peak memory against bench.scaling's, the head against its matrix
              products. A case is one micro-batch of about --tokens tokens, in sequences of one length, or of all
+    layers   forward and backward of the same model's decoder layers, compiled as model.py does on a GPU and not, and
+             the seconds of the first pass of each case, in which they are compiled
+    head     token_statistics over its matrix products by width of a tile, and the memory on top of its arguments
 
-`update` needs torch and transformers, but not vLLM, W&B, tyro or scipy; therefore argparse.
+All but `run` need torch and transformers, but not vLLM, W&B, tyro or scipy; therefore argparse.
 """
 
 import argparse
@@ -36,13 +39,15 @@ import train
 from bench import common
 from ce_gppo import forward, perf
 from ce_gppo.config import command
+from ce_gppo.entropy import token_statistics
 from ce_gppo.forward import Policy, accumulate_gradients, collate
-from ce_gppo.model import load_model
+from ce_gppo.model import compile_layers, load_model
 from ce_gppo.types import Response, RunEnded
 from loss import Objective
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("run", "update")
+PARTS = ("run", "update", "layers", "head")
+WIDTHS = (1024, 2048, 4096, 8192, 16384)  # of tiles, for `head`
 
 
 def arguments() -> argparse.Namespace:
@@ -54,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=34816, help="tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--backend", default="inductor", help="of torch.compile in `layers`")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
     # The shape of DeepSeek-R1-Distill-Qwen-1.5B, whose embedding is not its head.
     parser.add_argument("--hidden-size", type=int, default=1536)
@@ -65,14 +71,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def header(part: str, options: argparse.Namespace) -> dict:
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
+    of_today = {"date": time.strftime("%Y-%m-%d"), "device": device, "torch": torch.__version__}
+    return {"bench": "gpu", "part": part} | of_today
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # run
 
 
 def run_part(options: argparse.Namespace) -> None:
     """Two steps, and the second one again after a resume."""
-    result = {"bench": "gpu", "part": "run", "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-    result["device"] = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
+    result = header("run", options)
     with tempfile.TemporaryDirectory() as out:
         settings = ["--steps", "2", "--checkpoint-every", "1", "--keep-checkpoints", "2", "--eval-every", "2"]
         whole, again = Path(out) / "whole", Path(out) / "again"
@@ -212,25 +223,22 @@ def expected_gib(options: argparse.Namespace, tokens: int) -> float | None:
     return scaling.memory("bench", 1, "no", 1, config)["update"] - moments
 
 
+def cases_of(options: argparse.Namespace) -> dict[str, list[int]]:
+    """Tokens of the sequences of one micro-batch each."""
+    cases = {str(length): [length] * max(1, options.tokens // length) for length in options.lengths}
+    return cases | {"mixed": options.lengths * max(1, options.tokens // sum(options.lengths))}
+
+
 def update_part(options: argparse.Namespace) -> None:
     policy = Policy(make_model(options))
     rate = perf.matrix_rate(options.device)
-    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
-    result = {
-        "bench": "gpu",
-        "part": "update",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": name,
-        "torch": torch.__version__,
-    }
+    result = header("update", options)
     result |= {"parameters": sum(p.numel() for p in policy.parameters()), "matrix_tflops": rate / 1e12}
     result["gradient_checkpointing"] = options.gradient_checkpointing
     weights = next(p.element_size() for p in policy.parameters()) * result["parameters"] / 2**30
     result["weights_and_gradients_gib"] = 2 * weights
-    cases = {str(length): [length] * max(1, options.tokens // length) for length in options.lengths}
-    cases["mixed"] = options.lengths * max(1, options.tokens // sum(options.lengths))
     rows = {}
-    for case, lengths in cases.items():
+    for case, lengths in cases_of(options).items():
         rows[case] = measure(policy, lengths, options, rate)
         if options.gradient_checkpointing and (expected := expected_gib(options, sum(lengths))):
             rows[case]["peak_over_model"] = rows[case]["peak_gib"] / expected
@@ -246,10 +254,59 @@ def update_part(options: argparse.Namespace) -> None:
     common.show(result, table, [("", "value", "bar"), *bars])
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# layers, head
+
+
+def layers_part(options: argparse.Namespace) -> None:
+    model, cuda = make_model(options), options.device.startswith("cuda")
+    compile_layers(model, backend=options.backend)
+    result, rows = header("layers", options), []
+    for case, lengths in cases_of(options).items():
+        batch = collate(make_responses(lengths, options), options.device)
+
+        def passes(batch=batch):
+            with torch.autocast(options.device, torch.bfloat16, enabled=cuda):
+                inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
+                hidden = model.base_model(**inputs, packing=batch.packing, use_cache=False).last_hidden_state
+            hidden.sum().backward()
+
+        first = common.timed(passes, cuda)
+        compiled = statistics.median(common.seconds(passes, options.repeats, cuda))
+        with torch.compiler.set_stance("force_eager"):
+            eager = statistics.median(common.seconds(passes, options.repeats, cuda))
+        rows.append((case, eager, compiled, eager / compiled, first))
+        names = "eager_s", "compiled_s", "eager_over_compiled", "first_s"
+        result |= {f"{case}/{name}": value for name, value in zip(names, rows[-1][1:], strict=True)}
+    common.show(result, [("length", "eager s", "compiled s", "eager over compiled", "first pass s"), *rows])
+
+
+def head_part(options: argparse.Namespace) -> None:
+    device, cuda = options.device, options.device.startswith("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = (options.tokens, options.hidden_size), (options.vocabulary, options.hidden_size)
+    hidden, weight = (torch.randn(shape, generator=generator, device=device) for shape in shapes)  # [N, D], [V, D]
+    hidden, weight = hidden.to(torch.bfloat16 if cuda else torch.float32), weight / options.hidden_size**0.5
+    targets = torch.randint(options.vocabulary, (options.tokens,), generator=generator, device=device)  # [N]
+    result, rows = header("head", options), []
+    for width in (width for width in WIDTHS if width <= max(options.vocabulary, WIDTHS[0])):
+        memory = None
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            token_statistics(hidden.requires_grad_(), weight.requires_grad_(), targets, width=width)[0].sum().backward()
+            memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+            hidden.grad = weight.grad = None
+        seconds, products = common.head_seconds(hidden, weight, targets, options.repeats, width)
+        rows.append((width, seconds, seconds / products, memory))
+        result |= {f"{width}/head_s": seconds, f"{width}/over_products": seconds / products, f"{width}/gib": memory}
+    common.show(result, [("width of a tile", "seconds", "over its products", "GiB"), *rows])
+
+
 def main() -> None:
     options = arguments()
     if options.part:
-        return {"run": run_part, "update": update_part}[options.part](options)
+        return globals()[f"{options.part}_part"](options)
     failed = []
     for part in PARTS:  # each in a process of its own: its memory is free for the next, even where it crashes
         done = subprocess.run([sys.executable, "-m", "bench.gpu", "--part", part, *sys.argv[1:]], cwd=ROOT)

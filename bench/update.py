@@ -3,10 +3,11 @@
     .venv/bin/python -m bench.update                        eight responses of 30 to 256 tokens to prompts of 40
     .venv/bin/python -m bench.update --equal --rounds 1     the same number of tokens in equal responses: no padding
     .venv/bin/python -m bench.update --without-trl          without TRL, whose environment takes minutes to install
+    .venv/bin/python -m bench.update --without-trl --against HEAD~20    and the update of that git revision: `before`
 
-Run it from the repository root. The contestants are in bench/contestants.py. Each runs in a process of its own, in
-turn, on the same weights and batch. If their losses or gradients differ, the bench ends without a result. Tokens are
-those of prompts and responses, not padding.
+Run it from the repository root. The contestants are in bench/contestants.py, that of another revision in its own. Each
+runs in a process of its own, in turn, on the same weights and batch. If their losses or gradients differ, the bench
+ends without a result. Tokens are those of prompts and responses, not padding.
 """
 
 import json
@@ -17,6 +18,8 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +31,7 @@ import train
 from bench import common
 from ce_gppo import perf
 from ce_gppo.config import command
-from ce_gppo.types import RunEnded
+from ce_gppo.types import RunEnded, UserError
 
 ROOT = Path(__file__).parents[1]
 TRL = "trl==1.16.0"
@@ -42,6 +45,7 @@ class Config:
     shared_prompt: bool = False  # one prompt for all responses, which are then one group; else one prompt each
     rounds: int = 2  # of all contestants, in turn
     without_trl: bool = False  # only ours and the plain loop
+    against: str = ""  # a git revision, checked out into a temporary folder, whose update runs in turn with the others
     trl_gradient_checkpointing: bool = False  # TRL's own default is true, which is slower and takes less memory
     threads: int = 2
     max_micro_batch_tokens: int = train.Config.max_micro_batch_tokens  # ours
@@ -94,18 +98,38 @@ def write_batch(folder: Path, config: Config) -> dict:
     return batch
 
 
-def run(contestant: str, folder: Path, threads: int) -> dict[str, float]:
+@contextmanager
+def checked_out(revision: str) -> Iterator[Path]:
+    """A folder with the repository as it was at a git revision; without one, the repository."""
+    if not revision:
+        yield ROOT
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        worktree = ["git", "-C", str(ROOT), "worktree"]
+        added = subprocess.run([*worktree, "add", "--detach", folder, revision], capture_output=True, text=True)
+        if added.returncode:
+            raise UserError(f"--against {revision}: git cannot check it out: {added.stderr.strip().splitlines()[-1]}")
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run([*worktree, "remove", "--force", folder], capture_output=True)
+
+
+def run(contestant: str, folder: Path, threads: int, before: Path) -> dict[str, float]:
+    """before: the root of another revision, whose contestant `ours` is the contestant `before`."""
     python = trl_python() if contestant == "trl" else sys.executable
+    name, root = ("ours", before) if contestant == "before" else (contestant, ROOT)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
     process = subprocess.run(
-        [python, "-m", "bench.contestants", contestant, folder],
-        cwd=ROOT,
+        [python, "-m", "bench.contestants", name, folder],
+        cwd=root,
         env=environment,
         capture_output=True,
         text=True,
     )
     if process.returncode:
         raise RunEnded(f"the contestant '{contestant}' failed:\n{process.stderr}")
+    (folder / f"{name}.pt").rename(folder / f"{contestant}.pt")
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -127,7 +151,7 @@ def work(batch: dict, model_config: LlamaConfig, shared_prompt: bool) -> float:
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
-    contestants = ["ours", "plain"] if config.without_trl else ["ours", "trl", "plain"]
+    contestants = ["ours", *["before"] * bool(config.against), *["trl"] * (not config.without_trl), "plain"]
     model_config = LlamaConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -140,14 +164,14 @@ def main(config: Config) -> None:
         pad_token_id=0,
     )
     rates = [perf.matrix_rate("cpu")]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, checked_out(config.against) as before:
         folder = Path(folder)
         common.save_random_model(folder, model_config)
         batch = write_batch(folder, config)
         runs = {name: [] for name in contestants}
         for _ in range(config.rounds):
-            for name in contestants:
-                runs[name].append(run(name, folder, config.threads))
+            for name in reversed(contestants):  # ours last, as `before` saves its gradients by the same name
+                runs[name].append(run(name, folder, config.threads, before))
         differences = {name: gradient_difference(folder, "ours", name) for name in contestants[1:]}
     rates.append(perf.matrix_rate("cpu"))
 
@@ -164,6 +188,7 @@ def main(config: Config) -> None:
 
     result = {"bench": "update", "date": time.strftime("%Y-%m-%d"), "equal": config.equal, "tokens": tokens}
     result |= {"threads": config.threads, "rounds": config.rounds, "shared_prompt": config.shared_prompt}
+    result["against"] = config.against
     for name in contestants:
         result[f"{name}/tokens_per_s"] = tokens / median[name]["seconds"]
         result |= {f"{name}/{key}": value for key, value in median[name].items()}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attribution, gpu
+from bench import attribution, gpu, update
 from ce_gppo import entropy, forward
-from ce_gppo.types import RunEnded
+from ce_gppo.types import RunEnded, UserError
 from helpers import Forked
 
 pytestmark = pytest.mark.slow
@@ -132,6 +132,33 @@ def test_gpu(result):
         assert {f"{case}/peak_gib", f"{case}/logits_gib", f"{case}/head_over_products"} <= result.keys()
 
 
+def test_gpu_s_layers_and_head(monkeypatch, capsys):
+    """In this process: with and without compiling, and by width of a tile."""
+    small = ["--device", "cpu", "--lengths", "16", "24", "--prompt-tokens", "4", "--tokens", "48", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *TINY, *small, "--backend", "eager"])
+    options = gpu.arguments()
+    gpu.layers_part(options)
+    found = json.loads(capsys.readouterr().out.splitlines()[0])
+    for case in ("16", "24", "mixed"):
+        assert found[f"{case}/eager_over_compiled"] == pytest.approx(
+            found[f"{case}/eager_s"] / found[f"{case}/compiled_s"]
+        )
+        assert found[f"{case}/first_s"] > 0
+    gpu.head_part(options)
+    found = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert found["1024/over_products"] > 0 and found["1024/gib"] is None
+
+
+def test_another_revision_is_checked_out_and_removed():
+    with update.checked_out("HEAD") as folder:
+        assert (folder / "bench" / "contestants.py").is_file() and folder != ROOT
+    assert not folder.exists()
+    with update.checked_out("") as folder:
+        assert folder == ROOT
+    with pytest.raises(UserError, match="--against nowhere: git cannot check it out"), update.checked_out("nowhere"):
+        pass
+
+
 def test_gpu_compares_a_resumed_step(tmp_path):
     """Equal responses are counted, and only the second step is looked at."""
     for name, second in (("whole", "b"), ("again", "c")):
@@ -162,7 +189,7 @@ def test_gpu_goes_on_after_a_part_that_fails(monkeypatch, capsys):
     monkeypatch.setattr(gpu.subprocess, "run", run)
     with pytest.raises(RunEnded, match="failed: run; "):
         gpu.main()
-    assert commands == [["-m", "bench.gpu", "--part", part, "--tokens", "64"] for part in ("run", "update")]
+    assert commands == [["-m", "bench.gpu", "--part", part, "--tokens", "64"] for part in gpu.PARTS]
     assert json.loads(capsys.readouterr().out) == {"bench": "gpu", "part": "run", "failed": 139}
 
 
@@ -170,6 +197,7 @@ def test_gpu_goes_on_after_a_part_that_fails(monkeypatch, capsys):
 def test_attribution(result):
     assert 0.2 < result["ratio_min"] <= result["ratio"] <= result["ratio_max"] < 5
     assert result["everything"] > 0 and result["entropy only"] > 0
+    assert result["old_logprobs_over_update"] < 0.5, "there is one mini-batch, which needs no pass"
 
 
 def test_without_the_accounting_logprobs_and_entropy_are_the_same(monkeypatch):

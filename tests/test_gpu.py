@@ -219,7 +219,13 @@ def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, tokenizer,
     torch.manual_seed(0)
     make_model(tokenizer, hidden_size=64, num_layers=3).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    batches = [group_of(3, [4, 9]), responses_of([(2, 5), (3, 1)]), responses_of([(8, 30)]), group_of(5, [60, 7, 2]), []]
+    batches = [
+        group_of(3, [4, 9]),
+        responses_of([(2, 5), (3, 1)]),
+        responses_of([(8, 30)]),
+        group_of(5, [60, 7, 2]),
+        [],
+    ]
     counter, counts, found = CompileCounter(), [], []
     for compiled in (True, False):
         model, _ = load_model(str(tmp_path), gradient_checkpointing=True, shard=shard)
