@@ -146,6 +146,8 @@ def test_the_compiled_functions_are_whole_graphs_and_compiled_for_all_tiles(temp
     half = len(results) // 2
     torch.testing.assert_close(results[:half], results[half:])
     assert all(counter.frame_count <= 2 for counter in counters), "a second time at most, for the narrower tile"
+    pretending = ones.as_subclass(LikeGpu)
+    assert entropy._on_device(entropy._fold, pretending) is entropy._on_device(entropy._fold, pretending)
 
 
 @pytest.mark.parametrize("options", [{}, {"positive_nll_coef": 0.1, "entropy_coef": 0.1, "dual_clip": 3.0}], ids=str)
