@@ -100,6 +100,7 @@ OBJECTIVES = {
     "ce_gppo": (ce_gppo, {"beta1": 0.75, "beta2": 1.0}),
     "gppo": (gppo, {"beta1": 1.0, "beta2": 1.0}),
     "grpo": (ppo_clip, {}),
+    "ppo": (ppo_clip, {"advantages": "gae"}),
     "dapo": (ppo_clip, {"eps_high": 0.28}),
     "cispo": (cispo, {"eps_low": 1.0}),  # no lower bound
     "gspo": (ppo_clip, {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"}),
@@ -168,9 +169,8 @@ def policy_loss(
         if o.dual_clip is not None:  # arXiv 1912.09729: bounds the loss of NA, and ends its gradient, at delta > c
             token_loss = torch.where(advantages < 0, torch.minimum(token_loss, -o.dual_clip * advantages), token_loss)
         if o.rollout_correction != "none":
-            token_loss = token_loss * correction_weights(
-                old_logprobs, batch.rollout_logprobs, mask, o.rollout_correction
-            )
+            weights = correction_weights(old_logprobs, batch.rollout_logprobs, mask, o.rollout_correction)
+            token_loss = token_loss * weights
         info = {"log_ratio": log_ratio, "ratio": ratio}
         if o.kl_coef:  # k3 of KL(pi || pi_ref), as in GRPO, arXiv 2402.03300, eq. 4
             gap = clamped(batch.ref_logprobs.masked_fill(~mask, 0) - masked_logprobs)
@@ -224,7 +224,7 @@ def denominator_of(o: Objective, tokens: float, responses: float) -> float:
 # Advantages
 
 
-ADVANTAGES = ("group", "group-mean", "leave-one-out")
+ADVANTAGES = ("group", "group-mean", "leave-one-out", "gae")  # the last are a critic's, see ce_gppo/critic.py
 
 
 def group_advantages(rewards: Tensor, kind: str = "group") -> Tensor:

@@ -116,18 +116,18 @@ def extract_answer(response: str, verifier: str = "math", *, thinking: bool = Fa
 
 
 def set_rewards(
-    groups: list[list[Response]], scores: list[list[dict[str, float]]], max_tokens: int, overlong_buffer: int
+    groups: list[list[Response]], scores: list[list[dict[str, float]]], max_tokens: int, overlong: str
 ) -> None:
     """Set `parts`, `verdict` and `reward` of every response: the reward is the sum of the parts, and DAPO's penalty."""
     for group, group_scores in zip(groups, scores, strict=True):
         for response, parts in zip(group, group_scores, strict=True):
             response.parts, response.verdict = parts, float(parts["correctness"] >= 1)
-            penalty = overlong_penalty(len(response.response_ids), max_tokens, overlong_buffer)
+            penalty = overlong_penalty(len(response.response_ids), max_tokens, overlong)
             response.reward = sum(parts.values()) + penalty
 
 
-def overlong_penalty(length: int, max_length: int, buffer: int) -> float:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0]. Lengths in tokens; buffer 0: none."""
-    if buffer == 0:
+def overlong_penalty(length: int, max_length: int, overlong: str) -> float:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0], if `overlong` is a number of tokens."""
+    if not overlong.isdecimal():
         return 0.0
-    return max(-1.0, min(0.0, (max_length - buffer - length) / buffer))
+    return max(-1.0, min(0.0, (max_length - int(overlong) - length) / int(overlong)))

@@ -12,7 +12,7 @@ import math
 import secrets
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,9 +21,10 @@ import loss
 import reward
 from ce_gppo import checkpoint, corrections, dist, runs, selection
 from ce_gppo import types as t
-from ce_gppo.betas import betas_of_step, bonus_of_step, first_control, next_control
+from ce_gppo.betas import betas_of_step, bonus_of_step, first_control, lr_of_step, next_control
 from ce_gppo.checkpoint import State
 from ce_gppo.config import command, parse
+from ce_gppo.critic import learn_values, load_critic
 from ce_gppo.evaluation import check_engine, evaluate_policy
 from ce_gppo.forward import Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
 from ce_gppo.metrics import MEASURED, check_mismatch, reward_metrics, step_metrics
@@ -32,7 +33,7 @@ from ce_gppo.perf import Meter
 from ce_gppo.problems import FILTERS, check_files, load_sets, max_batches, problems_of_batch, seed_of_step
 from ce_gppo.reference import load_reference, set_reference_logprobs
 from ce_gppo.report import Report, plan
-from ce_gppo.types import Problem, Response, Update, has_signal
+from ce_gppo.types import Problem, Response, Update, has_signal, with_advantages
 from rollout import Engine, prepare_environment
 
 
@@ -61,8 +62,7 @@ class Config:
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
-    mask_truncated: bool = False  # no update on truncated responses; they still count in their group's advantages
-    overlong_buffer: t.CountOrZero | None = None  # DAPO's penalty grows to -1 over this many last tokens; 0: off
+    overlong: t.Overlong | None = None  # score; mask: no update on cut responses; N: DAPO's penalty, last N tokens
 
     # Objective. See loss.py.
     objective: t.one_of(loss.OBJECTIVES) = "ce_gppo"  # ce_gppo, grpo, dapo or another of those listed in loss.py
@@ -74,8 +74,8 @@ class Config:
     entropy_target: t.Positive | None = None  # nats; if set, betas move to hold it, or else entropy_coef, see betas.py
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
-    advantages: t.one_of(loss.ADVANTAGES) | None = None  # group: divided by the std; group-mean or leave-one-out: not
-    kl_coef: t.NonNegative = 0.0  # KL divergence from the model that the run began with, as in GRPO; 0: off
+    advantages: t.one_of(loss.ADVANTAGES) | None = None  # group, group-mean, leave-one-out; gae: by token, of a critic
+    kl_coef: t.NonNegative = 0.0  # KL from the model that the run began with, in the loss; gae: in the reward; 0: off
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
     rollout_correction: t.one_of(corrections.KINDS) = "none"  # where vLLM and trainer differ: tis, mask or others
@@ -85,7 +85,8 @@ class Config:
     mini_batch_prompts: t.Count = 6  # groups per update; at most max_kept_prompts / mini_batch_prompts updates [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
     lr: t.Positive = 5e-5  # AdamW learning rate [1e-6]
-    warmup_steps: t.CountOrZero = 5  # rollouts over which the learning rate grows to lr, then constant [10]
+    critic_lr: t.Positive | None = None  # AdamW learning rate of gae's critic, constant; None: 3 lr
+    warmup_steps: t.CountOrZero = 5  # rollouts over which lr grows to its value [10]; gae: as many for the critic first
     max_micro_batch_tokens: t.Count = 16384  # tokens in one pass through the model; bounds the memory
     gradient_checkpointing: bool = False  # recompute the layers in backward: a third more time, far less memory [true]
 
@@ -121,7 +122,8 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     policy = dist.distribute(Policy(model), config.shard, model._no_split_modules or [])  # has the weights of `model`
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
     new = State(dist.rank0_then_broadcast(lambda: secrets.token_hex(4)), control=first_control(config))
-    state = checkpoint.load(last, model, optimizer) if last else new
+    critic = load_critic(config, source, device)  # None without gae
+    state = checkpoint.load(last, model, optimizer, critic) if last else new
     dist.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))
     dist.say(plan(config, folder, model, device, sizes, state.step))
     reference = load_reference(config, device)  # before the engine, with which the start is over
@@ -137,7 +139,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     check_engine(engine, policy, problems[0], config, device)
     log = Report(folder, config, state.step, state.wandb_id, tokenizer) if dist.is_main() else None
     meter = Meter(model, device)
-    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step)
+    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
 
     try:
@@ -149,12 +151,13 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
                 break  # the rollout is lost, not the policy: the resumed run samples it again
             groups, mini_batches = select(groups, config)
             set_reference_logprobs(reference, mini_batches, config, meter)
+            values = learn_values(critic, mini_batches, config, meter)
             objective = objective_of_step(config, step, state.control)
-            lr = config.lr * min(1.0, step / max(1, config.warmup_steps))
+            lr = lr_of_step(config, step)
             updates = learn(policy, optimizer, groups, mini_batches, objective, lr, state, config, folder, meter)
             with meter("sync"):
                 engine.wake(named_weights(model))
-            report(log, chosen, groups, mini_batches, updates, objective, lr, state, config, meter)
+            report(log, chosen, groups, mini_batches, updates, values, objective, lr, state, config, meter)
             ends = step == config.steps or state.no_signal >= runs.MAX_NO_SIGNAL
             if step % config.checkpoint_every == 0 or ends or dist.any_rank(stop()):
                 saver.save(state)
@@ -198,7 +201,7 @@ def sample(
             if dist.any_rank(stop()):
                 return [], []
         with meter("reward"):
-            reward.set_rewards(sampled, scorer.finish(), config.max_response_tokens, config.overlong_buffer)
+            reward.set_rewards(sampled, scorer.finish(), config.max_response_tokens, config.overlong)
             chosen, groups = chosen + new, groups + dist.gather_dealt(sampled, config.rollout_tp)
         if sum(map(has_signal, groups)) >= config.max_kept_prompts:
             break
@@ -209,12 +212,11 @@ def sample(
 
 def select(groups: list[list[Response]], config: Config) -> tuple[list[list[Response]], list[list[Response]]]:
     """(the groups with their advantages, the mini-batches to train on). Pure: the arguments stay as they are."""
-    rewards = torch.tensor([[r.reward for r in group] for group in groups])  # [P, G]
-    advantages = loss.group_advantages(rewards, config.advantages).tolist()  # [P, G]
-    for_each = zip(groups, advantages, strict=True)
-    groups = [[replace(r, advantage=a) for r, a in zip(*pair, strict=True)] for pair in for_each]
+    if config.advantages != "gae":  # those are by token, see critic.py
+        rewards = torch.tensor([[r.reward for r in group] for group in groups])  # [P, G]
+        groups = with_advantages(groups, loss.group_advantages(rewards, config.advantages))
     kept = [group for group in groups if has_signal(group) or config.filter_groups == "off"]
-    if config.mask_truncated:  # neither in the loss nor in its denominator
+    if config.overlong == "mask":  # neither in the loss nor in its denominator
         kept = [[r for r in group if not r.truncated] for group in kept]
     kept = [group for group in kept if group][: config.max_kept_prompts]
     parts = math.ceil(len(kept) / config.mini_batch_prompts)
@@ -231,8 +233,8 @@ def learn(
     *shares, others = (own_share(part) for part in (*mini_batches, others))
     with meter("old_logprobs"):
         # The first update begins with the weights that sampled, so it needs no pass, unless the objective picks tokens.
-        later = flatten(shares if objective.name in selection.METHODS else shares[1:])
-        if config.old_logprobs == "sampler":
+        later = flatten(shares if not lr or objective.name in selection.METHODS else shares[1:])
+        if lr and config.old_logprobs == "sampler":
             for r in later:
                 r.old_logprobs = r.rollout_logprobs
             later = []
@@ -241,7 +243,7 @@ def learn(
         compute_old_logprobs(policy, pending, config.temperature, config.max_micro_batch_tokens, meter.device)
     updates = []
     with meter("update"):
-        for share in shares * config.epochs:
+        for share in shares * config.epochs if lr else []:  # 0: only the critic learns
             updates.append(update(policy, optimizer, share, objective, lr, config, meter.device))
             runs.watch_skipped(folder / "skipped", state, len(updates), share, updates[-1], config.lr)
     dist.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
@@ -278,11 +280,11 @@ def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
 
 
 def report(
-    log: Report | None, problems, groups, mini_batches, updates, objective, lr: float, state: State, config, meter
+    log: Report | None, problems, groups, mini_batches, updates, values, objective, lr, state: State, config, meter
 ) -> None:
     """Bring the state up to date, and log the step's metrics over all ranks. Collective."""
     metrics = step_metrics(groups, mini_batches, updates, state.entropy) | reward_metrics(groups, problems)
-    metrics["optim/lr"] = lr
+    metrics |= values | {"optim/lr": lr}
     if objective.beta1 is not None:
         metrics |= {"optim/beta1": objective.beta1, "optim/beta2": objective.beta2}
     elif config.entropy_target:
@@ -293,7 +295,7 @@ def report(
     state.no_signal = 0 if mini_batches else state.no_signal + 1
     if config.entropy_target:
         state.control = next_control(config, state.control, state.entropy)
-    metrics |= meter.take(groups, mini_batches * config.epochs)
+    metrics |= meter.take(groups, (mini_batches * config.epochs)[: len(updates)])
     if log:
         extract = partial(reward.extract_answer, thinking=config.thinking)
         log.log_step(state.step, metrics, groups, mini_batches, problems, extract)
@@ -302,6 +304,8 @@ def report(
 def objective_of_step(config: Config, step: int, control: tuple[float, float]) -> loss.Objective:
     beta1, beta2 = betas_of_step(config, step, control[0])
     fields = {name: getattr(config, name) for name in loss.Objective.__dataclass_fields__ if name != "name"}
+    if config.advantages == "gae":
+        fields["kl_coef"] = 0.0  # it is in the reward, see critic.py
     moved = {"beta1": beta1, "beta2": beta2, "entropy_coef": bonus_of_step(config, control)}
     return loss.Objective(config.objective, **fields | moved)
 

@@ -35,9 +35,11 @@ def random_ids(length: int, vocabulary: int, generator: torch.Generator) -> list
     return torch.randint(2, vocabulary, (length,), generator=generator).tolist()
 
 
-def response_of(prompt_ids: list[int], response_ids: list[int], **fields) -> Response:
+def response_of(prompt_ids: list[int], response_ids: list[int], advantage: float = 0.0, **fields) -> Response:
     """A response as rollout.py would give it; its vLLM logprobs are 0, which the objectives do not read."""
-    return Response(prompt_ids, response_ids, torch.zeros(len(response_ids)), truncated=False, text="", **fields)
+    R = len(response_ids)
+    fields["advantages"] = torch.full((R,), advantage)
+    return Response(prompt_ids, response_ids, torch.zeros(R), truncated=False, text="", **fields)
 
 
 def timed(function: Callable[[], object], cuda: bool = False) -> float:

@@ -89,8 +89,9 @@ def truncation(steps: list[dict], config) -> str | None:
     if first > MAX_TRUNCATED:
         return f"{share:.0%} of the responses were cut at the length limit at the end: raise {limit}."
     return (
-        f"{share:.0%} of the responses were cut at the length limit at the end, {first:.0%} in the first step: raise "
-        f"overlong_buffer ({config.overlong_buffer}) if they repeat themselves (samples.jsonl), or else {limit}."
+        f"{share:.0%} of the responses were cut at the length limit at the end, {first:.0%} in the first step: set "
+        f"overlong to more tokens (now {config.overlong}) if they repeat themselves (samples.jsonl), or else raise "
+        f"{limit}."
     )
 
 

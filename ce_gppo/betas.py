@@ -1,6 +1,6 @@
 """beta1 and beta2 of a step: constant, on a schedule, or moved by a controller that holds entropy at a target.
 
-Objectives without betas have an entropy bonus, whose coefficient the target moves.
+Objectives without betas have an entropy bonus, whose coefficient the target moves. The learning rate is here, too.
 """
 
 import itertools
@@ -93,3 +93,12 @@ def betas_of_step(config, step: int, u: float) -> tuple[float | None, float | No
             progress = (step - start) / (end - start)
             return tuple(a + progress * (b - a) for a, b in zip(before, after, strict=True))
     return points[-1][1:]
+
+
+def lr_of_step(config, step: int) -> float:
+    """The policy's learning rate: it grows over warmup_steps rollouts, then it is constant.
+
+    With advantages = gae it is 0 for as many rollouts before that: the critic learns, and the policy stays as it is.
+    """
+    step -= config.warmup_steps if config.advantages == "gae" else 0
+    return config.lr * min(1.0, max(0, step) / max(1, config.warmup_steps))

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 
@@ -24,6 +25,7 @@ from ce_gppo import dist
 from ce_gppo.types import RunEnded, UserError, starting
 
 MANIFEST = "manifest.json"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # not in shards
 KEEP = 2  # checkpoints of a run: the newest, and one before in case that is damaged
 NAME = re.compile(r"checkpoint-([0-9]{6}|[1-9][0-9]{6,})")
 
@@ -44,13 +46,15 @@ class State:
 class Saver:
     """Saves a run's checkpoints beside its training, each a folder that vLLM and transformers load as it is.
 
-    Inside are also trainer.pt (optimizer and `State`) and checksums. A checkpoint is written aside, flushed to the disk
-    and renamed: a folder of its name is whole. All but the newest KEEP are then removed.
+    Inside are also trainer.pt (optimizer, `State`, and a critic with its optimizer) and checksums. A checkpoint is
+    written aside, flushed to the disk and renamed: a folder of its name is whole. All but the newest KEEP are then
+    removed.
     """
 
-    def __init__(self, run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int = 0):
-        """step: of the checkpoint that the run goes on from, 0 for a new one."""
+    def __init__(self, run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int = 0, critic=None):
+        """step: of the checkpoint that the run goes on from, 0 for a new one. critic: a critic.Critic, or None."""
         self.run, self.model, self.tokenizer, self.optimizer = run, model, tokenizer, optimizer
+        self.critic = critic
         self.saved, self.saving = step, step  # the step of the last checkpoint that is written, and of the last begun
         self.thread: threading.Thread | None = None
         self.error = ""  # of the thread
@@ -62,15 +66,18 @@ class Saver:
         """
         self.wait()
         self.saving = state.step
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=options)
+        weights = get_model_state_dict(self.model, options=WHOLE)
         named = {name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}
         weights = {name: tensor for name, tensor in weights.items() if name in named}  # tied weights once
-        moments = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        record = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)}
+        if self.critic:
+            model, optimizer = self.critic.model, self.critic.optimizer
+            record["critic"] = get_model_state_dict(model, options=WHOLE)
+            record["critic_optimizer"] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
         if dist.is_main():
             if self.model.device.type == "cpu":  # there the dictionaries hold the trainer's own tensors
-                weights, moments = copy.deepcopy((weights, moments))
-            record = {"optimizer": moments, "state": asdict(state)}
+                weights, record = copy.deepcopy((weights, record))
+            record["state"] = asdict(state)
             self.thread = threading.Thread(target=self._write, args=(weights, record))
             self.thread.start()
 
@@ -138,13 +145,17 @@ def try_saving(model, tokenizer) -> None:
                 ) from None
 
 
-def load(folder: Path, model, optimizer: torch.optim.Optimizer) -> State:
-    """Load the optimizer of a checkpoint in place; returns the state. `model.load_model` loads the weights."""
+def load(folder: Path, model, optimizer: torch.optim.Optimizer, critic=None) -> State:
+    """Load the optimizer of a checkpoint, and all of the critic, in place; returns the state.
+
+    `model.load_model` loads the policy's weights.
+    """
     starting(f"the optimizer in {folder} does not fit the model")
     saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
-    set_optimizer_state_dict(
-        model, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=WHOLE)
+    if critic:
+        set_model_state_dict(critic.model, saved["critic"], options=WHOLE)
+        set_optimizer_state_dict(critic.model, critic.optimizer, saved["critic_optimizer"], options=WHOLE)
     return State(**saved["state"])
 
 

@@ -115,8 +115,14 @@ def resolve(config, published: dict[str, dict]):
     check_ranges(config)
     values = dict(published[config.objective])
     values["eval_response_tokens"] = config.max_response_tokens
-    values["overlong_buffer"] = config.max_response_tokens // 5 if config.objective == "dapo" else 0  # dapo: its paper
-    values["filter_groups"] = "refill" if config.objective == "dapo" else "on"
+    values["overlong"] = "score"
+    values["filter_groups"] = "on"
+    if config.objective == "dapo":  # as in its paper
+        values["overlong"] = str(max(1, config.max_response_tokens // 5))
+        values["filter_groups"] = "refill"
+    if (config.advantages or values["advantages"]) == "gae":
+        values["filter_groups"] = "off"  # a critic learns from every response
+        values["critic_lr"] = 3 * config.lr
     unset = {name: value for name, value in values.items() if getattr(config, name) is None}
     given, config = config, dataclasses.replace(config, **unset)
     check_together(given, config, published)
@@ -132,6 +138,7 @@ def check_together(given, config, published: dict[str, dict]) -> None:
         if getattr(given, name) not in (None, "", published[config.objective].get(name)):
             raise UserError(f"{name} = {getattr(given, name)}: objective {config.objective} ignores it; leave it out")
     read_schedule(config.beta_schedule)
+    usual = published[config.objective]["advantages"]
     for wrong, message in (
         (
             config.max_kept_prompts > config.prompts_per_step * max_batches(config),
@@ -144,9 +151,23 @@ def check_together(given, config, published: dict[str, dict]) -> None:
             f"{config.max_kept_prompts}; updates of equal size are needed",
         ),
         (
-            config.overlong_buffer > config.max_response_tokens,
-            f"overlong_buffer = {config.overlong_buffer} is more than max_response_tokens = "
-            f"{config.max_response_tokens}: every response would be penalized",
+            config.overlong.isdecimal() and int(config.overlong) > config.max_response_tokens,
+            f"overlong = {config.overlong} is more than max_response_tokens = {config.max_response_tokens}: every "
+            "response would be penalized",
+        ),
+        (
+            config.objective == "ppo" and config.advantages != "gae",
+            f"advantages = {config.advantages}: objective ppo has those of its critic, gae; objective grpo is the same "
+            "with those of groups",
+        ),
+        (
+            config.objective in ("dr_grpo", "rloo") and config.advantages == "gae",
+            f"advantages = gae: objective {config.objective} is one by its advantages, {usual}; objective ppo has a "
+            "critic",
+        ),
+        (
+            config.critic_lr is not None and config.advantages != "gae",
+            f"critic_lr = {config.critic_lr}: advantages = {config.advantages} have no critic, those of gae have one",
         ),
         (
             config.eval_temperature == 0 and config.eval_samples > 1,

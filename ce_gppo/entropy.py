@@ -158,12 +158,7 @@ def quadrants(old_logprobs: Tensor, old_entropy: Tensor, advantages: Tensor) -> 
     """
     low = old_logprobs < -old_entropy
     positive, negative = advantages > 0, advantages < 0
-    return {
-        "pa_hp": positive & ~low,
-        "pa_lp": positive & low,
-        "na_hp": negative & ~low,
-        "na_lp": negative & low,
-    }
+    return {"pa_hp": positive & ~low, "pa_lp": positive & low, "na_hp": negative & ~low, "na_lp": negative & low}
 
 
 def entropy_velocity(weight: Tensor, logprobs: Tensor, entropy: Tensor, S: Tensor) -> Tensor:

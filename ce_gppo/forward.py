@@ -29,20 +29,21 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch: "Batch", temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Logprobs, entropy and S of the response tokens, each [B, R], 0 elsewhere. Prompts never reach the head."""
-        model, mask = self.model, batch.response_mask
-        assert model.config._attn_implementation == "packed"  # any other would attend across sequences
-        with torch.autocast(mask.device.type, torch.bfloat16, enabled=mask.is_cuda):
-            hidden = model.base_model(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                packing=batch.packing,
-                use_cache=False,
-            ).last_hidden_state[0]  # [N, D]; float32 under autocast, as the residual stream is
+        mask, hidden = batch.response_mask, hidden_states(self.model.base_model, batch)
         hidden = hidden.to(torch.bfloat16) if hidden.is_cuda else hidden  # the precision that vLLM's head gets
-        weight = model.get_output_embeddings().weight  # [V, D]
+        weight = self.model.get_output_embeddings().weight  # [V, D]
         statistics = token_statistics(take(hidden, batch.predecessors), weight, batch.targets, temperature)
         zeros = torch.zeros(mask.shape, device=mask.device)
         return tuple(zeros.masked_scatter(mask, values) for values in statistics)
+
+
+def hidden_states(body: PreTrainedModel, batch: "Batch") -> Tensor:
+    """What a model's body, without its head, gives for the packed tokens: [N, D], float32, as the residual stream."""
+    assert body.config._attn_implementation == "packed"  # any other would attend across sequences
+    ids, positions = batch.input_ids[None], batch.position_ids[None]
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        outputs = body(input_ids=ids, position_ids=positions, packing=batch.packing, use_cache=False)
+    return outputs.last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -214,7 +215,7 @@ def collate(responses: list[Response], device: str = "cpu") -> Batch:
         chosen=padded([r.chosen for r in responses]),
         rollout_logprobs=padded([r.rollout_logprobs for r in responses]),
         ref_logprobs=padded([r.ref_logprobs for r in responses]),
-        advantages=torch.where(response_mask, torch.tensor([[r.advantage] for r in responses]), 0.0).to(device),
+        advantages=padded([r.advantages for r in responses]),
         correct=torch.tensor([[r.verdict > 0] for r in responses], device=device),
     )
 

@@ -185,6 +185,21 @@ METRICS = {
         Metric("optim/updates", "", "updates of the step", "0 where no group had a signal"),
         Metric("optim/skipped", "", "updates skipped, as their gradient was not finite", "0"),
     ],
+    "Critic, with advantages gae": [
+        Metric(
+            "value/explained_variance",
+            "share",
+            "1 - Var(return - value) / Var(return), over the tokens trained on, before the critic's updates; 1 is a "
+            "perfect critic, 0 one that says the same everywhere",
+            "rises in the critic's warm-up, then stays above 0",
+            always=False,
+        ),
+        Metric("value/mean", "", "of these values", "near reward/mean", always=False),
+        Metric("value/loss", "", "half the squared error, clipped; mean over the step's updates", "falls", False),
+        Metric("value/clipped", "share", "values that the clip gives no gradient", "below 0.1", always=False),
+        Metric("value/grad_norm", "", "before clipping, mean over the step's updates", "steady", always=False),
+        Metric("value/skipped", "", "critic's updates skipped, as their gradient was not finite", "0", always=False),
+    ],
     "vLLM against trainer": [
         Metric(
             "mismatch/mean kl",
@@ -197,6 +212,7 @@ METRICS = {
     ],
     "Speed": [
         Metric("time/rollout reward old_logprobs update sync step", "s", "parts of a step, and all of it"),
+        Metric("time/critic", "s", "values, advantages and the critic's updates", always=False),
         Metric("time/eval", "s", "the evaluation after the step", always=False),
         Metric("perf/rollout_tokens_per_s", "tokens/s", "sampled"),
         Metric("perf/update_tokens_per_s", "tokens/s", "prompt and response tokens trained on", always=False),
@@ -215,9 +231,9 @@ def markdown() -> str:
         "",
         "One flat dictionary per step, the same in W&B and in `metrics.jsonl`. Made from `ce_gppo/metrics.py`.",
         "",
-        "**PA** and **NA** are tokens of responses with positive and negative advantage. **LP** and **HP** are tokens",
-        "of low and high probability under the rollout weights: LP where log p < -H, with H the entropy there. The",
-        "four quadrants are `pa_hp`, `pa_lp`, `na_hp`, `na_lp`.",
+        "**PA** and **NA** are tokens of positive and negative advantage. **LP** and **HP** are tokens of low and high",
+        "probability under the rollout weights: LP where log p < -H, with H the entropy there. The four quadrants are",
+        "`pa_hp`, `pa_lp`, `na_hp`, `na_lp`.",
     ]
     for section, metrics in METRICS.items():
         lines += ["", f"## {section}", "", "| metric | unit | meaning | healthy |", "|---|---|---|---|"]

@@ -160,8 +160,8 @@ class Report:
             if speeds:
                 rows.append((f"{name} tokens/s, median", f"{sorted(speeds)[len(speeds) // 2]:,.0f}"))
         total = sum(row.get("time/step", 0.0) + row.get("time/eval", 0.0) for row in self.history)
-        parts = {}
-        for part in ("rollout", "reward", "old_logprobs", "update", "sync", "eval"):
+        parts, with_critic = {}, self.latest("time/critic") is not None
+        for part in ("rollout", "reward", "old_logprobs", *["critic"] * with_critic, "update", "sync", "eval"):
             parts[part] = sum(row.get(f"time/{part}", 0.0) for row in self.history)
         shares = ", ".join(f"{part} {seconds / max(total, 1e-9):.0%}" for part, seconds in parts.items())
         rows.append((f"time, {total:.0f} s", shares))
@@ -279,11 +279,12 @@ def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: st
     """The derived sizes, to be read before the first step."""
     parameters = sum(p.numel() for p in model.parameters())
     responses = config.prompts_per_step * config.responses_per_prompt
+    critic = f", and a critic with learning rate {config.critic_lr:g}" if config.critic_lr else ""
     betas = "no betas" if config.beta1 is None else f"beta1 {config.beta1}, beta2 {config.beta2}"
     world = dist.world_size()
     return (
         f"run          {folder}" + (f", continued after step {step}" if step else "") + "\n"
-        f"model        {config.model}, {parameters / 1e6:,.2f} M parameters, on {device}\n"
+        f"model        {config.model}, {parameters / 1e6:,.2f} M parameters, on {device}{critic}\n"
         f"data         {problems}\n"
         f"objective    {config.objective}, {betas}, clip interval [{1 - config.eps_low:g}, {1 + config.eps_high:g}]\n"
         f"step         {config.prompts_per_step} prompts x {config.responses_per_prompt} = {responses} responses"
@@ -304,7 +305,7 @@ def probability_histograms(responses: list[Response]) -> dict[str, torch.Tensor]
         return {}
     old_logprobs = torch.cat([r.old_logprobs for r in responses])  # [N]
     entropy = torch.cat([r.entropy for r in responses])  # [N]
-    advantages = torch.cat([torch.full_like(r.entropy, r.advantage) for r in responses])  # [N]
+    advantages = torch.cat([r.advantages for r in responses])  # [N]
     members = quadrants(old_logprobs, entropy, advantages)
     return {f"probability/{name}": old_logprobs[mask].exp() for name, mask in members.items() if mask.any()}
 

@@ -59,7 +59,7 @@ def choose(responses: list[Response], objective: str) -> None:
     if objective not in METHODS:
         return
     lengths = [len(r.response_ids) for r in responses]
-    columns = [torch.stack([r.old_logprobs, r.entropy, torch.full_like(r.entropy, r.advantage)]) for r in responses]
+    columns = [torch.stack([r.old_logprobs, r.entropy, r.advantages]) for r in responses]
     parts = dist.all_gather(torch.cat([torch.zeros(3, 0), *columns], 1))  # [3, n] of each rank
     chosen = METHODS[objective](*torch.cat(parts, 1)).float()  # [N]
     start = sum(part.shape[1] for part in parts[: dist.rank()])

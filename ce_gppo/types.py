@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 if TYPE_CHECKING:  # the verifier's workers start without torch
@@ -33,13 +33,23 @@ class Response:
 
     verdict: float = 0.0  # 1 is right, 0 is wrong
     reward: float = 0.0  # the sum of the verifier's parts, and the penalty for length if there is one
-    advantage: float = 0.0
+    advantages: Tensor | None = None  # [R]  of a group they are equal, of a critic each token has its own
     old_logprobs: Tensor | None = None  # [R]  the trainer's, under the weights that sampled the response, or vLLM's
     entropy: Tensor | None = None  # [R]  nats, under those weights; None: not measured, and old_logprobs not either
     changes: dict[str, Tensor] | None = None  # [R] each, of a few responses: what the update did, see tokens.follow
     chosen: Tensor | None = None  # [R]  1 where the objective picks the token, see selection.py
     ref_logprobs: Tensor | None = None  # [R]  the reference policy's, where there is one
+    values: Tensor | None = None  # [R]  the critic's, before its updates, where there is one
+    returns: Tensor | None = None  # [R]  what it should have said
     parts: dict[str, float] = field(default_factory=dict)  # of the reward, as the verifier gives them
+
+
+def with_advantages(groups: list[list[Response]], advantages: Tensor) -> list[list[Response]]:
+    """Copies of the responses, in which all tokens of one have its advantage. advantages: [P, G]"""
+    return [
+        [replace(r, advantages=a.repeat(len(r.response_ids))) for r, a in zip(group, own, strict=True)]
+        for group, own in zip(groups, advantages, strict=True)
+    ]
 
 
 def has_signal(group: list[Response]) -> bool:
@@ -101,15 +111,19 @@ class Range:
 @dataclass(frozen=True)
 class OneOf:
     names: tuple[str, ...]
+    or_count: bool = False  # or a whole number above 0
 
     def problem(self, value: str) -> str | None:
-        return None if value in self.names else f"is unknown; known: {', '.join(self.names)}"
+        if value in self.names or (self.or_count and value.isdecimal() and int(value)):
+            return None
+        return f"is unknown; known: {', '.join(self.names)}" + ", or a number of tokens" * self.or_count
 
 
 def one_of(names: Iterable[str]):
     return Annotated[str, OneOf(tuple(names))]
 
 
+Overlong = Annotated[str, OneOf(("score", "mask"), or_count=True)]
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
 GroupSize = Annotated[int, Range(2)]  # advantages compare the responses of a group

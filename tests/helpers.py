@@ -174,8 +174,8 @@ def responses_of(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int 
         response = Response(ids[:P], ids[P:], -torch.rand(R, generator=g), False, "")
         response.old_logprobs = -5 - torch.rand(R, generator=g)
         response.entropy = torch.rand(R, generator=g)
-        response.advantage = (-1.0) ** i * (1 + i)
-        response.verdict = float(response.advantage > 0)
+        response.advantages = torch.full((R,), (-1.0) ** i * (1 + i))
+        response.verdict = float(i % 2 == 0)
         out.append(response)
     return out
 

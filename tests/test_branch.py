@@ -26,8 +26,7 @@ def given():
     held_out = responses_of([(4, 6)] * 6, seed=9)
     for i, r in enumerate(flatten([*rollout, held_out])):
         r.reward = r.verdict = float(i % 3 == 0)
-        r.old_logprobs = r.entropy = None
-        r.advantage = 0.0
+        r.old_logprobs = r.entropy = r.advantages = None
     return rollout, held_out
 
 
@@ -133,7 +132,7 @@ def test_a_setting_has_the_values_of_its_paper_whatever_the_run_has():
     assert (cispo.eps_low, cispo.beta1, cispo.dual_clip, cispo.entropy_target) == (1.0, None, None, None)
     same = branch.variant(run, {"beta1": 1.0, "beta2": 0.0})
     assert (same.objective, same.beta1, same.beta2, same.eps_high) == ("ce_gppo", 1.0, 0.0, 0.2)
-    assert (same.lr, same.overlong_buffer) == (run.lr, run.overlong_buffer)
+    assert (same.lr, same.overlong) == (run.lr, run.overlong)
 
 
 def row(seed: int, step: int, setting: str, delta: float) -> dict:

@@ -203,7 +203,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_end_the_run_when_there_ar
 
 def test_a_skipped_update_changes_nothing(tiny_model):
     responses = responses_of([(3, 5), (2, 4)])
-    responses[0].advantage = math.inf
+    responses[0].advantages = torch.full((5,), math.inf)
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
     before = {name: p.clone() for name, p in tiny_model.named_parameters()}
     config = resolved()

@@ -230,7 +230,7 @@ def test_positive_nll_is_the_mean_over_correct_responses(tiny_model):
     nll = [
         torch.nn.functional.cross_entropy(naive_logits(tiny_model, r), torch.tensor(r.response_ids), reduction="none")
         for r in responses
-        if r.advantage > 0
+        if r.verdict > 0
     ]
     (0.1 * torch.cat(nll).mean()).backward()
     expected = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
@@ -250,13 +250,14 @@ def test_options_through_the_real_update(tiny_model, changes):
         r.old_logprobs = logprobs_of(tiny_model, r).detach() + 0.6 * torch.randn(len(r.response_ids), generator=g)
         r.rollout_logprobs = r.old_logprobs + torch.randn(len(r.response_ids), generator=g)
         r.ref_logprobs = r.old_logprobs + torch.randn(len(r.response_ids), generator=g)
+        r.advantages = r.advantages * torch.randn(len(r.response_ids), generator=g)  # as a critic's: of each token
     found, _ = update_gradient(tiny_model, responses, objective="ce_gppo", max_micro_batch_tokens=30, **changes)
     tiny_model.zero_grad()
     total, kinds = torch.zeros(()), set()
     for r in responses:
         old_ones = r.old_logprobs, r.rollout_logprobs, r.ref_logprobs
-        for logprob, old, vllm, reference in zip(logprobs_of(tiny_model, r), *old_ones, strict=True):
-            delta, A = (logprob - old).exp(), r.advantage
+        for logprob, A, old, vllm, reference in zip(logprobs_of(tiny_model, r), r.advantages, *old_ones, strict=True):
+            delta = (logprob - old).exp()
             if delta < 0.8 and A < 0:
                 kind, token = "low", -0.75 * 0.8 / delta.detach() * delta * A
             elif delta > 1.2 and A > 0:

@@ -79,7 +79,7 @@ def test_published_settings(name):
     assert (config.responses_per_prompt, config.max_prompt_tokens, config.max_response_tokens) == (8, 4096, 16384)
     assert (config.lr, config.warmup_steps, config.filter_groups) == (1e-6, 10, "on")
     assert (train.ADAMW["weight_decay"], train.MAX_GRAD_NORM) == (0.1, 1.0)
-    assert (config.aggregation, config.overlong_buffer, config.entropy_coef) == ("token-mean", 0, 0.0)
+    assert (config.aggregation, config.overlong, config.entropy_coef) == ("token-mean", "score", 0.0)
     assert (config.eval_samples, config.eval_temperature, config.eval_top_p, config.eval_every) == (32, 0.6, 0.95, 5)
 
     text = (ROOT / "recipes" / f"{name}.toml").read_text()

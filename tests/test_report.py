@@ -35,7 +35,7 @@ def groups_of(P: int = 6, G: int = 4, seed: int = 0) -> tuple[list[list[Response
             r.old_logprobs = (r.rollout_logprobs + 0.1 * torch.randn(R, generator=g)).clamp(max=0)
             r.entropy = torch.rand(R, generator=g)
             r.reward = r.verdict = rewards[p, i].item()
-            r.advantage = (rewards[p, i] - rewards[p].mean()).item()
+            r.advantages = (rewards[p, i] - rewards[p].mean()).repeat(R)
             group.append(r)
         groups.append(group)
     return groups, rewards
@@ -91,7 +91,7 @@ def test_histograms_hold_every_trained_token_once():
     groups, _ = groups_of()
     kept = [r for group in groups[2:] for r in group]
     histograms = report.probability_histograms(kept)
-    tokens = sum(len(r.response_ids) for r in kept if r.advantage != 0)
+    tokens = sum((r.advantages != 0).sum() for r in kept)
     assert sum(len(values) for values in histograms.values()) == tokens
     assert all(((values > 0) & (values <= 1)).all() for values in histograms.values())
     assert report.probability_histograms([]) == {}

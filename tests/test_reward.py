@@ -1294,5 +1294,5 @@ def test_thinking(response, answer, answer_thinking):
 )
 def test_overlong_penalty(length, penalty):
     """Free up to 12,288 tokens, then linear, -1 from 16,384 on."""
-    assert overlong_penalty(length, max_length=16384, buffer=4096) == pytest.approx(penalty)
-    assert overlong_penalty(length, max_length=16384, buffer=0) == 0
+    assert overlong_penalty(length, max_length=16384, overlong="4096") == pytest.approx(penalty)
+    assert overlong_penalty(length, 16384, "score") == overlong_penalty(length, 16384, "mask") == 0

@@ -73,7 +73,8 @@ def test_vllm_and_trainer_agree_after_every_sync(finished):
 def test_the_workspace_charts_what_is_logged(finished):
     """Every chart of the W&B view shows metrics that a run has; entropy comes first."""
     logged = {name for row in metrics_of(finished[0]) for name in row} | {"clip/prob_low", "clip/prob_high"}
-    logged |= {"kl/reference", "optim/entropy_coef"}  # of other settings
+    logged |= {"kl/reference", "optim/entropy_coef", "time/critic"}  # of other settings
+    logged |= {metric.names for metric in metrics.METRICS["Critic, with advantages gae"]}
     for metric in metrics.ALL:
         assert set(metric.each()) <= logged or any(metric.pattern().fullmatch(name) for name in logged), metric
     view = json.loads(workspace.workspace("me", "ce-gppo")._to_model().model_dump_json(by_alias=True))
@@ -162,7 +163,7 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
     "arguments, message",
     [
         (["--learning-rate", "1"], r"unknown setting --learning-rate; known: .*\blr\b"),
-        (["--objective", "ppo"], "objective 'ppo' is unknown; known: ce_gppo, gppo, grpo"),
+        (["--objective", "ppg"], "objective 'ppg' is unknown; known: ce_gppo, gppo, grpo"),
         (["--aggregation", "mean"], "aggregation 'mean' is unknown; known: token-mean"),
         (["--mini-batch-prompts", "5"], "mini_batch_prompts = 5 does not divide max_kept_prompts = 48"),
         (["--max-kept-prompts", "100"], "max_kept_prompts = 100 is more than prompts_per_step = 48"),
@@ -173,8 +174,8 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--lr", "0"], "lr = 0.0: must be above 0"),
         (["--filter-groups", "always"], "filter_groups 'always' is unknown; known: off, on, refill"),
         (["--entropy-coef", "nan"], "entropy_coef = nan: must be at least 0"),
-        (["--overlong-buffer", "-5"], "overlong_buffer = -5: must be at least 0"),
-        (["--overlong-buffer", "65"], "overlong_buffer = 65 is more than max_response_tokens = 64"),
+        (["--overlong", "0"], "overlong '0' is unknown; known: score, mask, or a number of tokens"),
+        (["--overlong", "65"], "overlong = 65 is more than max_response_tokens = 64"),
         (["--eval-temperature", "-1"], "eval_temperature = -1.0: must be at least 0"),
         (["--eval-temperature", "0"], "eval_temperature = 0 gives 4 equal samples"),
         (["--eval-top-p", "2"], "eval_top_p = 2.0: must be above 0 and at most 1"),
@@ -182,7 +183,10 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--objective", "gppo", "--beta1", "0.75"], "beta1 = 0.75: objective gppo ignores it"),
         (["--objective", "cispo", "--dual-clip", "10"], "dual_clip = 10.0: objective cispo ignores it"),
         (["--objective", "rloo", "--eps-low", "0.1"], "eps_low = 0.1: objective rloo ignores it"),
-        (["--advantages", "std"], "advantages 'std' is unknown; known: group, group-mean, leave-one-out"),
+        (["--advantages", "std"], "advantages 'std' is unknown; known: group, group-mean, leave-one-out, gae"),
+        (["--objective", "ppo", "--advantages", "group"], "objective ppo has those of its critic, gae; objective grpo"),
+        (["--objective", "rloo", "--advantages", "gae"], "objective rloo is one by its advantages, leave-one-out;"),
+        (["--critic-lr", "1e-5"], "critic_lr = 1e-05: advantages = group have no critic, those of gae have one"),
         (["--run-name", "/tmp/x"], "run_name = /tmp/x: a name is needed, not a path"),
         (["--dual-clip", "0.5"], "dual_clip = 0.5: must be above 1"),
         (["--beta1", "1.5"], "beta1 = 1.5: must be at least 0 and at most 1"),
@@ -263,17 +267,20 @@ def test_problems_of_batches_cover_the_data_once_an_epoch():
 def test_one_setting_makes_a_baseline():
     """What the papers set is filled in, and what the user sets stays."""
     dapo = resolved(objective="dapo", max_response_tokens=100)
-    assert (dapo.eps_low, dapo.eps_high, dapo.overlong_buffer, dapo.aggregation) == (0.2, 0.28, 20, "token-mean")
+    assert (dapo.eps_low, dapo.eps_high, dapo.overlong, dapo.aggregation) == (0.2, 0.28, "20", "token-mean")
     gspo = resolved(objective="gspo")
     assert (gspo.eps_low, gspo.eps_high, gspo.aggregation) == (3e-4, 4e-4, "seq-mean-token-mean")
     ours = resolved()
     assert (dapo.filter_groups, ours.filter_groups) == ("refill", "on")
-    assert (ours.eps_low, ours.eps_high, ours.overlong_buffer, ours.aggregation) == (0.2, 0.2, 0, "token-mean")
+    assert (ours.eps_low, ours.eps_high, ours.overlong, ours.aggregation) == (0.2, 0.2, "score", "token-mean")
     dr_grpo, rloo = resolved(objective="dr_grpo"), resolved(objective="rloo")
     assert (dr_grpo.advantages, dr_grpo.aggregation) == ("group-mean", "seq-mean-token-sum-norm")
     assert (rloo.advantages, rloo.aggregation) == ("leave-one-out", "seq-mean-token-sum")
     assert train.objective_of_step(dr_grpo, 1, (0.5, 0.0)).max_response_tokens == 64
-    assert resolved(objective="dapo", eps_high=0.3, overlong_buffer=0).eps_high == 0.3
+    assert resolved(objective="dapo", eps_high=0.3, overlong="score").eps_high == 0.3
+    ppo, gae = resolved(objective="ppo"), resolved(advantages="gae", lr=1e-6)
+    assert (ppo.advantages, ppo.filter_groups, ppo.beta1) == ("gae", "off", None)
+    assert (gae.critic_lr, gae.beta1, ours.critic_lr) == (pytest.approx(3e-6), 0.75, None)
     assert settings.resolve(dapo, loss.PUBLISHED) == dapo
 
 
@@ -310,10 +317,10 @@ def test_truncated_responses_can_be_kept_out_of_the_update(tiny_model, monkeypat
         [response(9, True, 0.0, 4), response(8, True, 1.0, 4), response(6, True, 0.0, 4)],
     ]
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e9)
-    config = resolved(mask_truncated=True, beta1=0.5)
+    config = resolved(overlong="mask", beta1=0.5)
     groups, (kept,) = train.select(groups, config)
     assert [len(r.response_ids) for r in kept] == [5, 7]
-    assert kept[0].advantage != pytest.approx(-kept[1].advantage), "the truncated one counts in the mean"
+    assert kept[0].advantages[0] != pytest.approx(-kept[1].advantages[0]), "the truncated one counts in the mean"
     for r in kept:
         r.old_logprobs, r.entropy = r.rollout_logprobs, torch.ones(len(r.response_ids))
     optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.0)
@@ -325,9 +332,9 @@ def test_truncated_responses_can_be_kept_out_of_the_update(tiny_model, monkeypat
         ids = torch.tensor([r.prompt_ids + r.response_ids])
         logprobs = tiny_model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         ratio = (logprobs - r.old_logprobs).exp()
-        low, high = (ratio < 0.8) & (r.advantage < 0), (ratio > 1.2) & (r.advantage > 0)
+        low, high = (ratio < 0.8) & (r.advantages < 0), (ratio > 1.2) & (r.advantages > 0)
         weight = torch.where(low, 0.5 * 0.8 / ratio.detach(), torch.where(high, 1.2 / ratio.detach(), 1.0))
-        expected = expected - (weight * ratio * r.advantage).sum() / 12
+        expected = expected - (weight * ratio * r.advantages).sum() / 12
     gradients = torch.autograd.grad(expected, list(tiny_model.parameters()))
     for parameter, gradient in zip(tiny_model.parameters(), gradients, strict=True):
         assert torch.allclose(parameter.grad, gradient, atol=1e-6)
@@ -443,7 +450,7 @@ def test_select_filters_caps_and_cuts_evenly():
     groups = [[response(3, False, float(p % 3 > 0), p), response(4, False, 0.0, p)] for p in range(60)]
     config = resolved(max_kept_prompts=40, mini_batch_prompts=10, responses_per_prompt=2)
     with_advantages, mini_batches = train.select(groups, config)
-    assert all(r.advantage == 0 for group in groups for r in group)
+    assert all(r.advantages is None for group in groups for r in group)
     assert [len(group) for group in with_advantages] == [2] * 60
     kept = [p for p in range(60) if p % 3 > 0]  # 40 groups have a signal
     assert [[r.prompt_ids[0] for r in batch[::2]] for batch in mini_batches] == [
@@ -451,11 +458,12 @@ def test_select_filters_caps_and_cuts_evenly():
     ]
     for batch in mini_batches:
         for right, wrong in zip(batch[::2], batch[1::2], strict=True):
-            assert right.advantage == -wrong.advantage == pytest.approx(0.5**0.5, rel=1e-5)
+            assert right.advantages.tolist() == [pytest.approx(0.5**0.5, rel=1e-5)] * 3
+            assert wrong.advantages.tolist() == [-right.advantages[0]] * 4
     _, capped = train.select(groups, resolved(max_kept_prompts=8, mini_batch_prompts=8))
     assert [r.prompt_ids[0] for r in capped[0][::2]] == kept[:8]
     _, (plain,) = train.select(groups, resolved(max_kept_prompts=8, mini_batch_prompts=8, advantages="group-mean"))
-    assert [r.advantage for r in plain] == [0.5, -0.5] * 8
+    assert [r.advantages.unique().tolist() for r in plain] == [[0.5], [-0.5]] * 8
     _, uneven = train.select(groups[:57], resolved(max_kept_prompts=40, mini_batch_prompts=10))
     assert [len(batch) // 2 for batch in uneven] == [9, 10, 9, 10]
     _, everything = train.select(

@@ -410,7 +410,7 @@ def test_own_files_are_inputs_of_the_run(mine, tmp_path):
 def test_parts_become_reward_verdict_and_metrics():
     parts = [[{"correctness": 1.0, "format": 0.1}, {"correctness": 0.0, "format": 0.1}], [{"correctness": 0.5}] * 2]
     groups = [[Response([], [0] * 10, torch.zeros(10), False, "") for _ in group] for group in parts]
-    reward.set_rewards(groups, parts, max_tokens=12, overlong_buffer=4)  # 10 tokens are 2 into the buffer
+    reward.set_rewards(groups, parts, max_tokens=12, overlong="4")  # 10 tokens are 2 into the buffer
     assert [[r.verdict for r in group] for group in groups] == [[1, 0], [0, 0]]
     assert [r.reward for group in groups for r in group] == pytest.approx([0.6, -0.4, 0, 0])
     found = metrics.reward_metrics(groups, [problem("gym/a", "1"), problem("b", "1")])

@@ -29,7 +29,7 @@ import reward
 import train
 from ce_gppo import checkpoint, dist
 from ce_gppo import types as t
-from ce_gppo.betas import first_control, next_control
+from ce_gppo.betas import first_control, lr_of_step, next_control
 from ce_gppo.checkpoint import State
 from ce_gppo.config import check_ranges, command, parse, resolve
 from ce_gppo.entropy import QUADRANTS, entropy_velocity, quadrants
@@ -91,7 +91,7 @@ class Step:
     def learn(self, config: train.Config, lr_factor: float = 1.0) -> dict[str, float]:
         """The step's updates, from the present state; their metrics."""
         groups, mini_batches = train.select(self.rollout, config)  # copies, as each setting needs its own
-        lr = lr_factor * config.lr * min(1.0, self.step / max(1, config.warmup_steps))
+        lr = lr_factor * lr_of_step(config, self.step)
         objective = train.objective_of_step(config, self.step, self.control)
         trained = groups, mini_batches, objective, lr, State(wandb_id="")
         updates = train.learn(self.policy, self.optimizer, *trained, config, self.folder, self.meter)
@@ -99,7 +99,7 @@ class Step:
 
     def coast(self) -> dict[str, float]:
         """As many optimizer steps, with gradients of zero: what momentum and weight decay do."""
-        lr = self.config.lr * min(1.0, self.step / max(1, self.config.warmup_steps))
+        lr = lr_of_step(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for p in self.policy.parameters():
@@ -164,7 +164,7 @@ class Step:
         return {
             "logprobs": torch.cat([r.old_logprobs for r in copies]).double(),
             "entropy": torch.cat([r.entropy for r in copies]).double(),
-            "advantages": torch.tensor([r.advantage for r in responses]).double().repeat_interleave(lengths),
+            "advantages": torch.cat([r.advantages for r in responses]).double(),
             "verdicts": torch.tensor([r.verdict for r in responses]).double().repeat_interleave(lengths),
         }
 
@@ -253,6 +253,8 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
         raise UserError(f"{options.results} has branches of a run with other settings; name another --results")
     if config.kl_coef:
         raise UserError(f"kl_coef = {config.kl_coef}: branches have no reference policy; leave it out")
+    if config.advantages == "gae":
+        raise UserError("advantages = gae: branches have no critic; a run with advantages of groups is needed")
     device = dist.init()
     source = str(start or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing)
