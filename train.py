@@ -293,7 +293,7 @@ def report(
     state.batches += len(groups) // config.prompts_per_step
     state.step, state.entropy = state.step + 1, metrics["entropy/mean"]
     state.no_signal = 0 if mini_batches else state.no_signal + 1
-    if config.entropy_target:
+    if config.entropy_target and lr:
         state.control = next_control(config, state.control, state.entropy)
     metrics |= meter.take(groups, (mini_batches * config.epochs)[: len(updates)])
     if log:

@@ -67,6 +67,7 @@ SETTINGS = {
     "clip_cov": {"objective": "clip_cov"},
     "kl_cov": {"objective": "kl_cov"},
     "sapo": {"objective": "sapo"},
+    "ppo": {"objective": "ppo"},
     "grpo, target 0.11": {"objective": "grpo", "entropy_target": 0.11},
     "lp_only (0.75, 1)": {"objective": "lp_only"},
     "lp_only_half (0.75, 1)": {"objective": "lp_only_half"},

@@ -381,7 +381,7 @@ def test_tokens_are_chosen_before_the_first_update(tiny_model, tmp_path):
 @pytest.mark.slow
 def test_a_step_whose_responses_are_all_truncated(tmp_path):
     """Nothing is left to update on; the run goes on."""
-    changed = ["--steps", "1", "--max-response-tokens", "2", "--mask-truncated", "--filter-groups", "off"]
+    changed = ["--steps", "1", "--max-response-tokens", "2", "--overlong", "mask", "--filter-groups", "off"]
     run(tmp_path, "--run-name", "cut", *SMALL, *changed)
     row = metrics_of(tmp_path / "cut")[1]
     assert row["response/truncated"] == 1 and row["optim/updates"] == 0
