@@ -148,30 +148,31 @@ def estimate(critic: Critic, responses: list[Response], config, device: str) -> 
 
 
 def set_advantages(responses: list[Response], kl_coef: float) -> None:
-    """Set `returns` and `advantages` of responses that have values and are this rank's of a rollout. Collective.
-
-    The reward is at the last token. With a kl_coef every token pays kl_coef log(pi / pi_ref), k1 of the divergence, as
-    in arXiv 2203.02155; pi is the policy that sampled, by the engine's logprobs.
-    """
-    advantages = []
+    """Set `returns` and `advantages` of responses that have values and are this rank's of a rollout. Collective."""
+    lengths, advantages = [len(r.response_ids) for r in responses], []
     if responses:
-        rewards = [torch.zeros(len(r.response_ids)) for r in responses]
-        for reward, response in zip(rewards, responses, strict=True):
-            if kl_coef:
-                reward -= kl_coef * (response.rollout_logprobs - response.ref_logprobs)
-            reward[-1] += response.reward
-        rewards = pad_sequence(rewards, batch_first=True)  # [B, R]
+        rewards = pad_sequence([token_rewards(r, kl_coef) for r in responses], batch_first=True)  # [B, R]
         values = pad_sequence([r.values for r in responses], batch_first=True)  # [B, R]
-        returns, advantages = values + gae(rewards, values, lam=1.0), gae(rewards, values)
-        lengths = [len(r.response_ids) for r in responses]
-        advantages = [row[:n] for row, n in zip(advantages, lengths, strict=True)]
+        advantages = [row[:n] for row, n in zip(gae(rewards, values), lengths, strict=True)]
+        returns = values + gae(rewards, values, lam=1.0)  # [B, R]
         for response, row, n in zip(responses, returns, lengths, strict=True):
             response.returns = row[:n].clone()
     parts = dist.all_gather(torch.cat([torch.zeros(0), *advantages]))  # [n] of each rank
-    start = sum(map(len, parts[: dist.rank()]))
-    own = whitened(torch.cat(parts))[start : start + len(parts[dist.rank()])]
-    for response, tokens in zip(responses, own.split([len(a) for a in advantages]), strict=True):
+    own = whitened(torch.cat(parts)).split([len(part) for part in parts])[dist.rank()]  # [n]
+    for response, tokens in zip(responses, own.split(lengths), strict=True):
         response.advantages = tokens
+
+
+def token_rewards(response: Response, kl_coef: float) -> Tensor:
+    """The response's reward at its last token, [R]. With a kl_coef every token pays kl_coef log(pi / pi_ref), too.
+
+    That is k1 of the divergence, as in arXiv 2203.02155; pi is the policy that sampled, by the engine's logprobs.
+    """
+    rewards = torch.zeros(len(response.response_ids))
+    rewards[-1:] = response.reward
+    if kl_coef:
+        rewards -= kl_coef * (response.rollout_logprobs - response.ref_logprobs)
+    return rewards
 
 
 def update(critic: Critic, responses: list[Response], config, device: str) -> tuple[float, float, float, bool]:
@@ -204,12 +205,13 @@ def update(critic: Critic, responses: list[Response], config, device: str) -> tu
 
 def metrics_of(responses: list[Response], with_kl: bool) -> dict[str, float]:
     """How good the values were, before the updates, and how far the policy is from its reference. Collective."""
+    references = [r.ref_logprobs if with_kl else r.rollout_logprobs for r in responses]  # [R] each
     own = [
-        torch.stack([r.values, r.returns, r.rollout_logprobs - r.ref_logprobs if with_kl else r.values])
-        for r in responses
+        torch.stack([r.values, r.returns, ref - r.rollout_logprobs])
+        for r, ref in zip(responses, references, strict=True)
     ]
     values, returns, gap = torch.cat(dist.all_gather(torch.cat([torch.zeros(3, 0), *own], 1)), 1)  # [N] each
     if not len(values):
         return {}
     metrics = {"value/explained_variance": explained_variance(values, returns), "value/mean": values.mean().item()}
-    return metrics | ({"kl/reference": ((-gap).exp() - 1 + gap).mean().item()} if with_kl else {})
+    return metrics | ({"kl/reference": (gap.exp() - 1 - gap).mean().item()} if with_kl else {})
