@@ -224,7 +224,7 @@ def denominator_of(o: Objective, tokens: float, responses: float) -> float:
 # Advantages
 
 
-ADVANTAGES = ("group", "group-mean", "leave-one-out", "gae")  # the last are a critic's, see ce_gppo/critic.py
+ADVANTAGES = ("group", "group-mean", "leave-one-out")  # and those of ce_gppo/critic.py, which are by token
 
 
 def group_advantages(rewards: Tensor, kind: str = "group") -> Tensor:

@@ -74,7 +74,7 @@ class Config:
     entropy_target: t.Positive | None = None  # nats; if set, betas move to hold it, or else entropy_coef, see betas.py
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
-    advantages: t.one_of(loss.ADVANTAGES) | None = None  # group, group-mean, leave-one-out; gae: by token, of a critic
+    advantages: t.one_of([*loss.ADVANTAGES, "gae"]) | None = None  # of groups, see loss.py; gae: a critic's, by token
     kl_coef: t.NonNegative = 0.0  # KL from the model that the run began with, in the loss; gae: in the reward; 0: off
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]

@@ -411,8 +411,8 @@ def test_aggregations_against_loops():
 
 def test_unknown_names_list_the_known_ones():
     case = random_case()
-    with pytest.raises(ValueError, match="ppo.*ce_gppo, gppo, grpo, dapo, cispo, gspo"):
-        policy_loss(**case, objective="ppo")
+    with pytest.raises(ValueError, match="ppg.*ce_gppo, gppo, grpo, ppo, dapo, cispo, gspo"):
+        policy_loss(**case, objective="ppg")
     with pytest.raises(ValueError, match="mean.*token-mean, seq-mean-token-mean, seq-mean-token-sum, "):
         policy_loss(**case, aggregation="mean")
 

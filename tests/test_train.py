@@ -368,7 +368,7 @@ def test_tokens_are_chosen_before_the_first_update(tiny_model, tmp_path):
     groups = [[response(5 + p, False, 1.0, p), response(9 - p, False, 0.0, p)] for p in range(1, 5)]
     config = resolved(objective="high_entropy", mini_batch_prompts=2, max_kept_prompts=4, max_micro_batch_tokens=20)
     groups, mini_batches = train.select(groups, config)
-    arguments = train.objective_of_step(config, 1, (0.5, 0.0)), 0.0, State(""), config, tmp_path
+    arguments = train.objective_of_step(config, 1, (0.5, 0.0)), 1e-9, State(""), config, tmp_path
     sgd = torch.optim.SGD(tiny_model.parameters(), lr=0.0)
     updates = train.learn(Policy(tiny_model), sgd, groups, mini_batches, *arguments, Meter(tiny_model, "cpu"))
     for batch, done in zip(mini_batches, updates, strict=True):

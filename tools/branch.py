@@ -161,10 +161,11 @@ class Step:
         passes = self.config.temperature, self.config.max_micro_batch_tokens, self.meter.device
         compute_old_logprobs(self.policy, copies, *passes)
         lengths = torch.tensor([len(r.response_ids) for r in responses])
+        advantages = [torch.zeros_like(r.entropy) if r.advantages is None else r.advantages for r in copies]
         return {
             "logprobs": torch.cat([r.old_logprobs for r in copies]).double(),
             "entropy": torch.cat([r.entropy for r in copies]).double(),
-            "advantages": torch.cat([r.advantages for r in responses]).double(),
+            "advantages": torch.cat(advantages).double(),  # 0 of held-out responses
             "verdicts": torch.tensor([r.verdict for r in responses]).double().repeat_interleave(lengths),
         }
 
