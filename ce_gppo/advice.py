@@ -1,6 +1,6 @@
 """What happened in a run, from its metrics: one to four sentences, each fault with the setting to change.
 
-The limits are those of docs/metrics.md. They tell the good from the bad runs of docs/evidence-arithmetic.md and docs/log.md.
+The limits are those of docs/metrics.md. They tell the good from the bad runs of docs/evidence*.md and docs/log.md.
 """
 
 from ce_gppo.betas import WITH_BETAS
