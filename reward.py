@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable
 
+from ce_gppo import dist
 from ce_gppo.types import Problem, Response, UserError
 from ce_gppo.verifier import countdown, custom, extract, walk
 from ce_gppo.verifier.answers import Undecided, equal_now
@@ -98,7 +99,7 @@ def score(
         late += len(indices) * (verdicts.get(job, {}) is None and job[0] != "math")
     for count, why in ((unread, f"unread, {budget:g} s a batch were over"), (late, f"after {timeout:g} s, or a crash")):
         if count:
-            print(f"reward: WARNING: {count} of {len(responses)} answers scored 0 {why}")
+            dist.say(f"reward: {count} of {len(responses)} answers scored 0 {why}", warning=True)
     return parts
 
 

@@ -157,10 +157,15 @@ def same_region(a: Node, b: Node, ask) -> bool:
     return squeeze(a.text) == squeeze(b.text) or ask(a.text, b.text)
 
 
+TIME = re.compile(r"\d\d?:[0-5]\d")
+
+
 def same_ratio(a: Node, b: Node, ask) -> bool:
-    """2:3 is also 4:6 and 2/3."""
+    """2:3 is also 4:6 and 2/3. What may be times of day is not reduced: 3:30 is not 1:10."""
     if a.kind == b.kind and len(a.parts) == len(b.parts) and all(map(equal, a.parts, b.parts, [ask] * len(a.parts))):
         return True
+    if TIME.fullmatch(squeeze(a.text)) and TIME.fullmatch(squeeze(b.text)):
+        return False
     if any(len(node.parts) not in (0, 2) or any(part.mark for part in node.parts) for node in (a, b)):
         return False
     a, b = (

@@ -93,7 +93,7 @@ NUMERALS = {word: value for value, word in enumerate(NUMERALS.split())}
 CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 INNER = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces, with two levels of braces in it
 THOUSANDS = r"^((?:\(?[A-J]\) ?)?[^\d,()\[\]{}]*[1-9]\d{0,2})((?:[, ]\d{3})+)(?![\d,])(?=[^,()\[\]]*$)"
-BASED = r"(?<![\w.^\\])(\d[\dA-Z]*)(?:\.(\d+))?_(?:(\d)|\{ ?(?:base )?(\w+) ?\})"
+BASED = r"(?<![\w.^\\])([A-Z]*\d[\dA-Z]*)(?:\.(\d+))?_(?:(\d)|\{ ?(?:base )?(\w+) ?\})"
 
 
 def text_or_not(match: re.Match) -> str:
@@ -110,6 +110,10 @@ def based(match: re.Match) -> str:
         return latex(Fraction(int(whole + part, base), base ** len(part))) if base > 1 else match[0]
     except ValueError:  # 5_2, 3_{40}
         return match[0]
+
+
+def noon(match: re.Match) -> str:
+    return r"\text{" + (match[1] or match[2] or match[3]).lower() + "m}"
 
 
 def repeating(match: re.Match) -> str:
@@ -158,6 +162,9 @@ AFTER_TOKENS = [
     (r"_\{\\text\{([^{}]*)\}\}", r"_{\1}"),
     (r"(?<=[_^])(\d\d+|[+-]\d+)", r"{\1}"),
     (r"\^\{ ?\\circ ?\}", r"^\\circ "),
+    # The time of day, ordinals
+    (r"\\text\{ ?([AaPp])\.? ?[Mm]\.? ?\}|(?<=\d) ?([AP])M$|(?<=\d) ?([ap])\.m\.?$", noon),
+    (r"\^\{? ?\\text\{ ?(st|nd|rd|th) ?\} ?\}?|\^\{ ?(st|nd|rd|th) ?\}", r"\\text{\1\2}"),
     # Numerals in other bases, repeating decimals
     (r"(?<=\w) ?(?:\\text\{ ?(?:in )?base ?\}|base) ?(\d+)", r"_{\1}"),
     (r"\((\d+)\)_", r"\1_"),
