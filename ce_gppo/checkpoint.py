@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import threading
 from dataclasses import asdict, dataclass
@@ -164,7 +163,7 @@ def newest(run: Path) -> Path | None:
     for folder in reversed(all_of(run)):
         if (problem := damage(folder)) is None:
             return folder
-        print(f"{folder} is damaged ({problem}); going back to the one before", file=sys.stderr)
+        dist.say(f"{folder} is damaged ({problem}); going back to the one before", warning=True)
     return None
 
 
@@ -180,9 +179,11 @@ def step_of(folder: Path) -> int:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, by their checksums."""
     try:
-        sums = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+        sums = dict(json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
         return f"no readable {MANIFEST}"
+    if "trainer.pt" not in sums:
+        return f"{MANIFEST} does not name trainer.pt"
     for name, expected in sums.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

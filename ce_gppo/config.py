@@ -18,9 +18,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from ce_gppo import dist
 from ce_gppo.betas import WITH_BETAS, read_schedule
 from ce_gppo.problems import max_batches
-from ce_gppo.report import wandb_mode
 from ce_gppo.selection import METHODS
-from ce_gppo.types import STARTING, RunEnded, UserError
+from ce_gppo.tracking import check_wandb
+from ce_gppo.types import STARTING, RunEnded, UserError, starting
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -33,6 +33,8 @@ def command(main: Callable, Config: type | None = None, description: str | None 
     """
 
     def run() -> None:
+        dist.open_streams()
+        starting("cannot go on")
         try:
             if Config is None:
                 return main()
@@ -47,6 +49,8 @@ def command(main: Callable, Config: type | None = None, description: str | None 
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except KeyboardInterrupt:  # train.py has an answer of its own
+            sys.exit(130)
         except Exception as error:
             if not STARTING:
                 raise
@@ -83,11 +87,11 @@ def parse(Config: type, arguments: list[str], published: dict[str, dict]) -> tup
     """(configuration, name of a recipe, folder to resume) from train.py's command line, resolved and checked.
 
     published: the objectives' values for settings left at None. The settings of --resume are those of its folder.
-    An unknown setting is a UserError that lists the known ones; so is a WANDB_MODE that W&B does not know.
+    An unknown setting is a UserError that lists the known ones; so is what W&B cannot use in the environment.
     """
     import tyro
 
-    wandb_mode()
+    check_wandb()
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", default="")
@@ -220,23 +224,29 @@ def read_recipe(Config: type, name: str, children: tuple[str, ...] = ()) -> dict
         values = tomllib.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not TOML ({error}); lines of `name = value` are needed") from None
-    types, parent, inherited = typing.get_type_hints(Config), values.pop("extends", None), {}
+    parent, inherited = values.pop("extends", None), {}
     if parent is not None:
         if not isinstance(parent, str):
             raise UserError(f"{path}: extends = {parent!r}, where the name of a recipe is needed")
         inherited = read_recipe(Config, parent, (*children, name))
+    return inherited | typed(Config, values, path)
+
+
+def typed(Config: type, values: dict, path: Path) -> dict:
+    """Settings from the file `path`, each of its field's type. UserError for an unknown name or another type."""
+    types = typing.get_type_hints(Config)
     if unknown := values.keys() - types.keys():
         raise UserError(f"{path}: unknown settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(types))}")
     for key, value in values.items():
         kinds = typing.get_args(types[key]) or (types[key],)  # any one of a union
-        if type(value) is int and float in kinds:
+        if type(value) is int and float in kinds and abs(value) < 2**53:
             values[key] = value = float(value)
         if value == "None" and type(None) in kinds:  # as on the command line: TOML has no value for it
             values[key] = value = None
         if type(value) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
             raise UserError(f"{path}: {key} = {value!r}, where {names} is needed")
-    return inherited | values
+    return values
 
 
 def saved_config(Config: type, folder: str):
@@ -246,11 +256,11 @@ def saved_config(Config: type, folder: str):
         raise UserError(f"--resume {folder}: no config.json there, so it is not the folder of a run")
     try:
         saved = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError):
+        saved = typed(Config, saved, path)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path}: not the settings of a run; it may be half-written, and the run has no step then"
         ) from None
-    known = {field.name for field in dataclasses.fields(Config)}
-    if unknown := saved.keys() - known:
-        raise UserError(f"{path}: unknown settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    if missing := ", ".join(field.name for field in dataclasses.fields(Config) if field.name not in saved):
+        dist.say(f"{path} has no {missing}: the defaults are used", warning=True)
     return Config(**saved)

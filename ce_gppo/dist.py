@@ -34,7 +34,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def is_main() -> bool:
@@ -53,6 +53,19 @@ def say(message: str, warning: bool = False) -> None:
             print(f"WARNING: {message}" if warning else message, file=stream, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_streams() -> None:
+    """Closed outputs (`2>&-`) become /dev/null, or the next file that is opened would get what is printed.
+
+    Characters that a terminal's encoding lacks are printed as escapes.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: the one that was closed
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+        if name != "stdin":
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

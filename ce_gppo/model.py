@@ -1,6 +1,5 @@
 """The trained model: loading it, refusing what would train wrongly, and its weights by their checkpoint names."""
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +157,11 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
             "docs/models.md lists those that train"
         ) from None
     alone = torch.cat([policy(collate([response]), 1.0)[0][0] for response in responses])
+    if not alone.std() > 0:  # NaN, or the same everywhere
+        raise UserError(
+            f"model '{path}': its logprobs are {alone[0].item():.3g} for every token, so its weights are damaged, or "
+            "stored in a way that config.json does not tell"
+        )
     difference = (together - alone).abs().max().item()
     if not difference < 1e-4 * alone.std():  # rounding gives 1e-5 at most, a convolution 1e-3 and more
         raise UserError(
@@ -169,8 +173,11 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
 def stop_token_ids(model: str, tokenizer) -> list[int]:
     """Every end-of-sequence id that the tokenizer, the configuration or the generation configuration names."""
     named = [tokenizer.eos_token_id, AutoConfig.from_pretrained(model, trust_remote_code=False).eos_token_id]
-    with contextlib.suppress(OSError):  # a model need not have one
+    try:
         named.append(GenerationConfig.from_pretrained(model).eos_token_id)
+    except OSError as error:  # a model need not have one, but one that cannot be read may name another end
+        if (Path(model) / "generation_config.json").exists():
+            raise UserError(f"model '{model}': generation_config.json cannot be read: {error}") from None
     ids: set[int] = set()
     for entry in named:
         ids.update(entry if isinstance(entry, list) else [] if entry is None else [entry])

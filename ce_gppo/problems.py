@@ -41,7 +41,7 @@ def load_rows(path: str) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error}); one object a line is needed") from None
         if problem := _problem_with(row):
             raise UserError(f"{path}, line {number}: {problem}")
@@ -62,13 +62,16 @@ def _problem_with(row) -> str | None:
             return f"'{key}' is {json.dumps(row[key])[:40]}, where a string is needed"
     if not row["answer"].strip():
         return "'answer' is empty: no response could ever be right"
+    if not row["source"].strip() or not row["source"].isprintable():
+        return f"'source' is {json.dumps(row['source'])[:40]}; it names metrics, so a printable name is needed"
     if not isinstance(row["prompt"], list) or not row["prompt"]:
         return "'prompt' is no list of messages {role, content}"
     for message in row["prompt"]:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             return "a message of 'prompt' lacks a string for 'role' or 'content'"
-        if any("\ud800" <= character <= "\udfff" for character in message["content"]):
-            return "a message of 'prompt' has half of a surrogate pair, which is no text"
+    texts = [row["answer"], *(message[key] for message in row["prompt"] for key in ("role", "content"))]
+    if any("\ud800" <= character <= "\udfff" for character in "".join(texts)):
+        return "it has half of a surrogate pair, which is no text"
     if row["prompt"][-1]["role"] == "assistant":
         return "the last message of 'prompt' is the assistant's; the policy writes that one"
     return None
@@ -102,8 +105,12 @@ def load_problems(
             raise UserError(f"{path}, problem {number}: the chat template refuses it: {error}") from None
         # The template writes its own beginning-of-sequence token; the tokenizer must not add a second one.
         ids = tokenizer.encode(prompt, add_special_tokens=False)
+        if not ids:
+            raise UserError(f"{path}, problem {number}: its prompt has no tokens; the tokenizer's files are not whole")
         if len(ids) <= max_prompt_tokens:
             problems.append(Problem(prompt, ids, row["answer"], row["source"], question))
+    if len({problem.prompt for problem in problems}) == 1 < len({problem.question for problem in problems}):
+        raise UserError(f"{path}: the chat template gives every problem the same prompt, {problems[0].prompt[:60]!r}")
     if not problems:
         raise UserError(f"{path}: every prompt is longer than max_prompt_tokens = {max_prompt_tokens}; raise it")
     return problems, len(rows) - len(problems)
@@ -150,6 +157,11 @@ REFILL_BATCHES = 3  # of prompts in a step, at most
 def max_batches(config) -> int:
     """Batches of prompts that a step may sample: more than one only with filter_groups = refill."""
     return REFILL_BATCHES if config.filter_groups == "refill" else 1
+
+
+def updates_of_step(config) -> int:
+    """At most so many: fewer where fewer groups have a signal."""
+    return config.max_kept_prompts // config.mini_batch_prompts * config.epochs
 
 
 def problems_of_batch(problems: list[Problem], batch: int, count: int, seed: int) -> list[Problem]:

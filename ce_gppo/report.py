@@ -1,13 +1,9 @@
 """What a run writes: metrics, samples and tokens as JSONL, W&B, a bar or lines on a terminal, the table at the end."""
 
 import contextlib
-import dataclasses
-import hashlib
 import itertools
 import json
 import math
-import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +15,10 @@ from ce_gppo import dist
 from ce_gppo.advice import advice
 from ce_gppo.entropy import quadrants
 from ce_gppo.forward import flatten
-from ce_gppo.metrics import ALL
-from ce_gppo.problems import max_batches
+from ce_gppo.problems import max_batches, updates_of_step
 from ce_gppo.tokens import token_rows
-from ce_gppo.types import Problem, Response, UserError
+from ce_gppo.tracking import finish_wandb, start_wandb
+from ce_gppo.types import Problem, Response
 
 LOGGED_SAMPLES = 4  # responses per step in samples.jsonl and in W&B
 
@@ -91,7 +87,7 @@ class Report:
                 self.file.write(json.dumps(row) + "\n")
                 self.file.flush()
             for file, more in ((self.samples, samples), (self.tokens, tokens)):
-                file.writelines(json.dumps({"step": row["step"], **each}) + "\n" for each in more)
+                file.writelines(strict_json({"step": row["step"], **each}) + "\n" for each in more)
                 file.flush()
         except OSError as error:
             dist.say(f"{self.path} is not written ({error}); trying again after the next step", warning=True)
@@ -138,7 +134,8 @@ class Report:
     def close(self, checkpoints: list[Path]) -> None:
         """The table at the end: what changed, how fast, where the time went, where things are. Then the advice."""
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self.bar.close()
         rows = []
         for name in self.accuracy_names():
             rows.append((f"accuracy, {name}", f"{self.first(name):.3f} -> {self.latest(name):.3f}"))
@@ -169,24 +166,25 @@ class Report:
             rows.append(("checkpoint", str(checkpoints[-1])))
         rows.append(("curves", str(self.path)))
         if self.wandb:
-            offline = self.wandb.settings.mode == "offline"
-            self.wandb.finish()
-            wandb_command = os.path.relpath(Path(sys.executable).with_name("wandb"))
-            # Each start of a resumed run has left a folder; together, in their order, they are one run.
-            parts = sorted(Path(self.wandb.dir).parents[1].glob("offline-run-*"))
-            synced = (
-                f"{wandb_command} sync --id {self.wandb.id} {shlex.join(map(str, parts))}"
-                if offline
-                else self.wandb.url
-            )
-            rows.append(("W&B, offline; upload with" if offline else "W&B", synced))
+            try:
+                rows.append(finish_wandb(self.wandb))
+            except Exception as error:  # all else is on the disk
+                dist.say(f"W&B has failed at the end ({error})", warning=True)
         width = max(len(name) for name, _ in rows)
         dist.say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
         if sentences := advice(self.history, self.config):
             dist.say("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
-        self.file.close()
-        self.samples.close()
-        self.tokens.close()
+        for file in (self.file, self.samples, self.tokens):
+            with contextlib.suppress(OSError):  # a full disk, of which there was a warning
+                file.close()
+
+
+def strict_json(value) -> str:
+    """JSON with null for what is not finite, as in a token's row when the policy has become NaN: JSON has no NaN."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None))
 
 
 def drop_later_steps(path: Path, last_step: int) -> list[dict]:
@@ -194,85 +192,17 @@ def drop_later_steps(path: Path, last_step: int) -> list[dict]:
     rows = []
     if not path.exists():
         return rows
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    rows = [row for row in rows if row["step"] <= last_step]
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            rows += [row] if row["step"] <= last_step else []
     aside = path.with_suffix(".partial")
     aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     aside.replace(path)
     return rows
 
 
-def start_wandb(folder: Path, config, run_id: str):
-    """A W&B run, or None where WANDB_MODE=disabled. Offline without a key: nothing here asks for an account.
-
-    It belongs to the project WANDB_PROJECT, by default ce-gppo, of WANDB_ENTITY, by default the key's owner.
-
-    A resumed run has the run_id of before, and goes on in the same W&B run.
-    """
-    mode = wandb_mode()
-    if mode == "disabled":
-        return None
-    import wandb
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    options = {"project": os.environ.get("WANDB_PROJECT", "ce-gppo"), "group": group_of(config), "name": folder.name}
-    options |= {"dir": folder, "id": run_id, "mode": mode}
-    if mode != "offline":
-        options |= {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
-    try:
-        run = wandb.init(**options, config=dataclasses.asdict(config))
-    except Exception as error:  # no network, or a key that is not valid
-        dist.say(f"W&B cannot be reached, logging offline ({error})", warning=True)
-        wandb.teardown()  # or the run's id counts as taken
-        run = wandb.init(**options | {"mode": "offline", "resume": None}, config=dataclasses.asdict(config))
-    run.define_metric("step", hidden=True)
-    for group in dict.fromkeys(name.partition("/")[0] for metric in ALL for name in metric.each()):
-        if group == "update_<k>":  # logged, without charts of their own
-            for k in range(1, updates_of_step(config) + 1):
-                run.define_metric(f"update_{k}/*", step_metric="step", hidden=True)
-        else:
-            run.define_metric(f"{group}/*", step_metric="step")
-    return run
-
-
-def group_of(config) -> str:
-    """The same name for runs that differ only in their seed and in where they are written."""
-    settings = dataclasses.asdict(config)
-    for name in ("seed", "run_name", "out"):
-        del settings[name]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return f"{config.objective}-{digest[:6]}"
-
-
-def wandb_mode() -> str | None:
-    """WANDB_MODE; offline where that is unset and there is no key; None otherwise, which W&B takes for online."""
-    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # W&B refuses an empty value; people mean that there is none
-    mode = os.environ.get("WANDB_MODE")
-    if mode not in (None, "online", "offline", "shared", "disabled"):
-        raise UserError(f"WANDB_MODE={mode}: online, offline, shared or disabled is needed, or none")
-    return mode if mode or _has_wandb_key() else "offline"
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        import netrc
-
-        return "api.wandb.ai" in netrc.netrc(os.environ.get("NETRC") or None).hosts
-    except (OSError, ValueError, SyntaxError):
-        return False
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def updates_of_step(config) -> int:
-    """At most so many: fewer where fewer groups have a signal."""
-    return config.max_kept_prompts // config.mini_batch_prompts * config.epochs
 
 
 def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: str, step: int) -> str:

@@ -1,11 +1,14 @@
 """The folder of a run: a new one, or one to go on with; and requests to stop."""
 
+import atexit
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +19,12 @@ from pathlib import Path
 import torch
 
 from ce_gppo import checkpoint, dist
-from ce_gppo.types import Response, RunEnded, Update, UserError
+from ce_gppo.types import Response, RunEnded, Update, UserError, starting
 from ce_gppo.verifier import sources as rewards
 
 ROOT = Path(__file__).parents[1]
+COPIES = re.compile(r"source(-from-step-\d{6,})?")  # a folder with another name is its user's
+WHOLE = 2**28  # bytes: a quarter of a second
 MAX_SKIPPED_UPDATES = 5  # in a row, before the run ends
 MAX_NO_SIGNAL = 20  # rollouts in a row in which every group has equal rewards, before the run ends
 
@@ -30,6 +35,7 @@ def locate(config, resume: str) -> tuple[Path, Path | None]:
     UserError where the folder belongs to another run, or where code, data or base model are not those it began with and
     nobody said that it should go on all the same.
     """
+    starting(f"the runs in {config.out} cannot be read")
     folder = Path(resume) if resume else interrupted(config) or new_folder(config)
     last = checkpoint.newest(folder)
     if (folder / "config.json").exists():
@@ -55,10 +61,11 @@ def interrupted(config) -> Path | None:
         finished = (path.parent / f"checkpoint-{config.steps:06d}").exists()
         try:
             same = comparable(json.loads(path.read_text())["config"]) == wanted
-        except (ValueError, KeyError, TypeError):  # not a run's
+        except (OSError, ValueError, KeyError, TypeError):  # not a run's, or nobody may read it
             continue
-        if same and not finished and lock(path.parent, keep=False):
-            return path.parent
+        with contextlib.suppress(OSError):  # somebody else's folder
+            if same and not finished and lock(path.parent, keep=False):
+                return path.parent
     return None
 
 
@@ -79,18 +86,19 @@ def changes(folder: Path, config) -> list[str]:
 
 
 def fingerprints(config) -> dict[str, str]:
-    """A checksum for each file of data, verifiers and base model: of size, first and last MiB, as models are large."""
+    """A checksum for each file of data, verifiers and base model; of WHOLE bytes or more only of size and both ends."""
     paths = [Path(path) for path in f"{config.train_data},{config.eval_data}".split(",")]
     paths += rewards.files(config.rewards)
     if Path(config.model).is_dir():
-        paths += sorted(path for path in Path(config.model).iterdir() if path.is_file())
+        paths += sorted(path for level in ("*", "*/*") for path in Path(config.model).glob(level))
     marks = {}
     for path in paths:
         if path.is_file():
             with path.open("rb") as file:
-                mark = hashlib.sha256(file.read(2**20))
-                file.seek(max(0, path.stat().st_size - 2**20))
-                mark.update(file.read() + str(path.stat().st_size).encode())
+                size = path.stat().st_size
+                mark = hashlib.sha256(file.read(WHOLE if size < WHOLE else 2**20))
+                file.seek(max(file.tell(), size - 2**20))
+                mark.update(file.read() + str(size).encode())
             marks[str(path)] = mark.hexdigest()
     return marks
 
@@ -101,7 +109,7 @@ def sources() -> list[Path]:
 
 def newest_sources(folder: Path) -> Path | None:
     """The copy of the sources that the run used last."""
-    return max(folder.glob("source*"), default=None)
+    return max((path for path in folder.glob("source*") if COPIES.fullmatch(path.name)), default=None)
 
 
 def copy_sources(folder: Path) -> None:
@@ -124,26 +132,40 @@ def new_folder(config) -> Path:
 def claim(folder: Path, config, recipe: str, step: int) -> None:
     """Make the folder and lock it until this process ends. A new run's gets the settings and the sources.
 
-    One that goes on after `step` with other sources gets those, too, in a folder of their own.
+    It is removed again if the process ends before the run begins, as where its model cannot be trained. One that goes
+    on after `step` with other sources gets those, too, in a folder of their own.
 
     UserError if another process trains there, or if the folder cannot be made.
     """
+    starting(f"the run's folder {folder} cannot be written")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); --out names another folder") from None
-    if not lock(folder):
+        locked = lock(folder)
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise UserError(f"{folder}: cannot be made ({error}); --out names another folder") from None
+    if not locked:
         raise UserError(f"{folder}: another process is training there; choose another name with --run-name")
     if (folder / "config.json").exists():
         if any(path.endswith(".py") for path in changes(folder, config)):
             copy_sources(folder / f"source-from-step-{step + 1:06d}")
         return
+    atexit.register(withdraw, folder)
     copy_sources(folder / "source")
     record = {"config": dataclasses.asdict(config), "recipe": recipe, "git_commit": commit(), "command": sys.argv}
     record["inputs"] = fingerprints(config)
     aside = folder / "config.partial"
     aside.write_text(json.dumps(record, indent=2) + "\n")
     aside.rename(folder / "config.json")  # last, and whole: a folder that has it is a run
+
+
+def withdraw(folder: Path) -> None:
+    """Remove what `claim` made for a new run that has not begun: the same command would take it for interrupted."""
+    if not (folder / "metrics.jsonl").exists():
+        shutil.rmtree(folder / "source", ignore_errors=True)
+        for name in ("config.json", ".lock"):
+            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is there
+            folder.rmdir()
 
 
 def commit() -> str | None:

@@ -102,10 +102,10 @@ class Range:
     above: bool = False  # low itself is outside
 
     def problem(self, value: float) -> str | None:
-        if math.isfinite(value) and self.low <= value <= self.high and not (self.above and value == self.low):
+        if self.low <= value <= self.high and value < math.inf and not (self.above and value == self.low):
             return None
         words = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return f"must be {words}" + (f" and at most {self.high:g}" if self.high < math.inf else "")
+        return f"must be {words} and " + (f"at most {self.high:g}" if self.high < math.inf else "finite")
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ GroupSize = Annotated[int, Range(2)]  # advantages compare the responses of a gr
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
+Temperature = Annotated[float, Range(0.01)]  # vLLM takes a lower one for 0.01, without a word
 AboveOne = Annotated[float, Range(1, above=True)]
 ZeroToOne = Annotated[float, Range(0, 1)]
 Share = Annotated[float, Range(0, 1, above=True)]

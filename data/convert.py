@@ -122,6 +122,8 @@ def answer_of(row: dict) -> str | None:
     if answer is None:
         return last_box(row["solution"]) if isinstance(row.get("solution"), str) else None
     parts = answer if isinstance(answer, list) else [answer]  # OlympiadBench: the answers to the parts of a problem
+    if not all(isinstance(part, str | int | float) and part == part for part in parts):  # a dictionary, NaN
+        return None
     return ", ".join(str(part).rpartition("####")[2].strip() for part in parts) or None
 
 

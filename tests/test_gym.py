@@ -122,7 +122,7 @@ def test_from_the_row_to_the_score(stand_in, capsys):
     answers, verifiers = zip(*[(problem.answer, problem.verifier) for problem in says.values()], strict=True)
     start = time.monotonic()
     assert score(list(says), answers, verifiers, timeout=2.0) == [0.05, 1, 1, 0.05, 0, 1, 0]
-    assert time.monotonic() - start < 60 and "1 of 7 answers scored 0 after 2 s" in capsys.readouterr().out
+    assert time.monotonic() - start < 60 and "1 of 7 answers scored 0 after 2 s" in capsys.readouterr().err
 
 
 def test_full_credit_only_and_errors_are_wrong(stand_in):

@@ -14,7 +14,7 @@ PACKAGE = [  # each may import those above it, and those on its own line
     {"types", "verifier", "objectives", "corrections"},
     {"dist", "entropy", "betas", "selection"},
     {"forward", "tokens", "problems", "checkpoint", "metrics", "advice"},
-    {"model", "perf", "config", "runs", "report", "evaluation", "reference", "critic"},
+    {"model", "perf", "config", "runs", "report", "tracking", "evaluation", "reference", "critic"},
 ]
 LOSS = ("loss.py", "ce_gppo/objectives.py", "ce_gppo/corrections.py")
 SCRIPTS = {"train", "rollout", "reward", "loss"}

@@ -14,7 +14,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import loss
 import train
-from ce_gppo import config, metrics, report
+from ce_gppo import config, metrics, report, tracking
 from ce_gppo.types import Problem, Response, UserError
 from helpers import ROOT, resolved
 from reward import extract_answer
@@ -125,11 +125,11 @@ def test_without_a_key_nothing_asks_for_one(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("NETRC", raising=False)
-    assert not report._has_wandb_key()
+    assert not tracking._has_wandb_key()
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert report._has_wandb_key()
+    assert tracking._has_wandb_key()
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert report.start_wandb(tmp_path, None, "x") is None
+    assert tracking.start_wandb(tmp_path, None, "x") is None
 
 
 def test_without_a_network_it_logs_offline_into_the_same_run(monkeypatch, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_without_a_network_it_logs_offline_into_the_same_run(monkeypatch, tmp_pa
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_MODE", "online")
-    report.start_wandb(tmp_path, resolved(), "abc")
+    tracking.start_wandb(tmp_path, resolved(), "abc")
     assert [(call["mode"], call["id"]) for call in calls] == [("online", "abc"), ("offline", "abc")]
     assert "no route to host" in capsys.readouterr().err
 
@@ -267,13 +267,13 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
     (tmp_path / "keys").write_text("machine api.wandb.ai login user password " + "0" * 40)
     (tmp_path / "keys").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
-    assert report._has_wandb_key()
+    assert tracking._has_wandb_key()
 
 
 def test_runs_are_grouped_by_everything_except_the_seed():
-    name = report.group_of(resolved())
-    assert name == report.group_of(resolved(seed=3, run_name="x", out="y"))
-    assert name.startswith("ce_gppo-") and name != report.group_of(resolved(lr=3e-5))
+    name = tracking.group_of(resolved())
+    assert name == tracking.group_of(resolved(seed=3, run_name="x", out="y"))
+    assert name.startswith("ce_gppo-") and name != tracking.group_of(resolved(lr=3e-5))
 
 
 def test_what_wandb_makes_of_the_sweep_file_is_a_command_line_of_train():

@@ -344,7 +344,7 @@ def test_an_own_function_gives_parts_and_cannot_hold_up_the_run(mine, tmp_path, 
     right, wrong = {"correctness": 1, "short": 0.5}, {"correctness": 0, "short": 0.5}
     nothing, plain = {"correctness": 0}, {"correctness": 0, "short": 0}
     assert found == [right, wrong, nothing, nothing, plain, {"correctness": 1}]
-    assert "2 of 6 answers scored 0 after 2 s, or a crash" in capsys.readouterr().out
+    assert "2 of 6 answers scored 0 after 2 s, or a crash" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from ce_gppo.config import command
 from ce_gppo.model import load_model
 from ce_gppo.problems import check_file
-from ce_gppo.report import wandb_mode
+from ce_gppo.tracking import check_wandb, wandb_mode
 from ce_gppo.types import UserError
 from rollout import prepare_environment
 from train import Config as Defaults
@@ -53,20 +53,23 @@ def gpus() -> tuple[str, bool]:
 
 def main(config: Config) -> None:
     prepare_environment()
+    check_wandb()
     gpu, usable = gpus()
     where = Path(config.out)
-    disk = shutil.disk_usage(where if where.is_dir() else ".").free / GIB
     memory = psutil.virtual_memory()
     rows = {
         "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "packages": ", ".join(version(name) for name in ("torch", VLLM, "transformers")),
         "GPU": gpu,
         "memory": f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB free",
-        "disk": f"{disk:.0f} GiB free for {config.out}",
         "W&B": wandb_mode() or "online",
     }
     problems = [] if usable else ["the GPU"]
-    for name, check in (("data", check_data), ("model", lambda: check_model(config.model))):
+    for name, check in (
+        ("disk", lambda: check_out(where)),
+        ("data", check_data),
+        ("model", lambda: check_model(config.model)),
+    ):
         try:
             rows[name] = check()
         except UserError as error:
@@ -76,6 +79,13 @@ def main(config: Config) -> None:
         print(f"{name:<10}{text}")
     if problems:
         raise UserError(f"training would not start because of {' and '.join(problems)}")
+
+
+def check_out(folder: Path) -> str:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {folder}: cannot be made, or not be written")
+    return f"{shutil.disk_usage(there).free / GIB:.0f} GiB free for {folder}"
 
 
 def check_data() -> str:

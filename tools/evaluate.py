@@ -92,6 +92,11 @@ def main(config: Config) -> None:
     print(f"responses  {path}" + (f", {done} problems were there already" if done else ""), flush=True)
 
     if done < len(problems):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")  # now, not after minutes
+        except OSError as error:
+            raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
         prepare_environment()
         engine = Engine(
             config.model,
@@ -100,8 +105,7 @@ def main(config: Config) -> None:
             gpu_memory_utilization=config.gpu_memory_utilization,
             seed=config.seed,
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
+        with file:
             if not rows:
                 file.write(json.dumps({"settings": settings, "problems": len(problems)}) + "\n")
             for number in tqdm(range(done // size, len(chunks)), unit="chunk", disable=None):
@@ -166,14 +170,16 @@ def read_results(path: Path) -> tuple[dict, list[dict]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; evaluate.py writes such files, and says where")
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             break
-    if not rows or not isinstance(rows[0], dict) or rows[0].keys() != {"settings", "problems"}:
+    header, *others = rows or [None]
+    whole = isinstance(header, dict) and header.keys() == {"settings", "problems"}
+    if not whole or not isinstance(header["settings"], dict) or not all(isinstance(row, dict) for row in others):
         raise UserError(f"{path}: not a result file of evaluate.py; its first line has no settings")
-    return rows[0], rows[1:]
+    return header, others
 
 
 def resumed(path: Path, settings: dict, chunk_rows: list[int]) -> list[dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ce_gppo.types import Problem, UserError
 from ce_gppo.verifier import custom
-from ce_gppo.verifier.workers import check
+from ce_gppo.verifier.workers import check, judge
 
 EVERY = ""  # stands for every source that has no entry of its own
 
@@ -35,7 +35,8 @@ def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -
     """(which verifier each source has, in words; the sets of problems, each problem with its verifier).
 
     verifiers: reward.VERIFIERS. UserError, now and not after hours, for an unknown source or verifier, for a function
-    that cannot be imported, and for a true answer that its verifier cannot read.
+    that cannot be imported, or that raises or returns nonsense for an empty response, and for a true answer that its
+    verifier cannot read.
     """
     chosen, sources = read_rewards(rewards), sorted({problem.source for problem in itertools.chain(*sets)})
     if unknown := sorted(chosen.keys() - {EVERY, *sources}):
@@ -43,6 +44,8 @@ def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -
     names = {source: chosen.get(source) or chosen.get(EVERY) or by_name(source, verifiers) for source in sources}
     full = {source: name if name in verifiers else outside(name, source, verifiers) for source, name in names.items()}
     check(set(full.values()) - verifiers.keys())
+    some = {full[p.source]: p.answer for p in itertools.chain(*sets) if full[p.source] not in verifiers}
+    judge([(name, "", answer) for name, answer in some.items()], timeout=3.0, num_workers=1, budget=60.0)
     assigned = [[replace(p, verifier=full[p.source]) for p in problems] for problems in sets]
     for problem in itertools.chain(*assigned):
         if problem.verifier in verifiers:

@@ -1,0 +1,106 @@
+"""W&B: a run's start there, online or offline, and what the environment says about it."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from ce_gppo import dist
+from ce_gppo.metrics import ALL
+from ce_gppo.problems import updates_of_step
+from ce_gppo.types import UserError
+
+PROJECT = "ce-gppo"
+
+
+def start_wandb(folder: Path, config, run_id: str):
+    """A W&B run; None where WANDB_MODE=disabled, or W&B fails. Offline without a key: nothing here asks for an account.
+
+    It belongs to the project WANDB_PROJECT, by default ce-gppo, of WANDB_ENTITY, by default the key's owner.
+
+    A resumed run has the run_id of before, and goes on in the same W&B run.
+    """
+    mode = wandb_mode()
+    if mode == "disabled":
+        return None
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    options = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "group": group_of(config), "name": folder.name}
+    options |= {"dir": folder, "id": run_id, "mode": mode}
+    if mode != "offline":
+        options |= {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
+    try:
+        run = wandb.init(**options, config=dataclasses.asdict(config))
+    except Exception as error:  # no network, or a key that is not valid
+        dist.say(f"W&B cannot be reached, logging offline ({error})", warning=True)
+        wandb.teardown()  # or the run's id counts as taken
+        try:
+            run = wandb.init(**options | {"mode": "offline", "resume": None}, config=dataclasses.asdict(config))
+        except Exception as again:  # a full disk, a variable that it cannot read
+            dist.say(f"W&B fails and is off, metrics.jsonl goes on ({again})", warning=True)
+            return None
+    run.define_metric("step", hidden=True)
+    for group in dict.fromkeys(name.partition("/")[0] for metric in ALL for name in metric.each()):
+        if group == "update_<k>":  # logged, without charts of their own
+            for k in range(1, updates_of_step(config) + 1):
+                run.define_metric(f"update_{k}/*", step_metric="step", hidden=True)
+        else:
+            run.define_metric(f"{group}/*", step_metric="step")
+    return run
+
+
+def finish_wandb(run) -> tuple[str, str]:
+    """End the run. Returns what it is, and its address or the command that uploads it."""
+    offline = run.settings.mode == "offline"
+    run.finish()
+    if not offline:
+        return "W&B", run.url
+    command = os.path.relpath(Path(sys.executable).with_name("wandb"))
+    # Each start of a resumed run has left a folder; together, in their order, they are one run.
+    parts = sorted(Path(run.dir).parents[1].glob("offline-run-*"))
+    return "W&B, offline; upload with", f"{command} sync --id {run.id} {shlex.join(map(str, parts))}"
+
+
+def group_of(config) -> str:
+    """The same name for runs that differ only in their seed and in where they are written."""
+    settings = dataclasses.asdict(config)
+    for name in ("seed", "run_name", "out"):
+        del settings[name]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{config.objective}-{digest[:6]}"
+
+
+def wandb_mode() -> str | None:
+    """WANDB_MODE; offline where that is unset and there is no key; None otherwise, which W&B takes for online."""
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # W&B refuses an empty value; people mean that there is none
+    mode = os.environ.get("WANDB_MODE")
+    if mode not in (None, "online", "offline", "shared", "disabled"):
+        raise UserError(f"WANDB_MODE={mode}: online, offline, shared or disabled is needed, or none")
+    return mode if mode or _has_wandb_key() else "offline"
+
+
+def check_wandb() -> None:
+    """UserError for a WANDB_MODE or WANDB_PROJECT that W&B does not take."""
+    if wandb_mode() != "disabled" and (project := os.environ.get("WANDB_PROJECT")):
+        import wandb
+
+        try:
+            wandb.Settings(project=project)
+        except Exception as error:
+            raise UserError(f"WANDB_PROJECT={project}: {error}; WANDB_ENTITY names its owner") from None
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        import netrc
+
+        return "api.wandb.ai" in netrc.netrc(os.environ.get("NETRC") or None).hosts
+    except (OSError, ValueError, SyntaxError):
+        return False

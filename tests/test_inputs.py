@@ -1,0 +1,226 @@
+"""Files, settings and streams that are not what they should be: one sentence each, and nothing silent."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import loss
+from ce_gppo import checkpoint, config, model, report, runs, tracking
+from ce_gppo.problems import load_problems
+from ce_gppo.types import Count, Problem, Range, UserError
+from ce_gppo.verifier import sources
+from data.convert import answer_of
+from helpers import ROOT, environment, resolved
+from reward import VERIFIERS
+from tools import doctor, evaluate
+from train import Config
+
+ROW = {"prompt": [{"role": "user", "content": "1 + 1"}], "answer": "2", "source": "sums"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400])
+def test_a_range_knows_every_number(value):
+    (positive,) = Count.__metadata__
+    assert (positive.problem(value) is None) == (value == 10**400)
+    assert "at most 1" in Range(0, 1).problem(value)
+
+
+@pytest.mark.parametrize(
+    "saved, message",
+    [
+        ({"lr": "fast"}, "lr = 'fast', where float is needed"),
+        ({"steps": 1.5}, "steps = 1.5, where int is needed"),
+        ({"lr": None}, "lr = None, where float is needed"),
+        ({"lr": 10**400}, "where float is needed"),
+        ([], "not the settings of a run"),
+        (None, "not the settings of a run"),
+    ],
+)
+def test_the_settings_of_a_resumed_run_have_their_types(tmp_path, saved, message):
+    (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
+    with pytest.raises(UserError, match=re.escape(message)):
+        config.parse(Config, ["--resume", str(tmp_path)], loss.PUBLISHED)
+
+
+def test_a_resumed_run_without_a_setting_says_that_it_has_the_default(tmp_path, capsys):
+    settings = resolved().__dict__.copy()
+    del settings["kl_coef"]
+    (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
+    assert config.parse(Config, ["--resume", str(tmp_path)], loss.PUBLISHED)[0] == resolved()
+    assert "has no kl_coef: the defaults are used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (ROW | {"source": ""}, "a printable name is needed"),
+        (ROW | {"source": "a\nb"}, "a printable name is needed"),
+        (ROW | {"answer": "\ud800"}, "half of a surrogate pair"),
+        (ROW | {"prompt": [{"role": "\ud800", "content": "x"}]}, "half of a surrogate pair"),
+        ("[" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(tokenizer, write_rows, row, message):
+    with pytest.raises(UserError, match=message):
+        load_problems(write_rows(row), tokenizer, 64)
+
+
+@pytest.mark.parametrize("template, message", [("", "no tokens"), ("hello", "gives every problem the same prompt")])
+def test_a_chat_template_that_leaves_the_problem_out_is_refused(tokenizer, write_rows, monkeypatch, template, message):
+    other = ROW | {"prompt": [{"role": "user", "content": "2 + 2"}]}
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=message):
+        load_problems(write_rows(ROW, other), tokenizer, 64)
+
+
+@pytest.mark.parametrize("factor, shown", [(math.nan, "nan"), (0.0, "")])
+def test_weights_that_are_damaged_are_called_so(tiny_folder, factor, shown):
+    weights = load_file(tiny_folder / "model.safetensors")
+    path = tiny_folder / "model.safetensors"
+    save_file({name: tensor * factor for name, tensor in weights.items()}, path, {"format": "pt"})
+    with pytest.raises(UserError, match=f"its logprobs are {shown}.* for every token, so its weights are damaged"):
+        model.load_model(str(tiny_folder))
+
+
+def test_a_generation_config_that_cannot_be_read_is_not_taken_for_a_missing_one(tiny_folder, tokenizer):
+    file = tiny_folder / "generation_config.json"
+    file.write_text("{")
+    with pytest.raises(UserError, match="generation_config.json cannot be read"):
+        model.stop_token_ids(str(tiny_folder), tokenizer)
+    file.unlink()
+    assert model.stop_token_ids(str(tiny_folder), tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_a_function_that_raises_is_told_before_the_first_step(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(response): return 1.0\n")
+    with pytest.raises(UserError, match="raised TypeError.*2 were given"):
+        sources.assign(f"{tmp_path}/mine.py:score", VERIFIERS, [Problem("", [1], "2", "sums")])
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", "3", '{"config.json": "0"}'])
+def test_a_manifest_that_lists_no_state_is_damage(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    assert checkpoint.damage(tmp_path)
+
+
+def test_an_edit_in_the_middle_of_a_data_file_is_seen(tmp_path):
+    rows, base = tmp_path / "rows.jsonl", tmp_path / "base"
+    (base / "additional_chat_templates").mkdir(parents=True)
+    nested = base / "additional_chat_templates" / "tool_use.jinja"
+    nested.write_text("a")
+    rows.write_bytes(b"0" * 5_000_000)
+    settings = resolved(train_data=str(rows), eval_data=str(rows), model=str(base))
+    before = runs.fingerprints(settings)
+    with rows.open("r+b") as file:
+        file.seek(2_500_000)
+        file.write(b"1")
+    nested.write_text("b")
+    after = runs.fingerprints(settings)
+    assert {path for path in before if before[path] != after[path]} == {str(rows), str(nested)}
+
+
+def test_a_users_own_copy_of_the_sources_is_none_of_the_runs(tmp_path):
+    for name in ("source", "source-from-step-000021", "source-old", "sources"):
+        (tmp_path / name).mkdir()
+    assert runs.newest_sources(tmp_path).name == "source-from-step-000021"
+
+
+def test_a_start_that_is_refused_leaves_no_run(tmp_path):
+    """The same command would take it for an interrupted one. A run that has begun stays."""
+    code = (
+        "import sys; from pathlib import Path; from ce_gppo import runs; from helpers import resolved\n"
+        "runs.claim(Path(sys.argv[1]), resolved(), '', 0)\n"
+        "len(sys.argv) > 2 and (Path(sys.argv[1]) / 'metrics.jsonl').touch()\n"
+        "sys.exit(2)"
+    )
+    for name, more in (("refused", []), ("begun", ["x"])):
+        command = [sys.executable, "-c", code, str(tmp_path / name), *more]
+        assert subprocess.run(command, cwd=ROOT, env=environment()).returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["begun"]
+    assert (tmp_path / "begun" / "config.json").exists()
+
+
+def test_a_folder_that_nobody_may_lock_is_another_persons(tmp_path):
+    settings = resolved(out=str(tmp_path))
+    (tmp_path / "theirs" / ".lock").mkdir(parents=True)  # cannot be opened, as without the permission
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({"config": settings.__dict__}))
+    assert runs.interrupted(settings) is None
+    with pytest.raises(UserError, match="cannot be made"):
+        runs.claim(tmp_path / "theirs", settings, "", 0)
+
+
+def test_closed_streams_and_an_encoding_without_the_characters_cost_nothing():
+    code = (
+        "import sys; from ce_gppo.config import command; from ce_gppo import dist\n"
+        "def main():\n    dist.say('\\u03b2 \\ud800'); print('more', file=sys.stderr); sys.exit(7)\ncommand(main)"
+    )
+    for redirections in ("", "<&- >&- 2>&-"):
+        line = f'{sys.executable} -c "$CODE" {redirections}'
+        variables = environment(CODE=code, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=variables, capture_output=True, text=True)
+        assert done.returncode == 7 and done.stdout == ("" if redirections else "\\u03b2 \\ud800\n"), done
+
+
+def test_an_error_before_anything_was_said_to_start_is_a_sentence():
+    code = "from ce_gppo.config import command\ncommand(lambda: open('/nowhere/x'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot go on: FileNotFoundError: " in done.stderr
+    os.unlink(re.search(r"; (\S+) has the whole traceback", done.stderr)[1])
+
+
+def test_a_wandb_project_that_is_none_is_refused_and_a_failing_wandb_is_off(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "me/ce-gppo")
+    with pytest.raises(UserError, match="WANDB_PROJECT=me/ce-gppo: Invalid project name"):
+        config.parse(Config, [], loss.PUBLISHED)
+
+    def init(**_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "teardown", lambda: None)
+    assert tracking.start_wandb(tmp_path, resolved(), "abc") is None
+    assert "W&B fails and is off" in capsys.readouterr().err
+
+
+def test_a_runs_files_are_json_whatever_is_not_finite(tmp_path):
+    row = {"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": 0.5, "text": "NaN"}
+    assert json.loads(report.strict_json(row)) == {"a": None, "b": [None, {"c": None}], "d": 0.5, "text": "NaN"}
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n3\n{"other": 1}\n\xff\0\0\n{"step": 2}\n{"st')
+    assert report.drop_later_steps(tmp_path / "metrics.jsonl", 1) == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe", b'{"settings": 3, "problems": 1}\n', b'{"settings": {}, "problems": 1}\n3\n']
+)
+def test_what_is_no_result_file_is_called_so(tmp_path, line):
+    (tmp_path / "results.jsonl").write_bytes(line)
+    with pytest.raises(UserError, match="not a result file of evaluate.py"):
+        evaluate.read_results(tmp_path / "results.jsonl")
+
+
+def test_results_that_cannot_be_written_are_told_before_the_engine_starts(tiny_folder, write_rows):
+    bench = write_rows(ROW)
+    with pytest.raises(UserError, match="--out .*: cannot be written"):
+        evaluate.main(evaluate.Config(model=str(tiny_folder), bench=bench, max_response_tokens=8, out="/dev/null/x"))
+
+
+@pytest.mark.parametrize("answer", [math.nan, {"value": 2}, [{"value": 2}], [2, math.nan]])
+def test_an_answer_that_is_neither_text_nor_number_is_none(answer):
+    assert answer_of({"answer": answer}) is None
+
+
+def test_doctor_finds_a_folder_of_runs_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    assert "GiB free" in doctor.check_out(tmp_path / "new" / "out")
+    with pytest.raises(UserError, match="cannot be made"):
+        doctor.check_out(tmp_path / "file" / "out")
