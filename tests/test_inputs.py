@@ -224,3 +224,8 @@ def test_doctor_finds_a_folder_of_runs_that_cannot_be(tmp_path):
     assert "GiB free" in doctor.check_out(tmp_path / "new" / "out")
     with pytest.raises(UserError, match="cannot be made"):
         doctor.check_out(tmp_path / "file" / "out")
+
+
+def test_a_temperature_that_vllm_would_raise_is_refused():
+    with pytest.raises(UserError, match=re.escape("temperature = 0.001: must be at least 0.01")):
+        config.parse(Config, ["--temperature", "0.001"], loss.PUBLISHED)
