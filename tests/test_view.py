@@ -106,7 +106,7 @@ def test_rows_of_a_step(tokenizer):
 def test_a_report_keeps_tokens_at_the_first_step_and_at_evaluations(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     response = Response([1], [65, 66], torch.zeros(2), False, "ab", old_logprobs=torch.zeros(2), entropy=torch.ones(2))
-    response.changes = {"ratio": torch.ones(2)}
+    response.changes, response.advantages = {"ratio": torch.ones(2)}, torch.ones(2)
     log = report.Report(tmp_path, resolved(steps=7, eval_every=3), 0, "id", tokenizer)
     what = [[response]], [[response]], [Problem("p", [1], "1", "test")], lambda text, verifier: None
     for step in range(1, 8):
