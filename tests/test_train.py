@@ -194,7 +194,7 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--beta-schedule", "9:0,1", "--objective", "grpo"], "beta_schedule = 9:0,1: objective grpo ignores it"),
         (["--objective", "sapo", "--eps-high", "0.1"], "eps_high = 0.1: objective sapo ignores it"),
         (["--rollout-correction", "is"], "rollout_correction 'is' is unknown; known: none, tis, mask, seq-tis"),
-        (["--temperature", "nan"], "temperature = nan: must be above 0"),
+        (["--temperature", "nan"], "temperature = nan: must be at least 0.01"),
         (["--model", "no/such/model"], "model 'no/such/model': no such folder"),
         (["--train-data", "nothing.jsonl"], "nothing.jsonl: no such file"),
         (["--max-response-tokens", "4096"], "= 4160 is beyond the model's context of 512"),
