@@ -79,16 +79,45 @@ torch.save = dying
 }
 
 
+# One line each: a stop request in the middle of it, with the time.
+STOPPING = """
+import time
+from pathlib import Path
+def stop():
+    Path("{asked}").write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGTERM)
+def stopping(module, name):
+    inner = getattr(module, name)
+    def function(*args, **options):
+        global count
+        count += 1
+        if count == {nth}: stop()
+        return inner(*args, **options)
+    setattr(module, name, function)
+"""
+STOPPED = [  # (what, which one, the line, the newest checkpoint then); the first two of the last are the start's check
+    ("old logprobs", 2, 'stopping(train, "compute_old_logprobs")', 2),
+    ("update", 2, 'stopping(train, "update")', 3),
+    ("checkpoint", 1, 'stopping(torch, "save")', 4),
+    ("evaluation", 3, 'stopping(rollout.Engine, "_response")', 4),
+]
+
+
 def run_program(folder: Path, line: str, *arguments: str) -> tuple[int, str]:
     script = folder / "program.py"
     script.write_text(PROGRAM.format(line=line))
-    process = Forked(str(script), *quick(folder / "out"), *arguments)
+    quickly = [] if "--resume" in arguments else quick(folder / "out")
+    process = Forked(str(script), *quickly, *arguments)
     output = process.communicate(timeout=300)[0]
     return process.returncode, output
 
 
 def assert_same_run(ours: Path, expected: Path, last: str) -> None:
     assert without_timings(metrics_of(ours)) == without_timings(metrics_of(expected))
+    assert_same_weights(ours, expected, last)
+
+
+def assert_same_weights(ours: Path, expected: Path, last: str) -> None:
     weights, expected_weights = (load_file(folder / last / "model.safetensors") for folder in (ours, expected))
     assert weights.keys() == expected_weights.keys()
     assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
@@ -105,6 +134,22 @@ def test_killed_three_times_and_started_again_it_is_the_same_run(finished, tmp_p
     assert f"going on with {folder} after checkpoint-000002" in output
     assert list((tmp_path / "out").iterdir()) == [folder]
     assert_same_run(folder, finished[0], "checkpoint-000004")
+
+
+def test_stopped_in_every_part_of_a_step_it_ends_within_20_seconds_and_loses_at_most_that_step(finished, tmp_path):
+    """SIGTERM in the old logprobs, an update, a checkpoint and an evaluation; rollouts are in test_train.py."""
+    asked, folder = tmp_path / "asked", tmp_path / "out" / "stopped"
+    for what, nth, line, newest in STOPPED:
+        program = STOPPING.format(asked=asked, nth=nth) + line
+        settings = ["--resume", str(folder)] if what == "evaluation" else [*SMALL, "--run-name", "stopped"]
+        code, output = run_program(tmp_path, program, *settings)
+        assert code == 0 and "SIGTERM" in output and "Traceback" not in output, (what, output)
+        assert time.time() - float(asked.read_text()) < 20, what
+        assert max(path.name for path in folder.glob("checkpoint-*")) == f"checkpoint-{newest:06d}", what
+        asked.unlink()
+    rows, expected = (without_timings(metrics_of(run)) for run in (folder, finished[0]))
+    assert rows[:-1] == expected[:-1] and not any(name.startswith("eval/") for name in rows[-1])
+    assert_same_weights(folder, finished[0], "checkpoint-000004")
 
 
 @pytest.mark.skipif("KILLS" not in os.environ, reason="make torture")
