@@ -68,6 +68,15 @@ def unexpected(error: Exception) -> str:
     return f"{STARTING[0]}: {type(error).__name__}: {cause[:300]}; {file.name} has the whole traceback"
 
 
+def open_to_append(path: Path, option: str) -> typing.TextIO:
+    """The file, made with its folder where it is missing: before hours are spent on what goes into it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a")
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror})") from None
+
+
 def check_ranges(config) -> None:
     """UserError for the first value that is outside the range in its field's type."""
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from ce_gppo.config import command
+from ce_gppo.config import command, open_to_append
 from ce_gppo.metrics import ALL
 from ce_gppo.types import RunEnded, UserError
 
@@ -141,6 +141,7 @@ def main(config: Config) -> None:
     other = [job for job in wanted if done.get(job, arguments(sweep, *job, steps)) != arguments(sweep, *job, steps)]
     if other:
         raise UserError(f"{results} has {other[0][0]} with other arguments; name another file with --results")
+    open_to_append(results, "--results").close()
     waiting = [job for job in wanted if job not in done]
     lanes = lanes_of_this_machine()[: config.lanes]
     print(f"{results}: {len(wanted) - len(waiting)} of {len(wanted)} runs are there; {len(lanes)} at a time")
@@ -254,7 +255,6 @@ def read(path: Path) -> list[dict]:
 
 
 def append(path: Path, row: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row, separators=(",", ":")) + "\n")
 

@@ -89,6 +89,8 @@ def test_results_of_other_arguments_are_not_mixed(tmp_path):
     assert code == 2 and "other arguments" in output
     code, output = script("sweep", "--settings", "grppo")
     assert code == 2 and "'grppo' is unknown" in output
+    code, output = script("sweep", "--results", tmp_path / "results.jsonl" / "nested", "--settings", "grpo")
+    assert code == 2 and "cannot be written" in output, "found before anything is trained"
     results.write_text(results.read_text() + '{"setting": "grpo", "se')
     for name, *options in (("sweep", "--results", results), ("claims", results)):
         code, output = script(name, *options)

@@ -31,7 +31,7 @@ from ce_gppo import checkpoint, dist
 from ce_gppo import types as t
 from ce_gppo.betas import first_control, lr_of_step, next_control
 from ce_gppo.checkpoint import State
-from ce_gppo.config import check_ranges, command, parse, resolve
+from ce_gppo.config import check_ranges, command, open_to_append, parse, resolve
 from ce_gppo.entropy import QUADRANTS, entropy_velocity, quadrants
 from ce_gppo.evaluation import evaluate
 from ce_gppo.forward import Batch, Policy, collate, compute_old_logprobs, flatten, micro_batches
@@ -248,6 +248,7 @@ class Options:
 
 def run(config: train.Config, start: Path | None, options: Options) -> None:
     """Branch before the next step and then every so many steps of the run, which goes on with its own setting."""
+    open_to_append(options.results, "--results").close()
     rows = read(options.results)
     about = {name: getattr(config, name) for name in SAME}
     if any(row[name] != value for row in rows for name, value in about.items()):
@@ -274,7 +275,6 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
     meter = Meter(model, device)
     settings = {name: variant(config, changes) for name, changes in SETTINGS.items() if name in options.settings}
     last = state.step + 1 + (options.branches - 1) * options.every
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     progress = tqdm(total=options.branches * (len(settings) + 3), unit="setting", disable=None)
     for step in range(state.step + 1, last + 1):
         branching = (last - step) % options.every == 0

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from ce_gppo import types as t
-from ce_gppo.config import check_ranges, command
+from ce_gppo.config import check_ranges, command, open_to_append
 from ce_gppo.evaluation import evaluate
 from ce_gppo.model import context_of
 from ce_gppo.problems import check_files, check_thinking, load_problems
@@ -92,11 +92,7 @@ def main(config: Config) -> None:
     print(f"responses  {path}" + (f", {done} problems were there already" if done else ""), flush=True)
 
     if done < len(problems):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a")  # now, not after minutes
-        except OSError as error:
-            raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
+        file = open_to_append(path, "--out")
         prepare_environment()
         engine = Engine(
             config.model,
