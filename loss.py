@@ -32,18 +32,18 @@ MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far outside any clip interval, and still f
 class Objective:
     """Everything that decides the loss of a mini-batch, apart from its tensors."""
 
-    name: str = "ce_gppo"  # of OBJECTIVES
+    name: str = "ce_gppo"  # a key of OBJECTIVES
     eps_low: float = 0.2
     eps_high: float = 0.2
     beta1: float | None = 0.75  # None: the objective has no betas
     beta2: float | None = 1.0
     dual_clip: float | None = None
-    aggregation: str = "token-mean"  # of AGGREGATIONS
+    aggregation: str = "token-mean"  # one of AGGREGATIONS
     max_response_tokens: int = 1  # what seq-mean-token-sum-norm divides by
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
     positive_nll_coef: float = 0.0
-    rollout_correction: str = "none"  # of corrections.KINDS
+    rollout_correction: str = "none"  # a key of corrections.KINDS
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class Objective:
 class Tokens:
     """A micro-batch, [B, T] each. `ratio * unit` has the value and gradient of delta, `c * unit` c / sg(delta) * delta.
 
-    What is old has been measured under the rollout weights.
+    old_* are under the weights that sampled.
     """
 
     ratio: Tensor  # delta, without a gradient
@@ -83,7 +83,7 @@ def gppo(x: Tokens, o: Objective) -> Tensor:
 def lp_only(x: Tokens, o: Objective) -> Tensor:
     """CE-GPPO for LP tokens only, this project's own: l = CE-GPPO's if log pi_old(a) < -H_old, PPO-clip's otherwise.
 
-    HP tokens have no gradient outside the interval: sure tokens of wrong answers, such as their end, are not unlearned.
+    HP tokens have no gradient outside the interval: sure tokens of wrong answers, such as their end, are left alone.
     """
     return torch.where(x.old_logprobs < -x.old_entropy, ce_gppo(x, o), ppo_clip(x, o))
 
@@ -117,7 +117,7 @@ PUBLISHED = {name: USUAL | settings for name, (_, settings) in OBJECTIVES.items(
 
 
 def out_of_clip(ratio: Tensor, advantages: Tensor, o: Objective) -> tuple[Tensor, Tensor]:
-    """The tokens whose gradient PPO-clip drops: NA beyond the left boundary, PA beyond the right one. Bool, [B, T]."""
+    """The tokens whose gradient PPO-clip drops: NA below 1 - eps_low, PA above 1 + eps_high. Bool, [B, T]."""
     return (ratio < 1 - o.eps_low) & (advantages < 0), (ratio > 1 + o.eps_high) & (advantages > 0)
 
 
@@ -201,7 +201,7 @@ def clamped(log_ratio: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # From tokens to a scalar
 
-# The last divides every response by the length limit, which is Dr. GRPO's (arXiv 2503.20783).
+# seq-mean-token-sum-norm divides every response by the length limit: Dr. GRPO (arXiv 2503.20783).
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 

@@ -97,7 +97,7 @@ def score(
             parts[i] = verdicts.get(job) or parts[i]
         unread += len(indices) * (job not in verdicts)
         late += len(indices) * (verdicts.get(job, {}) is None and job[0] != "math")
-    for count, why in ((unread, f"unread, {budget:g} s a batch were over"), (late, f"after {timeout:g} s, or a crash")):
+    for count, why in ((unread, f"unread: {budget:g} s a batch were over"), (late, f"after {timeout:g} s, or a crash")):
         if count:
             dist.say(f"reward: {count} of {len(responses)} answers scored 0 {why}", warning=True)
     return parts

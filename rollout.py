@@ -19,10 +19,10 @@ def prepare_environment() -> None:
     """What vLLM and torch read from the process's environment. Call it first, before vLLM is imported."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, weights in memory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if torch.cuda.is_available() else "ERROR")
-    if not torch.cuda.is_available():  # or vLLM pins torch to one thread, and the trainer with it
+    if not torch.cuda.is_available():  # otherwise vLLM pins torch to one thread, and the trainer with it
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-        torch.compiler.set_stance("force_eager")  # or the first rollout spends half a minute in a C++ compiler
+        torch.compiler.set_stance("force_eager")  # otherwise the first rollout spends half a minute in a C++ compiler
 
 
 class Engine:
@@ -67,7 +67,7 @@ class Engine:
                     max_num_seqs=max_sequences,
                     seed=seed,
                     trust_remote_code=False,
-                    generation_config="vllm",  # or the folder's generation_config.json would change the sampling unseen
+                    generation_config="vllm",  # otherwise the folder's generation_config.json changes the sampling
                     logprobs_mode="processed_logprobs",  # after the temperature: those of the distribution sampled from
                     disable_log_stats=True,
                     use_tqdm_on_load=False,
@@ -78,7 +78,8 @@ class Engine:
             if "cache" not in str(error):
                 raise
             name = "gpu_memory_utilization" if self.cuda else "VLLM_CPU_KVCACHE_SPACE, GiB in the environment,"
-            raise UserError(f"{name} is too small for the cache of a response of {context} tokens; raise it") from None
+            cause = f"({' '.join(str(error).split())[:200]})"
+            raise UserError(f"{name} is too small for the cache of a response of {context} tokens {cause}") from None
         self.stop_token_ids = stop_token_ids(model, tokenizer)
         starting("")
 
@@ -114,7 +115,7 @@ class Engine:
         )
         engine = self.llm.llm_engine
         for index, ids in enumerate(prompts):
-            if self.cuda:  # there vLLM draws seeds of its own; it counts on from this one within the group
+            if self.cuda:  # there each request has its own generator; sample i of a group gets seed + i
                 params = params.clone()
                 params.seed = seed + index * group_size
             engine.add_request(str(index), {"prompt_token_ids": ids}, params)

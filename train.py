@@ -1,4 +1,4 @@
-"""CE-GPPO (arXiv 2509.20712): reinforcement learning with verifiable rewards that keeps the policy's entropy in hand.
+"""CE-GPPO (arXiv 2509.20712): reinforcement learning with verifiable rewards that controls the policy's entropy.
 
 python train.py                                   the default: a small policy learns sums, on any machine
 python train.py --objective grpo --seed 1         every setting below can be given on the command line
@@ -70,8 +70,8 @@ class Config:
     eps_high: t.NonNegative | None = None  # clip interval, above 1; None: 0.2 for most objectives
     beta1: t.ZeroToOne | None = None  # gradient kept by NA tokens below the interval; None: 0.75 [1.5B: 0.5]
     beta2: t.ZeroToOne | None = None  # gradient kept by PA tokens above the interval; None: 1.0
-    beta_schedule: str = ""  # betas at later steps, "100:0.5,1 200:0,1", with lines between; step 1 has beta1, beta2
-    entropy_target: t.Positive | None = None  # nats; if set, betas move to hold it, or else entropy_coef, see betas.py
+    beta_schedule: str = ""  # betas at later steps, "100:0.5,1 200:0,1", linear between; step 1 has beta1, beta2
+    entropy_target: t.Positive | None = None  # nats, held by moving the betas, or without betas entropy_coef
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
     advantages: t.one_of([*loss.ADVANTAGES, "gae"]) | None = None  # of groups, see loss.py; gae: a critic's, by token
@@ -82,7 +82,7 @@ class Config:
 
     # Updates.
     old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios get its error
-    mini_batch_prompts: t.Count = 6  # groups per update; at most max_kept_prompts / mini_batch_prompts updates [16]
+    mini_batch_prompts: t.Count = 6  # groups per update: max_kept_prompts / mini_batch_prompts an epoch at most [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
     lr: t.Positive = 5e-5  # AdamW learning rate [1e-6]
     critic_lr: t.Positive | None = None  # AdamW learning rate of gae's critic, constant; None: 3 lr
@@ -126,7 +126,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     state = checkpoint.load(last, model, optimizer, critic) if last else new
     dist.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))
     dist.say(plan(config, folder, model, device, sizes, state.step))
-    reference = load_reference(config, device)  # before the engine, with which the start is over
+    reference = load_reference(config, device)  # before the engine: later errors are no longer those of a start
     engine = Engine(
         source,
         tokenizer,
@@ -162,7 +162,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
             if step % config.checkpoint_every == 0 or ends or dist.any_rank(stop()):
                 saver.save(state)
             runs.check_signal(state, saver)
-            evaluate(step)  # after saving: it may take long, and a resumed run makes up for it
+            evaluate(step)  # after saving: it may take long; a run resumed here evaluates first
         saver.finish(state)
     finally:
         if log:
@@ -232,7 +232,7 @@ def learn(
     others = [r for r in flatten(groups) if id(r) not in trained][::MEASURED]  # only for entropy/mean
     *shares, others = (own_share(part) for part in (*mini_batches, others))
     with meter("old_logprobs"):
-        # The first update begins with the weights that sampled, so it needs no pass, unless the objective picks tokens.
+        # In the first update the ratio is 1: its own pass gives the old logprobs, unless the objective picks tokens.
         later = flatten(shares if not lr or objective.name in selection.METHODS else shares[1:])
         if lr and config.old_logprobs == "sampler":
             for r in later:

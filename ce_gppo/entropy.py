@@ -1,4 +1,4 @@
-"""Entropy, exactly: of every token in one pass over the vocabulary, and which tokens move it.
+"""Entropy, exactly: of every token in one pass over the vocabulary, and which tokens change it.
 
 The accounting is first order and exact in logit space. Flexible Entropy Control (arXiv 2602.09782), independent work,
 has the same split of tokens (-log p > H) and the same inner product; the theory is in arXiv 2602.03392.
@@ -106,7 +106,7 @@ def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...], target_logits: Tensor,
     scale = shift.exp()
     z = z - new_m[:, None]
     p = z.exp()
-    pz = z.mul_(p)  # in place: on a CPU the first touch of fresh memory costs more than the product
+    pz = z.mul_(p)  # z is gone: on a CPU the first touch of fresh memory costs more than the product
     sums = (
         e * scale + p.sum(1),
         (ez + shift * e) * scale + pz.sum(1),

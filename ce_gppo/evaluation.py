@@ -23,13 +23,13 @@ def check_engine(engine, policy, problem: Problem, config, device: str) -> None:
     if not mean <= MAX_MISMATCH:
         raise UserError(
             f"model '{config.model}': vLLM and the trainer give the tokens of a first response logprobs that differ by "
-            f"{mean:.3g} nats on average, more than {MAX_MISMATCH}: they compute this architecture differently; "
+            f"{mean:.3g} nats on average, more than {MAX_MISMATCH}: they may compute this architecture differently; "
             "docs/models.md lists those that train"
         )
 
 
 def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, **sampling) -> list[list[Response]]:
-    """k responses to each problem, with their verdicts; all or none of them: none once `stop` is true.
+    """k responses to each problem, with their verdicts; an empty list once `stop` is true.
 
     engine: a rollout.Engine. score: reward.score. sampling: what engine.generate takes.
     """
@@ -50,7 +50,7 @@ def evaluate_policy(
     """Add eval/* of train.py's policy to the log's row of this step, if it is due and not there. Collective.
 
     Each engine samples its share of the problems. Once `stop` is true on any rank the evaluation is given up; the
-    resumed run makes up for it.
+    resumed run evaluates first.
     """
     due = step % config.eval_every == 0 or step == config.steps
     if not due or dist.rank0_then_broadcast(lambda: log.has_evaluation(step)):
@@ -80,7 +80,7 @@ def evaluate_policy(
 
 
 def warn(groups: list[list[Response]], problems: list[Problem]) -> None:
-    """Say what makes nearly all responses worthless, before hours are spent on them. Of this rank's share."""
+    """Warn if over 90 % of the responses are cut or have no box, before hours are spent. Of this rank's share."""
     responses = flatten(groups)
     truncated = sum(r.truncated for r in responses) / len(responses)
     boxes = [

@@ -28,7 +28,7 @@ class Policy(torch.nn.Module):
         self.model = model
 
     def forward(self, batch: "Batch", temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Logprobs, entropy and S of the response tokens, each [B, R], 0 elsewhere. Prompts never reach the head."""
+        """Logprobs, entropy and S (see entropy.py) of response tokens: [B, R] each, 0 elsewhere."""
         mask, hidden = batch.response_mask, hidden_states(self.model.base_model, batch)
         hidden = hidden.to(torch.bfloat16) if hidden.is_cuda else hidden  # the precision that vLLM's head gets
         weight = self.model.get_output_embeddings().weight  # [V, D]
@@ -51,7 +51,7 @@ def compute_old_logprobs(
     policy: torch.nn.Module, responses: list[Response], temperature: float, max_tokens: int, device: str
 ) -> None:
     """Set old_logprobs and entropy, [R] each, of every response under the present weights. Collective."""
-    if device == "cpu":  # activations of so many fit its caches: 1.6 times as fast as with 16,384 (measured)
+    if device == "cpu":  # so many tokens' activations fit the CPU's cache: 1.6 times as fast as with 16,384 (measured)
         max_tokens = min(max_tokens, 2048)
     for indices in even_passes(micro_batches(responses, max_tokens)):
         chosen = [responses[i] for i in indices]
@@ -175,7 +175,7 @@ class Batch:
 
 
 def collate(responses: list[Response], device: str = "cpu") -> Batch:
-    """The mask comes from lengths, never from token ids: padding may well be the end-of-sequence token.
+    """Pack responses. The mask comes from lengths, never from token ids: padding may be the end-of-sequence token.
 
     An empty list gives a batch that can be computed and has no response tokens, for a rank that has nothing to do.
     """

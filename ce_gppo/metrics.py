@@ -20,7 +20,7 @@ from ce_gppo.types import Problem, Response, RunEnded, Update
 WARN_MISMATCH = {"cpu": 0.001, "cuda": 0.05}
 MAX_MISMATCH = 0.2
 
-# One response in so many of those that are not trained on has its entropy measured. entropy/mean, then an estimate, has
+# Entropy is measured on every third response that is not trained on. entropy/mean, then an estimate, has
 # a standard error of 0.4 % with 11 dropped groups of 64, and of about 1 % with 50 (tests/test_rollout.py).
 MEASURED = 3
 
@@ -32,7 +32,7 @@ MEASURED = 3
 class Metric:
     """One line of docs/metrics.md, and one chart of the saved view: a metric, or several that are read together."""
 
-    names: str  # "clip/low high" is clip/low and clip/high; <quadrant>, <source>, <part>, <k>: all there are
+    names: str  # "clip/low high" is clip/low and clip/high; <quadrant>, <source>, <part>, <k>: placeholders
     unit: str
     meaning: str
     healthy: str = ""
@@ -73,7 +73,7 @@ METRICS = {
             "velocity/clipped_low clipped_high",
             "nats per token",
             "the part from the tokens that PPO-clip would have dropped",
-            "their sum is the way that the betas push",
+            "a positive sum: the betas raise entropy",
             always=False,
             swept=True,
         ),

@@ -1,7 +1,6 @@
 """What a run writes: metrics, samples and tokens as JSONL, W&B, a bar or lines on a terminal, the table at the end."""
 
 import contextlib
-import itertools
 import json
 import math
 import sys
@@ -142,16 +141,6 @@ class Report:
         if self.latest("entropy/mean") is not None:
             first, last = self.first("entropy/mean"), self.latest("entropy/mean")
             rows.append(("entropy, nats per token", f"{first:.3f} -> {last:.3f}"))
-        pairs = [
-            (row["velocity/total"], after["entropy/delta"])
-            for row, after in itertools.pairwise(self.history)
-            if "velocity/total" in row and "entropy/delta" in after
-        ]
-        if len(pairs) > 2:
-            from scipy.stats import spearmanr
-
-            correlation = spearmanr(*zip(*pairs, strict=True)).statistic
-            rows.append(("velocity against entropy", f"rank correlation {correlation:+.2f} over {len(pairs)} steps"))
         for name in ("rollout", "update"):
             speeds = [row[f"perf/{name}_tokens_per_s"] for row in self.history if f"perf/{name}_tokens_per_s" in row]
             if speeds:

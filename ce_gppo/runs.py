@@ -212,7 +212,7 @@ class StopRequest:
         if self.signal:
             os._exit(128 + number)  # metrics are on the disk, checkpoints are whole
         self.signal = signal.Signals(number).name
-        dist.say(f"\n{self.signal}: finishing the update, then saving; once more to stop now")
+        dist.say(f"\n{self.signal}: finishing this step's updates, then saving; once more to stop now")
 
 
 def watch_skipped(

@@ -3,8 +3,9 @@
     .venv/bin/python -m results.claims results/reproduction-walk.jsonl    writes reproduction-walk.md and figures
     .venv/bin/python -m results.claims results/reproduction-walk.jsonl --steps 50    of the first 50 steps only
 
-Start it from the repository root. A claim is decided by 95 % intervals over seeds: Student's t, of differences between
-runs of the same seed, which share the order of the problems. Each part of a claim says that a difference is above 0.
+Start it from the repository root. Most claims are decided by 95 % intervals over seeds: Student's t, of differences
+between runs of the same seed, which share the order of the problems. Each part of a claim says that a difference is
+above 0. Checked in this order:
 
     no difference   the interval lies inside the margin: 5 % of the base policy's entropy, 2 points of accuracy
     held            the whole interval is above 0
@@ -33,7 +34,7 @@ from tools.figures import QUADRANTS
 LAST = 10  # steps; "the end" of a run is their mean
 EARLY = 15  # first steps, for claim 3
 IDLE = 0.05  # a run is idle from this share of responses that are cut at the limit, at its end
-ENTROPY_MARGIN = 0.05  # of the base policy's entropy: smaller differences make no difference
+ENTROPY_MARGIN = 0.05  # of the base policy's entropy: smaller differences count as none
 MARGIN = 0.02  # of accuracy and of pass@k; "at least" allows for so much less
 UNLEARNED = 0.05  # a run has unlearned if its last accuracy is so far below its best
 LOW_BETA, DEFAULT = "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)"

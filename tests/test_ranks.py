@@ -119,7 +119,7 @@ def test_two_ranks_train_and_one_goes_on(tmp_path):
     process.terminate()  # torchrun passes it on
     output = process.communicate(timeout=100)[0]
     before = metrics_of(tmp_path / "two")
-    assert "finishing the update" in output and len(before) < 4, output
+    assert "finishing this step's updates" in output and len(before) < 4, output
     assert checkpoint.newest(tmp_path / "two").name == f"checkpoint-{before[-1]['step']:06d}"
 
     run(tmp_path, "--resume", str(tmp_path / "two"))

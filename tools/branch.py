@@ -43,7 +43,7 @@ from ce_gppo.types import Response, UserError, has_signal
 from rollout import Engine, prepare_environment
 from tools.branches import BASELINE, COAST, OWN, SAME, SMALL, figure, read, table
 
-SETTINGS = {  # each with its objective's published values; all else is the run's
+SETTINGS = {  # each with its objective's published loss; rollout and rewards are the run's
     BASELINE: {"objective": "grpo"},
     "dapo": {"objective": "dapo"},
     "cispo": {"objective": "cispo"},
@@ -104,7 +104,7 @@ class Step:
             group["lr"] = lr
         for p in self.policy.parameters():
             p.grad = torch.zeros_like(p)
-        for _ in train.select(self.rollout, self.config)[1]:
+        for _ in train.select(self.rollout, self.config)[1] * self.config.epochs:
             self.optimizer.step()
         self.policy.zero_grad()
         return {}
@@ -112,14 +112,14 @@ class Step:
     def branch(
         self, settings: dict[str, train.Config], held_out: list[Response], progress: Callable = lambda: None
     ) -> list[dict]:
-        """What each setting did, the run's own, that at a tenth of its learning rate, and momentum without a gradient.
+        """A row for each setting, and three controls: the run's own, that at lr / 10, and momentum without a gradient.
 
         The state stays as it is.
 
         delta/*       change of mean entropy, nats: of all tokens of the rollout, of its trained tokens by quadrant, of
                       the tokens of held-out problems' responses
-        delta/clipped delta/others   the parts of delta/rollout from the tokens that the first setting took out of the
-                      clip interval, and from all others
+        delta/clipped delta/others   the parts of delta/rollout from the tokens that grpo took out of the clip interval,
+                      and from all others
         linear/*      delta/*, predicted to first order from the step in the weights: <gradient of entropy, step>
         logprob/*     change of mean logprob, nats per token, of right and of wrong held-out responses
         kl/*          of the old policy to the new one, nats per token (k3)
@@ -281,7 +281,12 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
         if branching:  # before `sample`, which sends the engine to sleep
             sampling = {"max_tokens": config.max_response_tokens, "temperature": config.temperature}
             held = evaluate(
-                engine, held_out[: options.held_out], 4, score=reward.score, seed=config.seed + step, **sampling
+                engine,
+                held_out[: options.held_out],
+                4,
+                score=partial(reward.score, thinking=config.thinking),
+                seed=config.seed + step,
+                **sampling,
             )
         chosen, rollout = train.sample(engine, problems, state.batches, config, meter, lambda: False)
         state.batches += len(chosen) // config.prompts_per_step
@@ -346,7 +351,7 @@ def main() -> None:
         run(config, start, options)
     rows = read(options.results)
     if not rows:
-        raise UserError(f"{options.results}: no branch there")
+        raise UserError(f"{options.results}: no results in this file")
     report = table(rows)
     print(report)
     options.results.with_suffix(".md").write_text(report)
