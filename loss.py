@@ -53,9 +53,9 @@ class Objective:
 
 @dataclass
 class Tokens:
-    """A micro-batch, [B, T] each. `ratio * unit` has the value and gradient of delta, `c * unit` c / sg(delta) * delta.
+    """A micro-batch, [B, T] each. old_* are under the weights that sampled.
 
-    old_* are under the weights that sampled.
+    A constant times `unit` has the constant's value, and the gradient of constant * logprobs. `ratio * unit` is delta.
     """
 
     ratio: Tensor  # delta, without a gradient
