@@ -28,6 +28,8 @@ from ce_gppo.perf import Meter
 from ce_gppo.report import probability_histograms
 from ce_gppo.types import Response
 
+LR = 1e-12  # the weights stay as they are; at 0 train.learn would make no update
+
 
 @dataclass
 class Config:
@@ -76,7 +78,7 @@ def step(policy, optimizer, groups, config: train.Config, folder: Path, meter: M
     groups, mini_batches = train.select(groups, config)  # new responses, which have no old logprobs yet
     state = State(wandb_id="")
     objective = train.objective_of_step(config, 1, state.control)
-    updates = train.learn(policy, optimizer, groups, mini_batches, objective, 0.0, state, config, folder, meter)
+    updates = train.learn(policy, optimizer, groups, mini_batches, objective, LR, state, config, folder, meter)
     if everything:
         step_metrics(groups, mini_batches, updates, 0.0)
         probability_histograms(train.flatten(mini_batches))

@@ -241,8 +241,8 @@ def test_a_run_of_ppo_resumes_exactly(tmp_path):
     small = [*SMALL, "--steps", "3", "--filter-groups", "off", "--checkpoint-every", "1", "--warmup-steps", "1"]
     output = run(tmp_path, "--run-name", "whole", "--objective", "ppo", *small)
     rows = metrics_of(tmp_path / "whole")
-    assert "and a critic with learning rate 0.0003" in output and "critic" in output.partition("time, ")[2]
-    assert [row["optim/lr"] for row in rows[1:]] == pytest.approx([0, 1e-4, 1e-4])
+    assert "and a critic with learning rate 0.00015" in output and "critic" in output.partition("time, ")[2]
+    assert [row["optim/lr"] for row in rows[1:]] == pytest.approx([0, 5e-5, 5e-5])
     assert [row["optim/updates"] for row in rows[1:]] == [0, 4, 4]
     assert rows[1]["value/mean"] == 0 != rows[2]["value/mean"] and rows[3]["value/loss"] > 0
     named = {name for row in rows for name in row} - {"step"}

@@ -414,7 +414,7 @@ def test_dynamic_sampling_refills_and_goes_on_where_it_was(tiny_model):
     """Batches are sampled until enough groups have a signal. The next step begins after them, and so does a resumed
     run, which knows only their number."""
     problems = [Problem("", [number], "7", "") for number in range(48)]
-    settings = {"prompts_per_step": 8, "max_kept_prompts": 8, "responses_per_prompt": 2}
+    settings = {"prompts_per_step": 8, "max_kept_prompts": 8, "mini_batch_prompts": 8, "responses_per_prompt": 2}
     meter = Meter(tiny_model, "cpu")
 
     def step(batches: int, engine: Sampler, **more) -> tuple[list[int], list[list[Response]]]:
