@@ -168,6 +168,8 @@ def test_differences_are_paired_and_have_students_interval(tmp_path):
     text = branches.table(rows)
     assert "| (0, 1) | +115.00 ± 20.54 | +0.00 ± 0.00 | +115.00 ± 20.54 | -115.00 ± 20.54 | 100%, 0% |" in text
     assert "| velocity, over the branches | -1.00 |" in text and "| first order, over the branches | +1.00 |" in text
+    assert branches.rank(values, -values) == "-1.00" and branches.rank(values[:3], values[:3]) == ""
+    assert "| (0, 1) | +0.00 ± 0.00 |" in text, "the prediction is what was measured"
     branches.figure(rows).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
 

@@ -99,6 +99,10 @@ def table(rows: list[dict]) -> str:
             for quadrant in ("pa_lp", "na_hp", "pa_hp", "na_lp")
         )
         lines.append(f"| {name}{' (itself)' if name == BASELINE else ''} | {' | '.join(parts)} |")
+    lines += ["", f"| less {BASELINE}'s | measured - first order | its rank correlation with KL |", "|---|---|---|"]
+    for name in settings[1:]:
+        beyond = paired(rows, name, "delta/rollout") - paired(rows, name, "linear/rollout")
+        lines.append(f"| {name} | {text(beyond)} | {rank(beyond, paired(rows, name, 'kl/rollout'))} |")
     lines += [
         "",
         "| rank correlation with the measured change | at the run's step | at a tenth of it |",
@@ -113,11 +117,13 @@ def table(rows: list[dict]) -> str:
 
 
 def over_branches(rows: list[dict], setting: str, key: str) -> str:
-    """Spearman's rank correlation of a prediction with the change of entropy on the rollout, over branches."""
-    predicted, measured = (paired(rows, setting, name, None) for name in (key, "delta/rollout"))
-    if len(measured) < 4:
-        return ""
-    return f"{stats.spearmanr(predicted, measured).statistic:+.2f}"
+    """Rank correlation of a prediction with the change of entropy on the rollout, over branches."""
+    return rank(*(paired(rows, setting, name, None) for name in (key, "delta/rollout")))
+
+
+def rank(a: np.ndarray, b: np.ndarray) -> str:
+    """Spearman's rank correlation over branches; nothing of fewer than four, or of equal values."""
+    return f"{stats.spearmanr(a, b).statistic:+.2f}" if len(a) > 3 and np.ptp(a) and np.ptp(b) else ""
 
 
 def figure(rows: list[dict]) -> plt.Figure:
