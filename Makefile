@@ -3,6 +3,8 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && { echo $$p; break; }; done)
 PLATFORM := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
+# Setup does not compile what it installs. Each module is compiled when it is first imported, and kept.
+export PYTHONDONTWRITEBYTECODE :=
 LOCK := requirements/$(PLATFORM).txt
 TORCH := $(shell grep '^torch==' $(LOCK))
 CHECK_PYTHON = test -n "$(PYTHON)" || \
@@ -87,8 +89,8 @@ $(WALK_BASE): data/walk/base.py data/walk/prepare.py ce_gppo/verifier/walk.py da
 setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 
 # torch comes first and alone: its CPU build from PyTorch's own index where that can be reached, otherwise from wherever
-# pip finds it in the next step. The rest is locked, hence --no-deps. Python compiles the few files that are imported when
-# they first are: --no-compile saves a minute and a half on a slow core.
+# pip finds it in the next step. The rest is locked, hence --no-deps. --no-compile saves a minute and a half on a
+# slow core: few of the files are ever imported.
 .venv/installed-cpu: requirements/cpu.txt
 	@$(CHECK_PYTHON)
 	@echo "installing into .venv, without a GPU: a few minutes and 4 GB, once"

@@ -56,6 +56,8 @@ def command(main: Callable, Config: type | None = None, description: str | None 
                 raise
             print(f"{Path(sys.argv[0]).name}: {unexpected(error)}", file=sys.stderr)
             sys.exit(2)
+        finally:
+            dist.flush_streams()
 
     record(run)() if dist.world_size() > 1 else run()  # with `record` torchrun shows the error of the rank that failed
 

@@ -65,7 +65,17 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: the one that was closed
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
         if name != "stdin":
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # a stream that was redirected after it was opened
+                getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def flush_streams() -> None:
+    """At the end: what a library printed into a closed pipe must not make Python exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
