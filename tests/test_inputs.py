@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import loss
-from ce_gppo import checkpoint, config, model, report, runs, tracking
+from ce_gppo import checkpoint, config, dist, model, report, runs, tracking
 from ce_gppo.problems import load_problems
 from ce_gppo.types import Count, Problem, Range, UserError
 from ce_gppo.verifier import sources
@@ -153,6 +153,17 @@ def test_a_folder_that_nobody_may_lock_is_another_persons(tmp_path):
     assert runs.interrupted(settings) is None
     with pytest.raises(UserError, match="cannot be made"):
         runs.claim(tmp_path / "theirs", settings, "", 0)
+
+
+def test_what_a_library_left_for_a_closed_pipe_does_not_decide_the_exit_code(monkeypatch):
+    """Python flushes its streams at the end, and exits with 120 where that fails."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    stream.write("from a library")
+    monkeypatch.setattr(sys, "stdout", stream)
+    dist.flush_streams()
+    stream.flush()
 
 
 def test_closed_streams_and_an_encoding_without_the_characters_cost_nothing():
