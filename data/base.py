@@ -134,7 +134,7 @@ def imitate(
     do not reach it.
     """
     disable_progress_bar()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), fused=True)
     # Muon needs half as many steps, but works in bfloat16: without AVX512-BF16 each takes six times as long.
     # The falling learning rate flattens the curve where it stops: a few steps more or less change little.
     schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=max_steps)

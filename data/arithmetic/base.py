@@ -47,15 +47,14 @@ def main() -> None:
     tokenizer.save_pretrained(out)
 
     limit = 16 * args.terms  # tokens: one line a term, none longer while totals have three digits
-    problems = 4 * held_out
-    responses, entropy = sample(model, tokenizer, [prompt(terms) for terms in problems], limit)
+    responses, entropy = sample(model, tokenizer, [prompt(terms) for terms in held_out], limit)
     right = sum(
         response is not None and response.endswith(f"\\boxed{{{sum(terms)}}}")
-        for terms, response in zip(problems, responses, strict=True)
+        for terms, response in zip(held_out, responses, strict=True)
     )
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{out}: {parameters / 1e6:.2f} M parameters, {steps} steps, pass rate {right / len(problems):.2f} and entropy "
+        f"{out}: {parameters / 1e6:.2f} M parameters, {steps} steps, pass rate {right / len(held_out):.2f} and entropy "
         f"{entropy:.2f} nats at temperature 1"
     )
 
