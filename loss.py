@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ce_gppo import objectives as other
 from ce_gppo.corrections import correction_weights
-from ce_gppo.objectives import cispo, clip_cov, high_entropy, kl_cov, ppo_clip, reinforce, sapo
+from ce_gppo.objectives import BETAS, CLIPS, Spec, ppo_clip
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far outside any clip interval, and still finite when squared in float32
 
@@ -64,7 +65,7 @@ class Tokens:
     logprobs: Tensor
     old_logprobs: Tensor
     old_entropy: Tensor | None  # nats
-    chosen: Tensor | None  # 1 for those that the objective picks, 0 for the others; see selection.py
+    chosen: Tensor | None  # 1 for those that the objective picks, 0 for the others; see Spec.picks
 
 
 def ce_gppo(x: Tokens, o: Objective) -> Tensor:
@@ -93,27 +94,24 @@ def lp_only_half(x: Tokens, o: Objective) -> Tensor:
     return torch.where(x.old_logprobs.exp() < 0.5, ce_gppo(x, o), ppo_clip(x, o))
 
 
-# Each with the settings of its paper, for those left at None. The betas are None where an objective has none.
-USUAL = {"eps_low": 0.2, "eps_high": 0.2, "beta1": None, "beta2": None}
-USUAL |= {"aggregation": "token-mean", "advantages": "group"}
+# Each with all that depends on its name; ce_gppo/objectives.py explains what a Spec has.
 OBJECTIVES = {
-    "ce_gppo": (ce_gppo, {"beta1": 0.75, "beta2": 1.0}),
-    "gppo": (gppo, {"beta1": 1.0, "beta2": 1.0}),
-    "grpo": (ppo_clip, {}),
-    "ppo": (ppo_clip, {"advantages": "gae"}),
-    "dapo": (ppo_clip, {"eps_high": 0.28}),
-    "cispo": (cispo, {"eps_low": 1.0}),  # no lower bound
-    "gspo": (ppo_clip, {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"}),
-    "dr_grpo": (ppo_clip, {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"}),
-    "rloo": (reinforce, {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"}),
-    "lp_only": (lp_only, {"beta1": 0.75, "beta2": 1.0}),
-    "lp_only_half": (lp_only_half, {"beta1": 0.75, "beta2": 1.0}),
-    "high_entropy": (high_entropy, {"eps_high": 0.28}),
-    "clip_cov": (clip_cov, {}),
-    "kl_cov": (kl_cov, {}),
-    "sapo": (sapo, {}),
+    "ce_gppo": Spec(ce_gppo, {"beta1": 0.75, "beta2": 1.0}),
+    "gppo": Spec(gppo, {"beta1": 1.0, "beta2": 1.0}, ignores=BETAS),
+    "grpo": Spec(ppo_clip),
+    "ppo": Spec(ppo_clip, {"advantages": "gae"}),
+    "dapo": Spec(ppo_clip, {"eps_high": 0.28, "filter_groups": "refill", "overlong": other.last_fifth}),
+    "cispo": Spec(other.cispo, {"eps_low": 1.0}, ignores=("dual_clip",)),  # no lower bound
+    "gspo": Spec(ppo_clip, {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"}, by_response=True),
+    "dr_grpo": Spec(ppo_clip, {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"}),
+    "rloo": Spec(other.reinforce, {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"}, ignores=CLIPS),
+    "lp_only": Spec(lp_only, {"beta1": 0.75, "beta2": 1.0}),
+    "lp_only_half": Spec(lp_only_half, {"beta1": 0.75, "beta2": 1.0}),
+    "high_entropy": Spec(other.high_entropy, {"eps_high": 0.28}, picks=other.highest_entropy),
+    "clip_cov": Spec(other.clip_cov, picks=other.covariance_in_bounds),
+    "kl_cov": Spec(other.kl_cov, ignores=("eps_low", "eps_high"), picks=other.highest_covariance),
+    "sapo": Spec(other.sapo, ignores=("eps_low", "eps_high")),
 }
-PUBLISHED = {name: USUAL | settings for name, (_, settings) in OBJECTIVES.items()}
 
 
 def out_of_clip(ratio: Tensor, advantages: Tensor, o: Objective) -> tuple[Tensor, Tensor]:
@@ -158,14 +156,14 @@ def policy_loss(
         old_logprobs = batch.old_logprobs.masked_fill(~mask, 0)
         log_ratio = clamped(masked_logprobs.detach() - old_logprobs)  # [B, T]
         exponent = log_ratio
-        if o.name == "gspo":
+        if OBJECTIVES[o.name].by_response:
             exponent = (log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
         ratio = exponent.exp()  # [B, T]
         unit = (masked_logprobs - masked_logprobs.detach()).exp()
         advantages = batch.advantages.masked_fill(~mask, 0)
 
         tokens = Tokens(ratio, unit, advantages, masked_logprobs, old_logprobs, batch.old_entropy, batch.chosen)
-        token_loss = OBJECTIVES[o.name][0](tokens, o)
+        token_loss = OBJECTIVES[o.name].token_loss(tokens, o)
         if o.dual_clip is not None:  # arXiv 1912.09729: bounds the loss of NA, and ends its gradient, at delta > c
             token_loss = torch.where(advantages < 0, torch.minimum(token_loss, -o.dual_clip * advantages), token_loss)
         if o.rollout_correction != "none":

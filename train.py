@@ -27,12 +27,12 @@ from ce_gppo.config import command, parse
 from ce_gppo.critic import learn_values, load_critic
 from ce_gppo.evaluation import check_engine, evaluate_policy
 from ce_gppo.forward import Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
-from ce_gppo.metrics import MEASURED, check_mismatch, reward_metrics, step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.problems import FILTERS, check_files, load_sets, max_batches, problems_of_batch, seed_of_step
 from ce_gppo.reference import load_reference, set_reference_logprobs
 from ce_gppo.report import Report, plan
+from ce_gppo.statistics import MEASURED, check_mismatch, moved_metrics, reward_metrics, step_metrics
 from ce_gppo.types import Problem, Response, Update, has_signal, with_advantages
 from rollout import Engine, prepare_environment
 
@@ -102,6 +102,10 @@ class Config:
     shard: t.one_of(["no", "yes", "offload"]) = "no"  # FSDP2: weights, gradients, optimizer over all GPUs; or on hosts
     rollout_tp: t.Count = 1  # processes that share one engine, for models too large for one GPU [32B: 2 or 4]
     gpu_memory_utilization: t.Share = 0.5  # share of the GPU's memory for vLLM, which sleeps during the updates
+
+    @property
+    def spec(self) -> loss.Spec:  # what the program knows about the objective
+        return loss.OBJECTIVES[self.objective]
 
 
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.1}
@@ -233,7 +237,7 @@ def learn(
     *shares, others = (own_share(part) for part in (*mini_batches, others))
     with meter("old_logprobs"):
         # In the first update the ratio is 1: its own pass gives the old logprobs, unless the objective picks tokens.
-        later = flatten(shares if not lr or objective.name in selection.METHODS else shares[1:])
+        later = flatten(shares if not lr or config.spec.picks else shares[1:])
         if lr and config.old_logprobs == "sampler":
             for r in later:
                 r.old_logprobs = r.rollout_logprobs
@@ -274,7 +278,7 @@ def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
         sum(len(r.response_ids) for r in responses if r.verdict > 0),
         len(responses),
     )
-    selection.choose(responses, objective.name)
+    selection.choose(responses, loss.OBJECTIVES[objective.name].picks)
     denominator = loss.denominator_of(objective, tokens, sequences)
     return partial(loss.policy_loss, objective=objective, denominator=denominator, correct_tokens=correct_tokens)
 
@@ -284,11 +288,7 @@ def report(
 ) -> None:
     """Bring the state up to date, and log the step's metrics over all ranks. Collective."""
     metrics = step_metrics(groups, mini_batches, updates, state.entropy) | reward_metrics(groups, problems)
-    metrics |= values | {"optim/lr": lr}
-    if objective.beta1 is not None:
-        metrics |= {"optim/beta1": objective.beta1, "optim/beta2": objective.beta2}
-    elif config.entropy_target:
-        metrics["optim/entropy_coef"] = objective.entropy_coef
+    metrics |= values | {"optim/lr": lr} | moved_metrics(objective, config)
     check_mismatch(metrics, meter.device)
     state.batches += len(groups) // config.prompts_per_step
     state.step, state.entropy = state.step + 1, metrics["entropy/mean"]
@@ -312,7 +312,7 @@ def objective_of_step(config: Config, step: int, control: tuple[float, float]) -
 
 def main() -> None:
     prepare_environment()
-    train(*parse(Config, sys.argv[1:], loss.PUBLISHED), stop=runs.StopRequest())
+    train(*parse(Config, sys.argv[1:]), stop=runs.StopRequest())
 
 
 if __name__ == "__main__":

@@ -15,17 +15,16 @@ from pathlib import Path
 
 import torch
 
-import loss
 import train
 from bench import common
 from ce_gppo import entropy, forward
 from ce_gppo.checkpoint import State
 from ce_gppo.config import command, resolve
 from ce_gppo.forward import Policy
-from ce_gppo.metrics import step_metrics
 from ce_gppo.model import load_model
 from ce_gppo.perf import Meter
 from ce_gppo.report import probability_histograms
+from ce_gppo.statistics import step_metrics
 from ce_gppo.types import Response
 
 LR = 1e-12  # the weights stay as they are; at 0 train.learn would make no update
@@ -90,7 +89,7 @@ def main(config: Config) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(config.model, device)
     settings = train.Config(prompts_per_step=config.prompts, max_kept_prompts=config.prompts)
-    settings = resolve(replace(settings, mini_batch_prompts=min(8, config.prompts)), loss.PUBLISHED)
+    settings = resolve(replace(settings, mini_batch_prompts=min(8, config.prompts)))
     policy, optimizer, meter = Policy(model), torch.optim.AdamW(model.parameters()), Meter(model, device)
     groups = make_groups(len(tokenizer), config)
     seconds = {"everything": [], "entropy only": []}

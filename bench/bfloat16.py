@@ -20,9 +20,9 @@ import train
 from bench import common
 from ce_gppo.config import command
 from ce_gppo.forward import Batch, collate, flatten, micro_batches, take
-from ce_gppo.metrics import MAX_MISMATCH, WARN_MISMATCH, quantile
 from ce_gppo.model import load_model
 from ce_gppo.problems import load_problems
+from ce_gppo.statistics import MAX_MISMATCH, WARN_MISMATCH, quantile
 from ce_gppo.types import Response
 from rollout import Engine, prepare_environment
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 
-import loss
 import train
 from ce_gppo import dist
 from ce_gppo.config import RECIPES, command, parse
@@ -37,7 +36,7 @@ DECODE_SHARE = 0.6  # of MEMORY_RATE, in vLLM's decoding; guess
 ASLEEP = 3.0  # GiB that a sleeping vLLM and CUDA's context keep; guess
 GPUS_A_NODE = 8
 
-RECIPE = parse(train.Config, ["--recipe", "r1-distill-1.5b"], loss.PUBLISHED)[0]
+RECIPE = parse(train.Config, ["--recipe", "r1-distill-1.5b"])[0]
 RUNNING = inspect.signature(Engine.__init__).parameters["max_sequences"].default  # sequences at a time in one engine
 EVALUATED = 60  # problems, AIME24 and AIME25
 
@@ -194,7 +193,7 @@ def recipe_rows() -> list[dict]:
     """Each recipe on 1 GPU of 80 GiB, where it fits, and on 8. A response in evaluations has 10,000 tokens; a guess."""
     rows = []
     for path in sorted(RECIPES.glob("*.toml")):
-        recipe = parse(train.Config, ["--recipe", path.stem], loss.PUBLISHED)[0]
+        recipe = parse(train.Config, ["--recipe", path.stem])[0]
         limits = {"max_length": recipe.max_response_tokens, "micro_batch_tokens": recipe.max_micro_batch_tokens}
         config = Config(gpu_memory=80.0, **limits)
         offload = recipe.shard == "offload"

@@ -3,8 +3,6 @@
 The limits are those of docs/metrics.md. They tell the good from the bad runs of docs/evidence*.md and docs/log.md.
 """
 
-from ce_gppo.betas import WITH_BETAS
-
 LAST = 10  # "the end" is the mean of this many steps, or of the second half of a shorter run
 FREQUENT = 0.05  # share of the steps in which a fault has to show, twice at least
 MAX_KL_OLD = 0.01  # nats
@@ -54,7 +52,7 @@ def unlearning(steps: list[dict], config) -> str | None:
         f"In {len(far)} of {trained} steps, first in step {far[0]['step']}, sure tokens were unlearned: those clipped "
         f"below had a probability of {probability:.2f} in the rollout (clip/prob_low), and kl/old reached "
         f"{max(row['kl/old'] for row in far):.2g} nats; lower lr ({config.lr:g})"
-        + (f" or beta1 ({config.beta1:g})." if config.objective in WITH_BETAS and config.beta1 else ".")
+        + (f" or beta1 ({config.beta1:g})." if config.spec.has_betas and config.beta1 else ".")
     )
 
 
@@ -162,7 +160,7 @@ def push_of_clipped(steps: list[dict], config) -> list[str]:
         f"The clipped tokens pushed entropy {'up' if low + high > 0 else 'down'}: those below the interval by "
         f"{low:+.1f}e-4 nats per token, those above by {high:+.1f}e-4, of {total:+.1f}e-4 in all"
     )
-    if config.objective not in WITH_BETAS:
+    if not config.spec.has_betas:
         return [f"{said}; objective ce_gppo has betas to change that."]
     if config.entropy_target or config.beta_schedule:
         return [f"{said}, with betas that moved; entropy_target or beta_schedule says where to."]
@@ -173,7 +171,7 @@ def push_of_clipped(steps: list[dict], config) -> list[str]:
 
 def levers(config) -> tuple[str, str]:
     """How the betas give more entropy, and less. Empty where they are at their end, or the objective has none."""
-    if config.objective not in WITH_BETAS:
+    if not config.spec.has_betas:
         return "", ""
     beta1, beta2 = config.beta1, config.beta2
     more = [f"lower beta1 ({beta1:g})"] * (beta1 > 0) + [f"raise beta2 ({beta2:g})"] * (beta2 < 1)

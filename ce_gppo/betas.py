@@ -9,7 +9,6 @@ import re
 
 from ce_gppo.types import UserError
 
-WITH_BETAS = ("ce_gppo", "lp_only", "lp_only_half")  # objectives whose betas can be set
 GAIN, INTEGRAL_GAIN = 4.0, 0.4  # of the controller, per rollout; relative errors of entropy vary by about 0.03
 
 BONUS_STEP, MAX_BONUS = 0.005, 1.0  # of entropy_coef, per rollout; TRL's entropy_coef_delta and entropy_coef_max
@@ -17,12 +16,12 @@ BONUS_STEP, MAX_BONUS = 0.005, 1.0  # of entropy_coef, per rollout; TRL's entrop
 
 def first_control(config) -> tuple[float, float]:
     """What `steer` or `adapt_bonus` starts from."""
-    return (0.5 if config.objective in WITH_BETAS else config.entropy_coef), 0.0
+    return (0.5 if config.spec.has_betas else config.entropy_coef), 0.0
 
 
 def next_control(config, control: tuple[float, float], entropy: float) -> tuple[float, float]:
     """After a rollout: the control of the lever that the objective has, its betas or the bonus."""
-    law = steer if config.objective in WITH_BETAS else adapt_bonus
+    law = steer if config.spec.has_betas else adapt_bonus
     return law(control, entropy, config.entropy_target)
 
 
@@ -38,7 +37,7 @@ def adapt_bonus(control: tuple[float, float], entropy: float, target: float) -> 
 
 def bonus_of_step(config, control: tuple[float, float]) -> float:
     """entropy_coef of this step: with a target c, and 0 where the entropy of the rollout before was above it."""
-    if not config.entropy_target or config.objective in WITH_BETAS:
+    if not config.entropy_target or config.spec.has_betas:
         return config.entropy_coef
     c, error = control
     return c if error <= 0 else 0.0
@@ -85,7 +84,7 @@ def read_schedule(text: str) -> list[tuple[int, float, float]]:
 
 def betas_of_step(config, step: int, u: float) -> tuple[float | None, float | None]:
     """beta1 and beta2 of this step: steered, or on lines between the points of the schedule, or constant."""
-    if config.entropy_target and config.objective in WITH_BETAS:
+    if config.entropy_target and config.spec.has_betas:
         return steered_betas(u, config.beta1, config.beta2)
     points = [(1, config.beta1, config.beta2), *read_schedule(config.beta_schedule)]
     for (start, *before), (end, *after) in itertools.pairwise(points):

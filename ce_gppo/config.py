@@ -16,9 +16,9 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ce_gppo import dist
-from ce_gppo.betas import WITH_BETAS, read_schedule
+from ce_gppo.betas import read_schedule
+from ce_gppo.objectives import BETAS, USUAL
 from ce_gppo.problems import max_batches
-from ce_gppo.selection import METHODS
 from ce_gppo.tracking import check_wandb
 from ce_gppo.types import STARTING, RunEnded, UserError, starting
 
@@ -94,11 +94,11 @@ def check_ranges(config) -> None:
 # train.py's command line
 
 
-def parse(Config: type, arguments: list[str], published: dict[str, dict]) -> tuple[typing.Any, str, str]:
+def parse(Config: type, arguments: list[str]) -> tuple[typing.Any, str, str]:
     """(configuration, name of a recipe, folder to resume) from train.py's command line, resolved and checked.
 
-    published: the objectives' values for settings left at None. The settings of --resume are those of its folder.
-    An unknown setting is a UserError that lists the known ones; so is what W&B cannot use in the environment.
+    The settings of --resume are those of its folder. An unknown setting is a UserError that lists the known ones; so is
+    what W&B cannot use in the environment.
     """
     import tyro
 
@@ -120,40 +120,32 @@ def parse(Config: type, arguments: list[str], published: dict[str, dict]) -> tup
     if start.resume:
         if arguments or start.recipe:
             raise UserError("--resume continues a run with its own settings; give no others")
-        return resolve(saved_config(Config, start.resume), published), "", start.resume
+        return resolve(saved_config(Config, start.resume)), "", start.resume
     defaults = Config(**read_recipe(Config, start.recipe)) if start.recipe else Config()
-    return resolve(tyro.cli(Config, args=arguments, default=defaults), published), start.recipe, ""
+    return resolve(tyro.cli(Config, args=arguments, default=defaults)), start.recipe, ""
 
 
-def resolve(config, published: dict[str, dict]):
+def resolve(config):
     """The configuration, checked, with each None that stands for a value of the objective's paper filled in."""
     check_ranges(config)
-    values = dict(published[config.objective])
+    values = config.spec.values(config)
     values["eval_response_tokens"] = config.max_response_tokens
-    values["overlong"] = "score"
-    values["filter_groups"] = "on"
-    if config.objective == "dapo":  # as in its paper
-        values["overlong"] = str(max(1, config.max_response_tokens // 5))
-        values["filter_groups"] = "refill"
     if (config.advantages or values["advantages"]) == "gae":
         values["filter_groups"] = "off"  # a critic learns from every response
         values["critic_lr"] = 3 * config.lr
     unset = {name: value for name, value in values.items() if getattr(config, name) is None}
     given, config = config, dataclasses.replace(config, **unset)
-    check_together(given, config, published)
+    check_together(given, config)
     return config
 
 
-def check_together(given, config, published: dict[str, dict]) -> None:
+def check_together(given, config) -> None:
     """UserError for settings that are wrong together, or that the objective would ignore."""
-    ignored = [] if config.objective in WITH_BETAS else ["beta1", "beta2", "beta_schedule"]
-    ignored += ["dual_clip"] if config.objective in ("cispo", "rloo") else []
-    ignored += ["eps_low", "eps_high"] if config.objective in ("rloo", "kl_cov", "sapo") else []
-    for name in ignored:
-        if getattr(given, name) not in (None, "", published[config.objective].get(name)):
+    spec, published = config.spec, config.spec.values(config)
+    for name in (*(() if spec.has_betas else BETAS), *spec.ignores):
+        if getattr(given, name) not in (None, "", published.get(name)):
             raise UserError(f"{name} = {getattr(given, name)}: objective {config.objective} ignores it; leave it out")
     read_schedule(config.beta_schedule)
-    usual = published[config.objective]["advantages"]
     for wrong, message in (
         (
             config.max_kept_prompts > config.prompts_per_step * max_batches(config),
@@ -171,14 +163,14 @@ def check_together(given, config, published: dict[str, dict]) -> None:
             "response would be penalized",
         ),
         (
-            config.objective == "ppo" and config.advantages != "gae",
-            f"advantages = {config.advantages}: objective ppo has those of its critic, gae; objective grpo is the same "
-            "with those of groups",
+            published["advantages"] == "gae" and config.advantages != "gae",
+            f"advantages = {config.advantages}: objective {config.objective} has those of its critic, gae; objective "
+            "grpo has those of groups",
         ),
         (
-            config.objective in ("dr_grpo", "rloo") and config.advantages == "gae",
-            f"advantages = gae: objective {config.objective} is one by its advantages, {usual}; objective ppo has a "
-            "critic",
+            config.advantages == "gae" and published["advantages"] not in ("gae", USUAL["advantages"]),
+            f"advantages = gae: objective {config.objective} is one by its advantages, {published['advantages']}; "
+            "objective ppo has a critic",
         ),
         (
             config.critic_lr is not None and config.advantages != "gae",
@@ -193,7 +185,7 @@ def check_together(given, config, published: dict[str, dict]) -> None:
             "entropy_target moves the betas: it cannot go with beta_schedule",
         ),
         (
-            config.old_logprobs == "sampler" and config.objective in METHODS,
+            config.old_logprobs == "sampler" and spec.picks is not None,
             f"objective {config.objective} picks tokens by the trainer's entropy: it needs old_logprobs = trainer",
         ),
         (

@@ -182,7 +182,7 @@ def token_sums(
 ) -> dict[str, Tensor]:
     """Sums over a micro-batch's response tokens, by metric name. All arguments [B, R]; `info` is policy_loss's.
 
-    Sums add up over micro-batches, updates and ranks (`add_sums`). `metrics.sums_to_metrics` makes means of them.
+    Sums add up over micro-batches, updates and ranks (`add_sums`). `statistics.sums_to_metrics` makes means of them.
     """
     with torch.no_grad():
         values = {key: value[mask] for key, value in info.items()}  # [N] from here on

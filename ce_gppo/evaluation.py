@@ -5,7 +5,7 @@ from functools import partial
 
 from ce_gppo import dist
 from ce_gppo.forward import compute_old_logprobs, flatten
-from ce_gppo.metrics import MAX_MISMATCH
+from ce_gppo.statistics import MAX_MISMATCH
 from ce_gppo.types import Problem, Response, UserError
 
 

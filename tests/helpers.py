@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-import loss
 import reward
 from ce_gppo import config
 from ce_gppo.types import Response
@@ -33,7 +32,7 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 def resolved(**settings) -> Config:
     """train.py's configuration, checked, with the values of the objective's paper filled in."""
-    return config.resolve(Config(**settings), loss.PUBLISHED)
+    return config.resolve(Config(**settings))
 
 
 def score(responses: list[str], answers: list[str], *verifiers, **options) -> list[float]:

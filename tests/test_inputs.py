@@ -10,7 +10,6 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-import loss
 from ce_gppo import checkpoint, config, dist, model, report, runs, tracking
 from ce_gppo.problems import load_problems
 from ce_gppo.types import Count, Problem, Range, UserError
@@ -45,14 +44,14 @@ def test_a_range_knows_every_number(value):
 def test_the_settings_of_a_resumed_run_have_their_types(tmp_path, saved, message):
     (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
     with pytest.raises(UserError, match=re.escape(message)):
-        config.parse(Config, ["--resume", str(tmp_path)], loss.PUBLISHED)
+        config.parse(Config, ["--resume", str(tmp_path)])
 
 
 def test_a_resumed_run_without_a_setting_says_that_it_has_the_default(tmp_path, capsys):
     settings = resolved().__dict__.copy()
     del settings["kl_coef"]
     (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
-    assert config.parse(Config, ["--resume", str(tmp_path)], loss.PUBLISHED)[0] == resolved()
+    assert config.parse(Config, ["--resume", str(tmp_path)])[0] == resolved()
     assert "has no kl_coef: the defaults are used" in capsys.readouterr().err
 
 
@@ -192,7 +191,7 @@ def test_a_wandb_project_that_is_none_is_refused_and_a_failing_wandb_is_off(tmp_
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "me/ce-gppo")
     with pytest.raises(UserError, match="WANDB_PROJECT=me/ce-gppo: Invalid project name"):
-        config.parse(Config, [], loss.PUBLISHED)
+        config.parse(Config, [])
 
     def init(**_):
         raise OSError("No space left on device")
@@ -239,4 +238,4 @@ def test_doctor_finds_a_folder_of_runs_that_cannot_be(tmp_path):
 
 def test_a_temperature_that_vllm_would_raise_is_refused():
     with pytest.raises(UserError, match=re.escape("temperature = 0.001: must be at least 0.01")):
-        config.parse(Config, ["--temperature", "0.001"], loss.PUBLISHED)
+        config.parse(Config, ["--temperature", "0.001"])

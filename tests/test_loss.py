@@ -12,11 +12,12 @@ import torch
 import loss as L
 from ce_gppo import betas, corrections, selection
 from ce_gppo import entropy as E
-from ce_gppo.metrics import sums_to_metrics
+from ce_gppo.statistics import sums_to_metrics
 from helpers import resolved, responses_of
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "objectives.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN.files}, key=int)
+PICKS = {name: spec.picks for name, spec in L.OBJECTIVES.items() if spec.picks}
 
 
 def random_case(seed: int = 0, B: int = 5, T: int = 11, spread: float = 0.6) -> dict[str, torch.Tensor]:
@@ -323,33 +324,44 @@ def test_tokens_are_picked_over_the_whole_mini_batch():
     advantages = torch.randn(20_000, generator=g)
     A, lp = advantages.double().numpy(), logprobs.double().numpy()
     cov = (lp - lp.mean()) * (A - A.mean())
-    picked = {name: method(logprobs, entropy, advantages).numpy() for name, method in selection.METHODS.items()}
+    picked = {name: picks(logprobs, entropy, advantages).numpy() for name, picks in PICKS.items()}
     assert set(picked["high_entropy"].nonzero()[0]) == set(np.argsort(-entropy.numpy())[:4000])
     assert set(picked["kl_cov"].nonzero()[0]) == set(np.argsort(-cov)[:4])
     inside = set(((cov > 1) & (cov < 5)).nonzero()[0])
     assert len(inside) > 1000 and picked["clip_cov"].sum() == 4 and set(picked["clip_cov"].nonzero()[0]) < inside
     few = [values[:3] for values in (logprobs, entropy, torch.zeros(3))]
-    assert selection.clip_cov(*few).sum() == 0, "no covariance is within the bounds"
-    assert selection.kl_cov(*few).sum() >= 1 and selection.high_entropy(*few).sum() == 1
+    assert PICKS["clip_cov"](*few).sum() == 0, "no covariance is within the bounds"
+    assert PICKS["kl_cov"](*few).sum() >= 1 and PICKS["high_entropy"](*few).sum() == 1
 
 
-@pytest.mark.parametrize("method", selection.METHODS)
-def test_two_ranks_pick_what_one_picks(method, monkeypatch):
+@pytest.mark.parametrize("picks", PICKS.values(), ids=PICKS)
+def test_two_ranks_pick_what_one_picks(picks, monkeypatch):
     shares = responses_of([(2, 30), (2, 50), (2, 1)], seed=1), responses_of([(2, 40), (2, 70)], seed=2)
     whole = [r for share in shares for r in share]
-    selection.choose(whole, method)
+    selection.choose(whole, picks)
     expected = [r.chosen for r in whole]
     assert 1 <= sum(int(c.sum()) for c in expected) < 191
     parts = []
     monkeypatch.setattr(selection.dist, "all_gather", lambda part: parts.append(part) or [part])
     for share in shares:
-        selection.choose(share, method)
+        selection.choose(share, picks)
     monkeypatch.setattr(selection.dist, "all_gather", lambda part: parts)
     for rank, share in enumerate(shares):
         monkeypatch.setattr(selection.dist, "rank", lambda rank=rank: rank)
-        selection.choose(share, method)
+        selection.choose(share, picks)
     assert all(torch.equal(r.chosen, c) for r, c in zip(whole, expected, strict=True))
-    selection.choose([], method)  # a rank without a share
+    selection.choose([], picks)  # a rank without a share
+
+
+@pytest.mark.parametrize("name, spec", L.OBJECTIVES.items(), ids=L.OBJECTIVES)
+def test_an_objective_ignores_the_settings_that_its_spec_says_and_no_others(name, spec):
+    """Its gradient depends on all others. (policy_loss would apply a dual clip to any of them.)"""
+    case, ignored = random_case(25, B=200), {*spec.ignores, *(() if spec.has_betas else L.BETAS)}
+    for setting, value in {"eps_low": 0.1, "eps_high": 0.1, "beta1": 0.3, "beta2": 0.3, "dual_clip": 1.5}.items():
+        if setting == "dual_clip" and setting in ignored:
+            continue
+        same = torch.equal(gradient(case, objective=name), gradient(case, objective=name, **{setting: value}))
+        assert same == (setting in ignored), setting
 
 
 def test_kl_to_the_reference_is_k3():

@@ -179,12 +179,12 @@ def test_tokens_are_dealt_evenly(ranks):
 def test_a_rank_that_fails_ends_all_with_its_message(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
-        "import train\nfrom ce_gppo import dist, metrics\nfrom ce_gppo.config import command\n"
-        "own_values = metrics.own_values\n"
+        "import train\nfrom ce_gppo import dist, statistics\nfrom ce_gppo.config import command\n"
+        "own_values = statistics.own_values\n"
         "def fail(groups):\n"
         "    if dist.rank() == 1: raise RuntimeError('the disk of rank 1 is on fire')\n"
         "    return own_values(groups)\n"
-        "metrics.own_values = fail\n"
+        "statistics.own_values = fail\n"
         "command(train.main)\n"
     )
     process = torchrun(2, str(script), *quick(tmp_path), *SMALL)

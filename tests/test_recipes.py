@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-import loss
 import train
 from bench import scaling
 from ce_gppo import config as settings
@@ -38,7 +37,7 @@ RUN = ["r1-distill-1.5b", "r1-distill-7b-dapo", "figure6"]  # each way of writin
 
 
 def parse(arguments: list[str]) -> train.Config:
-    return settings.parse(train.Config, arguments, loss.PUBLISHED)[0]
+    return settings.parse(train.Config, arguments)[0]
 
 
 @pytest.fixture
@@ -218,7 +217,7 @@ from rollout import prepare_environment
 prepare_environment()
 options = sys.argv[1 : sys.argv.index("--")]
 for name in sys.argv[sys.argv.index("--") + 1 :]:
-    arguments = parse(train.Config, ["--recipe", name, "--run-name", name, *options], loss.PUBLISHED)
+    arguments = parse(train.Config, ["--recipe", name, "--run-name", name, *options])
     train.train(*arguments, stop=lambda: False)
 """
 

@@ -12,9 +12,8 @@ import wandb
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-import loss
 import train
-from ce_gppo import config, metrics, report, tracking
+from ce_gppo import config, metrics, report, statistics, tracking
 from ce_gppo.types import Problem, Response, UserError
 from helpers import ROOT, resolved
 from reward import extract_answer
@@ -47,8 +46,8 @@ def test_rollout_metrics_against_loops():
     cuts = [(0, 1), (1, 4), (4, 6)]  # three ranks with different shares
     parts = [[r for group in groups[2:] for r in group], [r for group in groups[:2] for r in group]]
     own = [[groups[max(a, 2) : b], groups[a : min(b, 2)]] for a, b in cuts]
-    measured = [[metrics.own_values([r for group in part for r in group]) for part in rank] for rank in own]
-    found = metrics.rollout_metrics(groups, parts, measured, previous_entropy=0.25)
+    measured = [[statistics.own_values([r for group in part for r in group]) for part in rank] for rank in own]
+    found = statistics.rollout_metrics(groups, parts, measured, previous_entropy=0.25)
     entropy = np.concatenate([r.entropy.numpy() for r in responses]).astype(np.float64)
     gap = np.concatenate([(r.old_logprobs - r.rollout_logprobs).numpy() for r in responses]).astype(np.float64)
     expected = {
@@ -76,7 +75,7 @@ def test_a_sample_of_the_others_counts_for_all_of_them():
     parts = [[r for group in groups[2:] for r in group], [r for group in groups[:2] for r in group]]
     for i, r in enumerate(parts[1]):
         r.entropy = r.entropy * 2 if i % 4 == 0 else None
-    found = metrics.rollout_metrics(groups, parts, [[metrics.own_values(part) for part in parts]], None)
+    found = statistics.rollout_metrics(groups, parts, [[statistics.own_values(part) for part in parts]], None)
     trained = torch.cat([r.entropy for r in parts[0]])
     sample = torch.cat([r.entropy for r in parts[1][::4]])
     tokens = sum(len(r.response_ids) for r in parts[1])
@@ -254,7 +253,7 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_MODE", "quiet")
     with pytest.raises(UserError, match="WANDB_MODE=quiet: online, offline"):  # before anything else
-        config.parse(train.Config, [], loss.PUBLISHED)
+        config.parse(train.Config, [])
     monkeypatch.setenv("WANDB_MODE", "")
     for step, project in enumerate(("", "sums")):
         monkeypatch.setenv("WANDB_PROJECT", project)
@@ -285,7 +284,7 @@ def test_what_wandb_makes_of_the_sweep_file_is_a_command_line_of_train():
         arguments = create_sweep_command_args({"args": {name: {"value": value} for name, value in wanted.items()}})[
             "args"
         ]
-        given, _, _ = config.parse(train.Config, arguments, loss.PUBLISHED)
+        given, _, _ = config.parse(train.Config, arguments)
         assert {name: getattr(given, name) for name in wanted} == wanted
     assert len(combinations) == 36
     patterns = [metric.pattern() for metric in metrics.ALL]

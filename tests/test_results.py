@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-import loss
 import train
 from ce_gppo.config import parse
 from helpers import Forked, rows_of
@@ -99,7 +98,7 @@ def test_results_of_other_arguments_are_not_mixed(tmp_path):
 
 def test_every_setting_is_train_py_s():
     for one, (name, options) in itertools.product(sweep.SWEEPS.values(), sweep.SETTINGS.items()):
-        config, recipe, resume = parse(train.Config, sweep.arguments(one, name, 3, 50).split(), loss.PUBLISHED)
+        config, recipe, resume = parse(train.Config, sweep.arguments(one, name, 3, 50).split())
         assert (config.seed, config.steps, recipe, resume) == (3, 50, one.common.get("recipe", ""), "")
         for key, value in (one.common | options).items():
             assert key == "recipe" or getattr(config, key) == value

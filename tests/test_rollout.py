@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from ce_gppo import forward, metrics
+from ce_gppo import forward, statistics
 from ce_gppo.corrections import correction_weights
 from ce_gppo.evaluation import check_engine
 from ce_gppo.forward import Policy, compute_old_logprobs
@@ -181,7 +181,7 @@ def test_entropy_of_a_sample_of_the_dropped_groups(everything, dropped, bound):
     for _ in range(200):
         order = torch.randperm(len(H), generator=generator)
         others, trained = order[:dropped], order[dropped:]
-        measured = slice(None, None, metrics.MEASURED)
+        measured = slice(None, None, statistics.MEASURED)
         sample = H[others].flatten()[measured].sum() / tokens[others].flatten()[measured].sum()
         estimate = (H[trained].sum() + sample * tokens[others].sum()) / tokens.sum()
         errors.append((estimate / (H.sum() / tokens.sum()) - 1).item())

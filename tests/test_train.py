@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import loss
 import train
-from ce_gppo import checkpoint, metrics, perf, runs
+from ce_gppo import checkpoint, metrics, perf, runs, statistics
 from ce_gppo import config as settings
 from ce_gppo.betas import betas_of_step, steer, steered_betas
 from ce_gppo.checkpoint import State
@@ -225,7 +224,7 @@ def test_a_folder_of_another_run_is_not_touched(tmp_path, monkeypatch):
 
 def test_every_setting_says_what_it_is(capsys):
     with pytest.raises(SystemExit) as end:
-        settings.parse(train.Config, ["--help"], loss.PUBLISHED)
+        settings.parse(train.Config, ["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     fields = dataclasses.fields(train.Config)
@@ -243,14 +242,14 @@ def test_every_setting_says_what_it_is(capsys):
 )
 def test_a_stale_engine_or_a_broken_policy_ends_the_run(gap, entropy, message):
     with pytest.raises(RunEnded, match=message):
-        metrics.check_mismatch({"mismatch/mean": gap, "entropy/mean": entropy}, "cpu")
+        statistics.check_mismatch({"mismatch/mean": gap, "entropy/mean": entropy}, "cpu")
 
 
 @pytest.mark.parametrize("device, level", [("cpu", 0.001), ("cuda:0", 0.05)])
 def test_a_mismatch_that_rounding_does_not_explain_is_told_once_at_each_level(device, level, capsys):
-    metrics._warn_of_mismatch.cache_clear()
+    statistics._warn_of_mismatch.cache_clear()
     for gap in (0.9 * level, 1.1 * level, 1.2 * level, 3.9 * level, 3.8 * level):
-        metrics.check_mismatch({"mismatch/mean": gap, "entropy/mean": 0.5}, device)
+        statistics.check_mismatch({"mismatch/mean": gap, "entropy/mean": 0.5}, device)
     lines = capsys.readouterr().err.splitlines()
     assert [f"more than {factor * level:g} nats" in line for factor, line in zip((1, 2), lines, strict=True)] == [
         True
@@ -281,7 +280,7 @@ def test_one_setting_makes_a_baseline():
     ppo, gae = resolved(objective="ppo"), resolved(advantages="gae", lr=1e-6)
     assert (ppo.advantages, ppo.filter_groups, ppo.beta1) == ("gae", "off", None)
     assert (gae.critic_lr, gae.beta1, ours.critic_lr) == (pytest.approx(3e-6), 0.75, None)
-    assert settings.resolve(dapo, loss.PUBLISHED) == dapo
+    assert settings.resolve(dapo) == dapo
 
 
 def test_betas_move_on_a_schedule():
@@ -358,7 +357,7 @@ def test_epochs_go_over_the_same_mini_batches_with_the_same_old_logprobs(tiny_mo
         train.update(Policy(by_hand), sgd, batch, objective, 0.05, config, "cpu")
     for ours, expected in zip(tiny_model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
-    logged = metrics.updates_to_metrics([updates])
+    logged = statistics.updates_to_metrics([updates])
     assert logged["optim/updates"] == 4 and logged["update_1/kl_old"] < 1e-9 < logged["update_3/kl_old"]
     assert logged["update_3/clip_low"] + logged["update_3/clip_high"] > 0 and "update_4/clip_low" in logged
 
@@ -434,7 +433,7 @@ def test_dynamic_sampling_refills_and_goes_on_where_it_was(tiny_model):
     assert [r.prompt_ids[0] for r in mini_batches[0][::2]] == even[:8]
     for r in sum(groups, []):
         r.old_logprobs = r.entropy = r.rollout_logprobs
-    found = metrics.step_metrics(groups, mini_batches, [], None)
+    found = statistics.step_metrics(groups, mini_batches, [], None)
     assert found["rollout/prompts"] == 8 * batches and found["rollout/unused"] == pytest.approx(1 - 1 / batches)
 
     later, resumed = Sampler(), Sampler()
@@ -486,7 +485,7 @@ def learn(model, folder, **settings):
     objective = train.objective_of_step(config, 1, state.control)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     updates = train.learn(Policy(model), optimizer, groups, mini_batches, objective, 0.5, state, config, folder, meter)
-    return groups, mini_batches, updates, metrics.step_metrics(groups, mini_batches, updates, None)
+    return groups, mini_batches, updates, statistics.step_metrics(groups, mini_batches, updates, None)
 
 
 def test_old_logprobs_only_of_what_trains(tiny_model, tmp_path):
@@ -495,7 +494,7 @@ def test_old_logprobs_only_of_what_trains(tiny_model, tmp_path):
     groups, mini_batches, _, row = learn(tiny_model, tmp_path)
     everything = [r for group in groups for r in group]
     others = [r for group in groups[:2] for r in group]
-    measured = [r for batch in mini_batches for r in batch] + others[:: metrics.MEASURED]
+    measured = [r for batch in mini_batches for r in batch] + others[:: statistics.MEASURED]
     assert {id(r) for r in everything if r.entropy is not None} == {id(r) for r in measured} and len(measured) == 38
     found = [(r.old_logprobs, r.entropy) for r in measured]
     compute_old_logprobs(Policy(before), everything, 1.0, 4096, "cpu")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import reward
-from ce_gppo import metrics, runs
+from ce_gppo import metrics, runs, statistics
 from ce_gppo.types import Problem, Response, UserError
 from ce_gppo.verifier import countdown, custom, sources, workers
 from ce_gppo.verifier.answers import Undecided
@@ -413,7 +413,7 @@ def test_parts_become_reward_verdict_and_metrics():
     reward.set_rewards(groups, parts, max_tokens=12, overlong="4")  # 10 tokens are 2 into the buffer
     assert [[r.verdict for r in group] for group in groups] == [[1, 0], [0, 0]]
     assert [r.reward for group in groups for r in group] == pytest.approx([0.6, -0.4, 0, 0])
-    found = metrics.reward_metrics(groups, [problem("gym/a", "1"), problem("b", "1")])
+    found = statistics.reward_metrics(groups, [problem("gym/a", "1"), problem("b", "1")])
     expected = {"gym/a/correctness": 0.5, "gym/a/format": 0.1, "gym/a/mean": 0.6, "b/mean": 0.5}
     assert found == pytest.approx({f"reward/{name}": value for name, value in expected.items()})
     for name in found:

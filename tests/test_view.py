@@ -10,7 +10,7 @@ import torch
 import train
 from ce_gppo import forward, report, tokens
 from ce_gppo.forward import Policy
-from ce_gppo.metrics import sums_to_metrics
+from ce_gppo.statistics import sums_to_metrics
 from ce_gppo.types import Problem, Response, UserError
 from helpers import resolved, responses_of
 from loss import Objective

@@ -35,10 +35,10 @@ from ce_gppo.config import check_ranges, command, open_to_append, parse, resolve
 from ce_gppo.entropy import QUADRANTS, entropy_velocity, quadrants
 from ce_gppo.evaluation import evaluate
 from ce_gppo.forward import Batch, Policy, collate, compute_old_logprobs, flatten, micro_batches
-from ce_gppo.metrics import check_mismatch, step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.problems import load_sets
+from ce_gppo.statistics import check_mismatch, step_metrics
 from ce_gppo.types import Response, UserError, has_signal
 from rollout import Engine, prepare_environment
 from tools.branches import BASELINE, COAST, OWN, SAME, SMALL, figure, read, table
@@ -68,7 +68,7 @@ def variant(config: train.Config, changes: dict) -> train.Config:
         "beta_schedule",
         "entropy_target",
     }
-    return resolve(replace(config, **{name: defaults[name] for name in names} | changes), loss.PUBLISHED)
+    return resolve(replace(config, **{name: defaults[name] for name in names} | changes))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def main() -> None:
     if not given.draw:
         prepare_environment()
         folder, start = start_of(given.run) if given.run else ("", None)
-        config, _, _ = parse(train.Config, [*(["--resume", folder] if folder else []), *settings], loss.PUBLISHED)
+        config, _, _ = parse(train.Config, [*(["--resume", folder] if folder else []), *settings])
         run(config, start, options)
     rows = read(options.results)
     if not rows:
