@@ -22,17 +22,15 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from scipy.stats import t as student
 
 from ce_gppo.config import command
 from ce_gppo.types import UserError
 from results import draw
-from results.sweep import CE, SETTINGS, read
+from results.series import EARLY, Runs, cut, difference, interval, text
+from results.sweep import CE, read
 from tools import branches
 from tools.figures import QUADRANTS
 
-LAST = 10  # steps; "the end" of a run is their mean
-EARLY = 15  # first steps, for claim 3
 IDLE = 0.05  # a run is idle from this share of responses that are cut at the limit, at its end
 ENTROPY_MARGIN = 0.05  # of the base policy's entropy: smaller differences count as none
 MARGIN = 0.02  # of accuracy and of pass@k; "at least" allows for so much less
@@ -51,100 +49,8 @@ class Config:
     branches: Path | None = None  # JSONL file that tools/branch.py made: beside the curves in a third figure
 
 
-class Runs:
-    """The runs of a sweep by setting and seed. Each method that takes a setting returns {seed: number}."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = {(row["setting"], row["seed"]): row for row in rows}
-        self.settings = [name for name in SETTINGS if any(name == other for other, _ in self.rows)]
-        self.source = rows[0].get("source", "arithmetic")  # the first sweep did not say it
-
-    def of(self, setting: str, function) -> dict[int, float]:
-        return {seed: function(row["series"]) for (name, seed), row in self.rows.items() if name == setting}
-
-    def entropy_end(self, setting: str) -> dict[int, float]:
-        return self.of(setting, lambda s: np.mean(s["entropy/mean"][-LAST:]))
-
-    def entropy_kept(self, setting: str) -> dict[int, float]:
-        return self.of(setting, lambda s: np.mean(s["entropy/mean"][-LAST:]) / s["entropy/mean"][0])
-
-    def entropy_whole(self, setting: str) -> dict[int, float]:
-        return self.of(setting, lambda s: np.mean(s["entropy/mean"]))
-
-    def entropy_early(self, setting: str) -> dict[int, float]:
-        return self.of(setting, lambda s: np.mean(s["entropy/mean"][:EARLY]))
-
-    def entropy_spread(self, setting: str) -> dict[int, float]:
-        """Standard deviation around a cubic fitted to the run: a steady fall is then not variation."""
-        return self.of(setting, lambda s: np.std(residual(s["entropy/mean"])))
-
-    def entropy_extremes(self, setting: str) -> tuple[float, float]:
-        """(lowest, highest) entropy of a step over that of the first step, of all runs."""
-        shares = [np.array(s) / s[0] for s in self.of(setting, lambda s: s["entropy/mean"]).values()]
-        return min(map(np.min, shares)), max(map(np.max, shares))
-
-    def evaluations(self, setting: str, metric: str = "avg_at_k") -> dict[int, list[float]]:
-        """{seed: the metric at each evaluation}; empty where the runs were made before it was kept."""
-        found = self.of(setting, lambda s: s.get(f"eval/{self.source}/{metric}"))
-        return {seed: values for seed, values in found.items() if values}
-
-    def at_end(self, setting: str, metric: str = "avg_at_k") -> dict[int, float]:
-        return {seed: values[-1] for seed, values in self.evaluations(setting, metric).items()}
-
-    def pass_kept(self, setting: str) -> dict[int, float]:
-        return {seed: values[-1] / values[0] for seed, values in self.evaluations(setting, "pass_at_k").items()}
-
-    def unlearned(self, setting: str) -> dict[int, float]:
-        """How far the last accuracy is below the best."""
-        return {seed: max(values) - values[-1] for seed, values in self.evaluations(setting).items()}
-
-    def average(self, setting: str, name: str) -> dict[int, float]:
-        return self.of(setting, lambda s: mean_of(s[name]))
-
-    def entropy_margin(self) -> float:
-        """In nats: ENTROPY_MARGIN of the entropy of the first step, over all runs."""
-        return ENTROPY_MARGIN * np.mean([row["series"]["entropy/mean"][0] for row in self.rows.values()])
-
-
-def residual(values: list[float]) -> np.ndarray:
-    steps = np.arange(len(values))
-    return np.array(values) - np.polyval(np.polyfit(steps, values, 3), steps)
-
-
-def mean_of(values: list[float | None]) -> float:
-    there = [value for value in values if value is not None]
-    return float(np.mean(there)) if there else float("nan")
-
-
-def cut(series: dict[str, list]) -> float:
-    """The share of responses that were cut at the limit, at the end."""
-    return np.mean(series["response/truncated"][-LAST:])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Intervals and verdicts
-
-
-def interval(values: dict[int, float]) -> tuple[float, float, float]:
-    """(mean, lower, upper) of a 95 % t interval over seeds. One seed gives infinite bounds."""
-    x = np.array([value for value in values.values() if np.isfinite(value)])
-    if len(x) < 2:
-        return (float(x.mean()) if len(x) else float("nan")), -np.inf, np.inf
-    half = student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-    return x.mean(), x.mean() - half, x.mean() + half
-
-
-def difference(a: dict[int, float], b: dict[int, float]) -> dict[int, float]:
-    return {seed: a[seed] - b[seed] for seed in a if seed in b}
-
-
-def text(values: dict[int, float], digits: int = 3, sign: bool = False) -> str:
-    if not values:
-        return ""
-    mean, low, high = interval(values)
-    plus = "+" if sign else ""
-    bounds = f" [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]" if np.isfinite(low) else ""
-    return f"{mean:{plus}.{digits}f}{bounds}"
+# Verdicts
 
 
 def compare(values: dict[int, float], bound: float = 0.0, margin: float = 0.0) -> str:
@@ -166,7 +72,7 @@ def decide(*verdicts: str) -> str:
 def claims(runs: Runs) -> list[tuple[str, str, str]]:
     """(claim, verdict, numbers) in the order of docs/evidence.md, without claims whose runs are missing."""
     found = []
-    nats = runs.entropy_margin()
+    nats = ENTROPY_MARGIN * runs.base_entropy()
     bonuses = next((pair for pair in BONUSES if set(pair) <= set(runs.settings)), BONUSES[0])
 
     def claim(name: str, needs: tuple[str, ...], function) -> None:
@@ -340,7 +246,7 @@ def main(config: Config) -> None:
     runs = Runs(rows)
     verdicts = "\n".join(f"| {' | '.join(row)} |" for row in claims(runs))
     verdicts = f"| claim | verdict | numbers, with 95 % intervals over seeds |\n|---|---|---|\n{verdicts}"
-    margins = f"Margins: {runs.entropy_margin():.3f} nats of entropy, {MARGIN} of accuracy."
+    margins = f"Margins: {ENTROPY_MARGIN * runs.base_entropy():.3f} nats of entropy, {MARGIN} of accuracy."
     took = f"{len(rows)} runs; whole, they took {sum(row['minutes'] for row in rows) / 60:.1f} hours of one lane."
     report = f"{table(runs)}\n\n{verdicts}\n\n{margins} {took}\n"
     print(report)

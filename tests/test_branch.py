@@ -13,6 +13,7 @@ from ce_gppo.perf import Meter
 from ce_gppo.types import UserError
 from helpers import group_of, resolved, responses_of
 from tools import branch, branches
+from tools.step import Step
 from train import ADAMW
 
 CONFIG = resolved(objective="grpo", lr=1e-3, warmup_steps=0, max_kept_prompts=4, mini_batch_prompts=1)
@@ -36,12 +37,12 @@ def step(tiny_model, given, tmp_path):
     tiny_model.get_input_embeddings().weight.data *= 3
     policy = Policy(tiny_model)
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3, **ADAMW)
-    one = branch.Step(policy, optimizer, CONFIG, Meter(tiny_model, "cpu"), tmp_path, 10, (0.5, 0.0), given[0])
+    one = Step(policy, optimizer, CONFIG, Meter(tiny_model, "cpu"), tmp_path, 10, (0.5, 0.0), given[0])
     one.learn(CONFIG)
     return one
 
 
-def state_of(step: branch.Step) -> list[torch.Tensor]:
+def state_of(step: Step) -> list[torch.Tensor]:
     moments = step.optimizer.state_dict()["state"]
     return [*step.policy.state_dict().values(), *(value for one in moments.values() for value in one.values())]
 

@@ -12,7 +12,7 @@ from ce_gppo.evaluation import accuracy, warn
 from ce_gppo.evaluation import evaluate as sample_and_score
 from ce_gppo.types import Problem, Response, UserError
 from helpers import BASE, score
-from tools import evaluate
+from tools import evaluate, tables
 
 
 def problem(question: str, answer: str, source: str) -> dict:
@@ -97,29 +97,29 @@ def fake(monkeypatch, tmp_path, tiny_folder):
     ],
 )
 def test_majority(answers, truth, right):
-    assert evaluate.majority([row(answer, truth) for answer in answers]) is right
+    assert tables.majority([row(answer, truth) for answer in answers]) is right
 
 
 def test_bootstrap():
     """Close to the normal interval where that one is good; the same every time."""
     values = [1.0] * 120 + [0.0] * 280
-    low, high = evaluate.bootstrap(values)
+    low, high = tables.bootstrap(values)
     half = 1.96 * (0.3 * 0.7 / 400) ** 0.5
     assert low == pytest.approx(0.3 - half, abs=0.004) and high == pytest.approx(0.3 + half, abs=0.004)
-    assert evaluate.bootstrap(values) == (low, high)
-    assert evaluate.bootstrap([0.25] * 7) == (0.25, 0.25)
+    assert tables.bootstrap(values) == (low, high)
+    assert tables.bootstrap([0.25] * 7) == (0.25, 0.25)
 
 
 def test_the_table(capsys):
     samples = {0: ["4", "4", "3"], 1: ["3", "3", "4"], 2: [None, "5", "6"], 3: ["4", "4", "4"]}
     rows = [row(answer, number=n, sample=s) for n, answers in samples.items() for s, answer in enumerate(answers)]
     rows += [row("4", number=4, source="other")]
-    evaluate.print_table(rows, 3)
+    tables.print_table(rows, 3)
     header, test, other, average = capsys.readouterr().out.splitlines()
     assert header.split() == [
         *("benchmark", "problems", "avg@3", "95", "%", "interval", "pass@3", "majority@3", "tokens", "truncated")
     ]
-    low, high = evaluate.bootstrap([2 / 3, 1 / 3, 0, 1])
+    low, high = tables.bootstrap([2 / 3, 1 / 3, 0, 1])
     assert test.split() == f"test 4 0.5000 {low:.4f} - {high:.4f} 0.7500 0.5000 11.0 0.3333".split()
     assert other.split()[:3] == ["other", "1", "1.0000"] and average.split() == ["average", "0.7500"]
 
@@ -259,7 +259,7 @@ def test_compare(tmp_path, capsys):
     evaluate.main(evaluate.Config(compare=(first, second)))
     header, test, *changed = capsys.readouterr().out.splitlines()
     assert header.split()[-2:] == ["gained", "lost"]
-    low, high = evaluate.bootstrap([0, 1, -0.5, 0])
+    low, high = tables.bootstrap([0, 1, -0.5, 0])
     assert test.split() == f"test 4 0.6250 0.7500 +0.1250 {low:+.4f} - {high:+.4f} 1 1".split()
     assert [line.split() for line in changed] == [
         ["test", "0.000", "->", "1.000", "test", "1?"],
@@ -271,12 +271,12 @@ def test_what_cannot_be_compared(tmp_path):
     a = results(tmp_path / "a.jsonl", {0: ["4"], 1: ["3"]}, 2)
     b = results(tmp_path / "b.jsonl", {0: ["4"], 2: ["3"]}, 2)
     with pytest.raises(UserError, match="have different problems, 2 in only one of them, such as 'test 1"):
-        evaluate.compare(a, b)
+        tables.compare(a, b)
     unfinished = results(tmp_path / "c.jsonl", {0: ["4"]}, 2)
     with pytest.raises(UserError, match=r"c\.jsonl: not finished"):
-        evaluate.compare(a, unfinished)
+        tables.compare(a, unfinished)
     with pytest.raises(UserError, match=r"d\.jsonl: no such file"):
-        evaluate.compare(a, str(tmp_path / "d.jsonl"))
+        tables.compare(a, str(tmp_path / "d.jsonl"))
 
 
 @pytest.mark.slow

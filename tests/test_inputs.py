@@ -17,7 +17,7 @@ from ce_gppo.verifier import sources
 from data.convert import answer_of
 from helpers import ROOT, environment, resolved
 from reward import VERIFIERS
-from tools import doctor, evaluate
+from tools import doctor, evaluate, tables
 from train import Config
 
 ROW = {"prompt": [{"role": "user", "content": "1 + 1"}], "answer": "2", "source": "sums"}
@@ -215,7 +215,7 @@ def test_a_runs_files_are_json_whatever_is_not_finite(tmp_path):
 def test_what_is_no_result_file_is_called_so(tmp_path, line):
     (tmp_path / "results.jsonl").write_bytes(line)
     with pytest.raises(UserError, match="not a result file of evaluate.py"):
-        evaluate.read_results(tmp_path / "results.jsonl")
+        tables.read_results(tmp_path / "results.jsonl")
 
 
 def test_results_that_cannot_be_written_are_told_before_the_engine_starts(tiny_folder, write_rows):

@@ -16,6 +16,7 @@ import train
 from ce_gppo.config import parse
 from helpers import Forked, rows_of
 from results import claims, draw, sweep
+from results.series import Runs, interval
 from tools.figures import QUADRANTS, plt
 
 pytestmark = pytest.mark.slow
@@ -125,12 +126,12 @@ def test_the_kept_runs_still_give_the_published_verdicts(tmp_path):
 
 
 def test_interval_is_student_s():
-    mean, low, high = claims.interval({0: 1.0, 1: 2.0, 2: 3.0})
+    mean, low, high = interval({0: 1.0, 1: 2.0, 2: 3.0})
     assert (mean, low, high) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-3)
-    assert claims.interval({0: 1.0})[1:] == (-np.inf, np.inf)
+    assert interval({0: 1.0})[1:] == (-np.inf, np.inf)
     for seeds, quantile in (2, 12.706), (11, 2.228), (31, 2.042):  # from a printed table
         values = np.arange(seeds) / np.std(range(seeds), ddof=1) * np.sqrt(seeds)
-        mean, low, high = claims.interval(dict(enumerate(values)))
+        mean, low, high = interval(dict(enumerate(values)))
         assert (mean - low, high - mean) == pytest.approx((quantile, quantile), abs=1e-3)
 
 
@@ -148,7 +149,7 @@ def made_up(entropy, accuracy, seeds=5, noise=0.002):
             series["eval/walk/pass_at_k"], series["eval/walk/distinct_at_k"] = [0.9, 0.9], [2.0, 4.0]
             row = {"setting": name, "seed": seed, "arguments": "", "minutes": 1.0, "eval_steps": [0, 50]}
             rows.append(row | {"source": "walk", "series": series})
-    return claims.Runs(rows)
+    return Runs(rows)
 
 
 def test_part_of_a_sweep(tmp_path):
@@ -279,7 +280,7 @@ def test_curves_of_part_of_a_sweep_have_no_empty_panels(names, titles):
 def test_settings_outside_the_sweeps_are_compared_in_the_same_table_and_figure():
     names = ("grpo", *(name for name in sweep.SETTINGS if name not in draw.COLORS))
     rows = [row for row in sweep.read(ROOT / "results" / "arithmetic.jsonl") if row["setting"] == "grpo"]
-    made = claims.Runs([row | {"setting": name} for row in rows for name in names])
+    made = Runs([row | {"setting": name} for row in rows for name in names])
     lines = claims.table(made).splitlines()
     assert [line.split(" |")[0] for line in lines[2:]] == [f"| {name}" for name in names]
     entropy, accuracy = draw.curves(groups_of(made), made.source).axes
