@@ -17,6 +17,7 @@ import torch
 import reward
 from ce_gppo import config
 from ce_gppo.types import Response
+from data.arithmetic.base import make_model, make_tokenizer
 from train import Config
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +150,23 @@ def outputs_of(processes: list[Forked], timeout: float) -> str:
     outputs = [process.communicate(timeout)[0] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(outputs)
     return "\n".join(outputs)
+
+
+def by_ranks(folder: Path, code: str, cases: dict[str, tuple], timeout: float) -> dict[str, dict]:
+    """{name: what the script `code` wrote to result-<name>.pt}, run by as many processes as the case says.
+
+    cases: {name: (processes, argument, ...)}. The script gets the folder, in which `tiny` is a model of two layers,
+    then these arguments and the name.
+    """
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, hidden_size=64, num_layers=2).save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    script = folder / "script.py"
+    script.write_text(code)
+    for name, (processes, *arguments) in cases.items():
+        outputs_of(ranks(processes, str(script), str(folder), *arguments, name), timeout)
+    return {name: torch.load(folder / f"result-{name}.pt", weights_only=True) for name in cases}
 
 
 def torchrun(processes: int, *arguments: str, **options) -> subprocess.Popen:

@@ -18,7 +18,7 @@ from ce_gppo.forward import Policy
 from ce_gppo.model import load_model
 from ce_gppo.perf import Meter
 from ce_gppo.types import UserError
-from helpers import SMALL, group_of, metrics_of, outputs_of, ranks, resolved, responses_of, run, without_timings
+from helpers import SMALL, by_ranks, group_of, metrics_of, resolved, responses_of, run, without_timings
 from tools import branch
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -303,18 +303,9 @@ if dist.is_main():
 @pytest.fixture(scope="module")
 def rollouts(tmp_path_factory):
     """The same rollout by one process, and in other ways. (folder, {name: what came of it})"""
-    from data.arithmetic.base import make_model, make_tokenizer
-
     folder = tmp_path_factory.mktemp("critic")
-    torch.manual_seed(0)
-    make_model(make_tokenizer(), hidden_size=64, num_layers=2).save_pretrained(folder / "tiny")
-    make_tokenizer().save_pretrained(folder / "tiny")
-    script = folder / "a_rollout.py"
-    script.write_text(A_ROLLOUT)
     cases = {"000001": (1, "no"), "000002": (2, "no"), "000003": (2, "yes"), "000004": (1, "offload")}
-    for name, (processes, shard) in cases.items():
-        outputs_of(ranks(processes, str(script), str(folder), shard, name), timeout=200)
-    return folder, {name: torch.load(folder / f"result-{name}.pt", weights_only=True) for name in cases}
+    return folder, by_ranks(folder, A_ROLLOUT, cases, timeout=200)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from ce_gppo import checkpoint, dist
 from ce_gppo.entropy import QUADRANTS
 from ce_gppo.model import load_model
 from ce_gppo.types import Update
-from helpers import group_of, metrics_of, outputs_of, quick, ranks, run, torchrun, without_timings
+from helpers import by_ranks, group_of, metrics_of, outputs_of, quick, ranks, run, torchrun, without_timings
 from tools import view
 
 pytestmark = pytest.mark.slow
@@ -53,14 +53,7 @@ def responses_of_shares(shares: list[list[int]]) -> list[list]:
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
     """The same mini-batch by one process, and by two in several ways. {name: (gradients and what update returned)}"""
-    from data.arithmetic.base import make_model, make_tokenizer
-
     folder = tmp_path_factory.mktemp("ranks")
-    torch.manual_seed(0)
-    make_model(make_tokenizer(), hidden_size=64, num_layers=2).save_pretrained(folder / "tiny")
-    make_tokenizer().save_pretrained(folder / "tiny")
-    script = folder / "one_update.py"
-    script.write_text(ONE_UPDATE)
     cases = {
         "000001": (1, "no", [[0, 1, 2, 3, 4, 5]]),
         "000002": (2, "no", [[0, 2, 4], [1, 3, 5]]),
@@ -69,9 +62,8 @@ def updates(tmp_path_factory):
         "000005": (2, "yes", [[0, 1, 2, 3, 4], [5]]),
         "000006": (2, "offload", [[], [0, 1, 2, 3, 4, 5]]),
     }
-    for name, (processes, how, shares) in cases.items():
-        outputs_of(ranks(processes, str(script), str(folder), how, json.dumps(shares), name), timeout=100)
-    return folder, {name: torch.load(folder / f"result-{name}.pt", weights_only=True) for name in cases}
+    cases = {name: (processes, how, json.dumps(shares)) for name, (processes, how, shares) in cases.items()}
+    return folder, by_ranks(folder, ONE_UPDATE, cases, timeout=100)
 
 
 @pytest.mark.parametrize("case", ["000002", "000003", "000004", "000005", "000006"])

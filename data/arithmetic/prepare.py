@@ -13,12 +13,12 @@ and boxes the total. Five terms have 5! = 120 orders. One of them:
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
 from ce_gppo.config import command
 from ce_gppo.types import UserError
+from data.convert import write
 
 HERE = Path(__file__).parent
 
@@ -80,14 +80,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments(__doc__).parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, problems in zip(
         ("train", "eval"), splits(args.seed, args.terms, args.largest, args.train, args.held_out), strict=True
     ):
-        path = args.out / f"{name}.jsonl"
         rows = [{"prompt": prompt(p), "answer": str(sum(p)), "source": "arithmetic"} for p in problems]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{path}: {len(rows)} problems")
+        write(rows, args.out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ To the base policy each move is one token, and so is each number, " =24" with th
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ce_gppo.config import command
 from ce_gppo.types import UserError
 from ce_gppo.verifier.walk import LARGEST, MOVES
 from data.arithmetic.prepare import positive
+from data.convert import write
 
 HERE = Path(__file__).parent
 WORDS = ("start", "target", *MOVES, *(f" ={number}\n" for number in range(LARGEST + 1)))  # one token each
@@ -55,12 +55,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments(__doc__).parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, problems in zip(("train", "eval"), splits(args.seed, args.held_out), strict=True):
-        path = args.out / f"{name}.jsonl"
         rows = [{"prompt": prompt(*pair), "answer": answer(*pair), "source": "walk"} for pair in problems]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{path}: {len(rows)} problems")
+        write(rows, args.out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":

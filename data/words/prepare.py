@@ -10,11 +10,11 @@ chat. They show the form of an answer:
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
 from ce_gppo.config import command
+from data.convert import write
 
 HERE = Path(__file__).parent
 NAMES = (
@@ -42,14 +42,11 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=100, help="evaluation problems; training has none of them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     pairs = [(a, b) for a in range(1, 21) for b in range(1, 21) if (a, b) not in EXAMPLES]
     random.Random(args.seed).shuffle(pairs)
     for name, chosen in (("eval", pairs[: args.held_out]), ("train", pairs[args.held_out :])):
-        path = args.out / f"{name}.jsonl"
         rows = [{"prompt": prompt(a, b), "answer": str(a + b), "source": "words"} for a, b in chosen]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{path}: {len(rows)} problems")
+        write(rows, args.out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":
