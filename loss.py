@@ -108,7 +108,8 @@ OBJECTIVES = {
     "lp_only": Spec(lp_only, {"beta1": 0.75, "beta2": 1.0}),
     "lp_only_half": Spec(lp_only_half, {"beta1": 0.75, "beta2": 1.0}),
     "high_entropy": Spec(other.high_entropy, {"eps_high": 0.28}, picks=other.highest_entropy),
-    "clip_cov": Spec(other.clip_cov, picks=other.covariance_in_bounds),
+    # The interval of its authors' scripts.
+    "clip_cov": Spec(other.clip_cov, {"eps_low": 1.0, "eps_high": 1.0}, picks=other.covariance_in_bounds),
     "kl_cov": Spec(other.kl_cov, ignores=("eps_low", "eps_high"), picks=other.highest_covariance),
     "sapo": Spec(other.sapo, ignores=("eps_low", "eps_high")),
 }

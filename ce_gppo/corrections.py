@@ -2,16 +2,18 @@
 
 With r_t = pi_old / pi_vllm of a token, the same weights on both sides, over the T tokens of a response:
 
-| kind     | weight of a token                         | cap c | source                                                |
-|----------|-------------------------------------------|-------|-------------------------------------------------------|
-| tis      | min(r_t, c)                               | 2     | fengyao.notion.site/off-policy-rl                     |
-| mask     | 1 if 1/c <= r_t <= c, 0 otherwise         | 2     | the same with masks, as IcePop (arXiv 2510.18855) has |
-| seq-tis  | min(r_1 ... r_T, c)                       | 2     | verl's rollout correction, Seq-TIS                    |
-| seq-mask | 1 if 1/c <= r_1 ... r_T <= c, 0 otherwise | 2     | TRL's sequence_mask, which has c = 3 and no 1/c       |
-| geo-mask | the same of (r_1 ... r_T)^(1/T)           | 1.001 | verl's rollout correction, Geo-RS                     |
+| kind     | weight of a token                         | cap c | in verl's rollout_correction                        |
+|----------|-------------------------------------------|-------|-----------------------------------------------------|
+| tis      | min(r_t, c)                               | 2     | rollout_is token; fengyao.notion.site/off-policy-rl |
+| mask     | 1 if 1/c <= r_t <= c, 0 otherwise         | 2     | rollout_rs token                                    |
+| seq-tis  | min(r_1 ... r_T, c)                       | 2     | rollout_is sequence                                 |
+| seq-mask | 1 if 1/c <= r_1 ... r_T <= c, 0 otherwise | 2     | rollout_rs sequence                                 |
+| geo-mask | the same of (r_1 ... r_T)^(1/T)           | 1.001 | rollout_rs geometric, also called Geo-RS            |
 
 The first two are biased and vary little; a response's product has no bias, and grows with its length.
-Masked tokens stay in the denominator of the loss. The weights have no gradient. The ratio pi / pi_old stays as it is.
+Masked tokens stay in the denominator of the loss; in verl they leave it. Others keep the ratio as the weight where
+their mask is not 0: IcePop (arXiv 2510.18855) a token's in [0.5, 5], TRL by default a response's up to 3.
+The weights have no gradient. The ratio pi / pi_old stays as it is.
 """
 
 import math

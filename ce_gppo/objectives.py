@@ -59,8 +59,9 @@ def last_fifth(config) -> str:
 def cispo(x, o) -> Tensor:
     """CISPO, arXiv 2506.13585: - sg(clip(delta)) A log pi. No token loses its gradient.
 
-    Its bounds on delta differ by source: [0, 1.2] here, as there is no lower one in the paper; [0.8, 1.2] in the paper
-    of CE-GPPO, where it collapses; [0, 5] in ScaleRL (arXiv 2510.13786), which is eps_high = 4.
+    Its bounds on delta differ by source. The paper has no lower one, and does not say its upper one: here they are
+    [0, 1.2], as in verl's example; [0.8, 1.2] in the paper of CE-GPPO, where it collapses; [0, 5] in TRL's recipe for
+    ScaleRL (arXiv 2510.13786), which is eps_high = 4.
     """
     return -x.ratio.clamp(1 - o.eps_low, 1 + o.eps_high) * x.advantages * x.logprobs
 
@@ -86,11 +87,13 @@ def sapo(x, o) -> Tensor:
 # Entropy methods, each with the tokens that it picks of a whole mini-batch, over all micro-batches and ranks: from
 # old_logprobs, old_entropy and advantages, [N] each, which are known before the first micro-batch, to a bool [N].
 #
-# The authors look at the present policy's logprobs and entropy, in each GPU's micro-batch by itself. In the first
-# update of a rollout these are the same.
+# The authors look at the present policy's logprobs and entropy, in each GPU's micro-batch by itself, and Clip-Cov leaves
+# out what PPO-clip drops. In the first update of a rollout these are the same.
 
 ENTROPY_SHARE = 0.2  # of the tokens, arXiv 2506.01939
-COV_SHARE = 2e-4  # of the tokens, at least one; arXiv 2505.22617 and its code
+# Of the tokens, at least one; as in the code of arXiv 2505.22617, github.com/PRIME-RL/Entropy-Mechanism-of-RL. KL-Cov's
+# is its k_percent = 0.2; verl's default is a tenth of that.
+CLIP_COV_SHARE, KL_COV_SHARE = 2e-4, 2e-3
 COV_BOUNDS = 1.0, 5.0  # of Clip-Cov, from the same code
 
 
@@ -103,11 +106,15 @@ def high_entropy(x, o) -> Tensor:
 
 
 def highest_entropy(old_logprobs: Tensor, old_entropy: Tensor, advantages: Tensor) -> Tensor:
+    """The fifth of the tokens with the highest entropy."""
     return old_entropy >= largest(old_entropy, ENTROPY_SHARE)
 
 
 def clip_cov(x, o) -> Tensor:
-    """Clip-Cov, arXiv 2505.22617: PPO-clip, and 0 for a few tokens of high covariance between log pi and A."""
+    """Clip-Cov, arXiv 2505.22617: PPO-clip, and 0 for a few tokens of high covariance between log pi and A.
+
+    The paper has no clip beside that. Its code has one, and its scripts a wide interval, [0, 2].
+    """
     return ppo_clip(x, o) * (1 - x.chosen)
 
 
@@ -118,7 +125,7 @@ def covariance_in_bounds(old_logprobs: Tensor, old_entropy: Tensor, advantages: 
     inside = inside[values[inside].argsort()]  # an order that does not depend on the number of ranks
     shuffled = inside[torch.randperm(len(inside), generator=torch.Generator().manual_seed(len(values)))]
     chosen = torch.zeros(len(values), dtype=torch.bool)
-    chosen[shuffled[: count(values, COV_SHARE)]] = True
+    chosen[shuffled[: count(values, CLIP_COV_SHARE)]] = True
     return chosen
 
 
@@ -131,8 +138,9 @@ def kl_cov(x, o) -> Tensor:
 
 
 def highest_covariance(old_logprobs: Tensor, old_entropy: Tensor, advantages: Tensor) -> Tensor:
+    """The tokens with the highest covariance."""
     values = covariance(old_logprobs, advantages)
-    return values >= largest(values, COV_SHARE)
+    return values >= largest(values, KL_COV_SHARE)
 
 
 def covariance(old_logprobs: Tensor, advantages: Tensor) -> Tensor:

@@ -326,7 +326,7 @@ def test_tokens_are_picked_over_the_whole_mini_batch():
     cov = (lp - lp.mean()) * (A - A.mean())
     picked = {name: picks(logprobs, entropy, advantages).numpy() for name, picks in PICKS.items()}
     assert set(picked["high_entropy"].nonzero()[0]) == set(np.argsort(-entropy.numpy())[:4000])
-    assert set(picked["kl_cov"].nonzero()[0]) == set(np.argsort(-cov)[:4])
+    assert set(picked["kl_cov"].nonzero()[0]) == set(np.argsort(-cov)[:40])
     inside = set(((cov > 1) & (cov < 5)).nonzero()[0])
     assert len(inside) > 1000 and picked["clip_cov"].sum() == 4 and set(picked["clip_cov"].nonzero()[0]) < inside
     few = [values[:3] for values in (logprobs, entropy, torch.zeros(3))]
