@@ -96,9 +96,10 @@ class Report:
         import wandb
 
         media = {name: wandb.Histogram(values.numpy()) for name, values in (histograms or {}).items()}
-        if samples and row["step"] % self.config.eval_every == 0:  # each table is an artifact of its own
-            columns = list(samples[0])
-            media["samples"] = wandb.Table(columns=columns, data=[[s[c] for c in columns] for s in samples])
+        if samples and (row["step"] % self.config.eval_every == 0 or row["step"] == self.config.steps):
+            columns = list(dict.fromkeys(name for sample in samples for name in sample))  # parts differ by source
+            data = [[sample.get(name) for name in columns] for sample in samples]
+            media["samples"] = wandb.Table(columns=columns, data=data)  # each is an artifact of its own
         self.wandb.log(row | media, step=row["step"])
 
     def has_evaluation(self, step: int) -> bool:
@@ -240,6 +241,7 @@ def sample_rows(
             "answer": problem.answer,
             "extracted": extract(group[0].text, problem.verifier),
             "reward": group[0].reward,
+            **{f"reward/{name}": value for name, value in group[0].parts.items()},
             "entropy": None if group[0].entropy is None else group[0].entropy.mean().item(),
             "tokens": len(group[0].response_ids),
         }

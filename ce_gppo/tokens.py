@@ -73,6 +73,7 @@ def row(response: Response, problem, tokenizer) -> dict:
         "answer": problem.answer,
         "right": response.verdict > 0,
         "reward": response.reward,
+        "parts": response.parts,
         "length": length,
         "tokens": token_texts(tokenizer, [response.response_ids[i] for i in kept]),
         **{name: [shorten(x) for x in value[kept].tolist()] for name, value in values.items()},

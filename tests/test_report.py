@@ -104,6 +104,28 @@ def test_sample_rows_show_what_was_scored():
     assert json.loads(json.dumps(rows)) == rows
 
 
+def test_samples_have_the_parts_of_their_rewards(tmp_path, monkeypatch):
+    """In samples.jsonl at each step, and in W&B's table, at evaluations, in a column for each part of any source."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    groups, _ = groups_of()
+    given = [{"correctness": 1.0, "format": 0.1}, {"correctness": 0.0}, {"correctness": 0.0, "short": 0.2}, {}]
+    for group, parts in zip(groups, given, strict=False):
+        group[0].parts = parts
+    problems = [Problem(f"prompt {p}", [1, 2], str(p), "test") for p in range(6)]
+    log, logged = report.Report(tmp_path, resolved(steps=5, eval_every=2), 0, "id"), {}
+    log.wandb = types.SimpleNamespace(log=lambda values, step: logged.update({step: values}))
+    for step in range(1, 6):
+        log.log_step(step, {"entropy/mean": 0.5}, groups, [], problems, extract_answer)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    expected = [{f"reward/{name}": value for name, value in parts.items()} for parts in given]
+    assert [{name: row[name] for name in row if name.startswith("reward/")} for row in rows] == 5 * expected
+    assert [step for step in logged if "samples" in logged[step]] == [2, 4, 5]
+    table = logged[2]["samples"]
+    column = {name: [row[i] for row in table.data] for i, name in enumerate(table.columns)}
+    assert column["reward/correctness"] == [1.0, 0.0, 0.0, None] and column["reward/format"] == [0.1, None, None, None]
+    assert column["reward/short"] == [None, None, 0.2, None] and len(column["prompt"]) == 4
+
+
 def test_a_resumed_report_drops_the_steps_that_will_be_done_again(tmp_path):
     rows = [{"step": step, "entropy/mean": 1.0 / (step + 1)} for step in range(6)]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "entr'  # the disk was full, say

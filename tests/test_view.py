@@ -92,12 +92,14 @@ def test_rows_of_a_step(tokenizer):
         response.old_logprobs, response.entropy = -torch.rand(R), torch.rand(R)
         response.changes = {name: torch.arange(R).float() for name in ("ratio", "clipped", "weight", "velocity")}
         response.changes["ratio"][0] = torch.nan
+        response.parts = {"correctness": 0.0, "format": p / 8}
         groups.append([response, Response([1], [65], torch.zeros(1), False, "")])
         problems.append(Problem(f"prompt {p}", [1], str(p), "test"))
     mini_batches = [groups[p] for p in range(12)]
     rows = tokens.token_rows(groups, mini_batches, problems, tokenizer)
     assert [(row["update"], row["answer"]) for row in rows] == [(1, "0"), (5, "4"), (8, "7"), (12, "11")]
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows and rows[0]["ratio"] == [None, 1, 2]
+    assert [row["parts"]["format"] for row in rows] == [0, 0.5, 0.875, 1.375]
     long = rows[-1]
     assert long["length"] == 2001 and len(long["tokens"]) == 2000 and long["velocity"][999:1001] == [999, 1001]
     assert tokens.token_rows(groups, [], problems, tokenizer) == []
