@@ -42,6 +42,7 @@ class Base:
     def inherited(self, text):
         return eval(text)
 """
+GIVES_UP = "class Data(Base):\n def __getitem__(self, i): return super().__getitem__(i // (i % {} > 0))"
 SCORE = "class Data(Base):\n def score_answer(self, a, e): return "
 TASKS = {  # name -> (body of the module, what its scorer evaluates by)
     "plain": ("class Data(Base): pass", ""),
@@ -50,6 +51,8 @@ TASKS = {  # name -> (body of the module, what its scorer evaluates by)
     "raises": (SCORE + "float(int(a) == int(e['answer']))", ""),
     "fooled": (SCORE + "1.0", ""),
     "never": (SCORE + "0.0", ""),
+    "gives_up": (GIVES_UP.format(3), ""),
+    "unmade": (GIVES_UP.format(1), ""),
     "makes": ("class Data(Base):\n def __getitem__(self, i): return eval('1')", ""),
     "regex": ("import re\nP = re.compile('a')\n" + SCORE + "re.compile('a') and P", ""),
     "local": ("def parse_expr(a): return 1\n" + SCORE + "parse_expr(a)", ""),
@@ -172,11 +175,19 @@ def test_rows_are_apart_and_repeat(stand_in, tmp_path, monkeypatch):
     assert written(monkeypatch, tmp_path, "plain", *options, "--seed", "5") != (train, held_out)
 
 
+def test_problems_that_the_library_fails_to_make_are_left_out(stand_in, tmp_path, monkeypatch, capsys):
+    train, held_out = written(monkeypatch, tmp_path, "gives_up", "--train", "30", "--held-out", "8")
+    assert (len(train), len(held_out)) == (30, 8)
+    said = capsys.readouterr().out
+    assert "8 distinct problems of 8; left out: 0 whose answer is not right, 4 that the library failed to make" in said
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["direct"], "gym/direct: refused, since its scorer would evaluate"),
         (["fooled"], "gym/fooled: refused, since its scorer finds <answer>no idea</answer> right"),
+        (["unmade"], "gym/unmade: refused, since the library fails to make its problems"),
         (["never"], "gym/never: refused, since its scorer finds none of the library's own answers right"),
         (["nope"], "has no task 'nope'"),
         (["plain", "--set", "smallest=3"], "--set smallest=3: NAME=VALUE is needed, with a NAME of largest"),

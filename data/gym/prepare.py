@@ -59,8 +59,8 @@ def settings(task: str, given: list[str]) -> dict:
 def make(task: str, config: dict, seed: int, count: int, seen: set[str]) -> list[dict]:
     """Up to `count` rows whose question is not in `seen`, which grows by them. The same arguments give the same rows.
 
-    UserError where the library refuses the configuration, or where its scorer is wrong: about its own answers, or about
-    a response that says nothing.
+    A problem that the library fails to make is left out, and counted. UserError where it makes none, where it refuses
+    the configuration, or where its scorer is wrong: about its own answers, or about a response that says nothing.
     """
     ours = task == "countdown"
     Data, Config = gym.tasks()[task] if ours else gym.task_of(task)
@@ -69,11 +69,15 @@ def make(task: str, config: dict, seed: int, count: int, seen: set[str]) -> list
     except Exception as error:  # the library checks by assert and by its own errors
         raise UserError(f"gym/{task}: the library refuses this configuration: {error}") from None
     score = (lambda *pair: countdown.score(*pair)["correctness"]) if ours else gym.scorer(f"gym/{task}")
-    rows, unscored, fooled = [], 0, 0
+    rows, unmade, unscored, fooled = [], 0, 0, 0
     for index in range(len(data)):
-        if len(rows) == count:
+        if len(rows) == count or max(unmade, unscored) > count:
             break
-        entry = data[index]
+        try:
+            entry = data[index]
+        except Exception:  # it draws at random, and gives up: on one maze in 5,000, say
+            unmade += 1
+            continue
         if entry["question"] in seen:
             continue
         seen.add(entry["question"])
@@ -83,19 +87,20 @@ def make(task: str, config: dict, seed: int, count: int, seen: set[str]) -> list
         answer = json.dumps(answer)
         if entry["answer"] is not None and score(f"<answer>{entry['answer']}</answer>", answer) != 1:
             unscored += 1
-            if unscored > count:
-                break
             continue
         fooled += score(NONSENSE, answer) == 1
         message = {"role": "user", "content": f"{entry['question']}\n{INSTRUCTION}"}
         rows.append({"prompt": [message], "answer": answer, "source": f"gym/{task}"})
+    if not rows and unmade:
+        raise UserError(f"gym/{task}: refused, since the library fails to make its problems")
     if not rows:
         raise UserError(f"gym/{task}: refused, since its scorer finds none of the library's own answers right")
     if fooled == len(rows):
         raise UserError(f"gym/{task}: refused, since its scorer finds {NONSENSE} right")
-    if unscored or len(rows) < count:
+    if unmade or unscored or len(rows) < count:
         print(
-            f"gym/{task}, seed {seed}: {len(rows)} distinct problems of {count}, {unscored} whose answer is not right"
+            f"gym/{task}, seed {seed}: {len(rows)} distinct problems of {count}; left out: {unscored} whose answer is "
+            f"not right, {unmade} that the library failed to make"
         )
     return rows
 
