@@ -12,6 +12,7 @@ MAX_WITHOUT_SIGNAL = 0.9
 MIN_CLIPPED = 0.001
 MAX_MISMATCH_KL = 1e-3  # nats
 CHANGED = 0.05  # of accuracy; less may be chance
+MISSED = 0.1  # share of entropy_target
 CALM = "No metric is outside its usual range."
 
 
@@ -26,10 +27,11 @@ def advice(history: list[dict], config) -> list[str]:
         return []
     checks = [mismatch, unlearning]
     if not unlearning(steps, config):  # it causes the others
-        checks += [far_updates, truncation, no_signal, idle_betas]
+        checks += [far_updates, truncation, no_signal, useless_critic, missed_target, idle_betas]
     faults = [sentence for check in checks if (sentence := check(steps, config))]
     summary, is_fault = entropy_for_accuracy(history, steps, config)
-    sentences = [*faults[:3], summary, *push_of_clipped(steps, config)]
+    push = [] if idle_betas(steps, config) else push_of_clipped(steps, config)
+    sentences = [*faults[:3], summary, *push]
     return sentences[:4] if faults or is_fault else [CALM, *sentences]
 
 
@@ -39,7 +41,9 @@ def mismatch(steps: list[dict], config) -> str | None:
         return None
     return (
         f"vLLM and the trainer gave the same tokens other probabilities (mismatch/kl {kl:.2g} nats at the end, where "
-        f"{MAX_MISMATCH_KL:g} is much): set rollout_correction to tis, or use the same precision on both sides."
+        f"{MAX_MISMATCH_KL:g} is much): set "
+        + ("old_logprobs to trainer and " if config.old_logprobs == "sampler" else "")
+        + "rollout_correction to tis, or use the same precision on both sides."
     )
 
 
@@ -51,8 +55,7 @@ def unlearning(steps: list[dict], config) -> str | None:
     return (
         f"In {len(far)} of {trained} steps, first in step {far[0]['step']}, sure tokens were unlearned: those clipped "
         f"below had a probability of {probability:.2f} in the rollout (clip/prob_low), and kl/old reached "
-        f"{max(row['kl/old'] for row in far):.2g} nats; lower lr ({config.lr:g})"
-        + (f" or beta1 ({config.beta1:g})." if config.spec.has_betas and config.beta1 else ".")
+        f"{max(row['kl/old'] for row in far):.2g} nats; {smaller_steps(config)}."
     )
 
 
@@ -62,8 +65,16 @@ def far_updates(steps: list[dict], config) -> str | None:
         return None
     return (
         f"In {len(far)} of {trained} steps the updates went far from the policy that sampled: kl/old was above "
-        f"{MAX_KL_OLD:g} nats, and reached {max(row['kl/old'] for row in far):.2g}; lower lr ({config.lr:g})."
+        f"{MAX_KL_OLD:g} nats, and reached {max(row['kl/old'] for row in far):.2g}; {smaller_steps(config)}."
     )
+
+
+def smaller_steps(config) -> str:
+    names = ["lr"]
+    names += ["beta1"] if config.spec.has_betas and config.beta1 else []
+    names += ["epochs"] if config.epochs > 1 else []
+    said = "lower " + " or ".join(f"{name} ({getattr(config, name):g})" for name in names)
+    return said + (", or take objective ce_gppo, whose beta1 can be lower" if config.objective == "gppo" else "")
 
 
 def far_steps(steps: list[dict], least_probability: float = 0.0) -> tuple[list[dict], int]:
@@ -86,17 +97,21 @@ def truncation(steps: list[dict], config) -> str | None:
     first = steps[0].get("response/truncated", share)
     if first > MAX_TRUNCATED:
         return f"{share:.0%} of the responses were cut at the length limit at the end: raise {limit}."
+    penalty = f"more tokens (now {config.overlong})" if config.overlong.isdecimal() else "a number of tokens"
     return (
-        f"{share:.0%} of the responses were cut at the length limit at the end, {first:.0%} in the first step: set "
-        f"overlong to more tokens (now {config.overlong}) if they repeat themselves (samples.jsonl), or else raise "
-        f"{limit}."
+        f"{share:.0%} of the responses were cut at the length limit at the end, {first:.0%} in the first step: if they "
+        f"go on after the answer (samples.jsonl), their end was unlearned, so {smaller_steps(config)}, or set overlong "
+        f"to {penalty}; if not, raise {limit}."
     )
 
 
 def no_signal(steps: list[dict], config) -> str | None:
     right, wrong = (at_end(steps, f"reward/group_solved_{name}") for name in ("all", "none"))
-    if right is None or wrong is None or right + wrong <= MAX_WITHOUT_SIGNAL:
+    if right is None or wrong is None or right + wrong <= MAX_WITHOUT_SIGNAL or config.advantages == "gae":
         return None
+    unused = at_end(steps, "rollout/unused")
+    if config.filter_groups != "off" and unused is not None and unused <= MAX_WITHOUT_SIGNAL:
+        return None  # right answers differ in other parts of the reward
     if min(right, wrong) > 0.2:
         cure = f"the answers to one problem hardly differ: raise temperature ({config.temperature:g})"
     elif right > wrong:
@@ -109,19 +124,52 @@ def no_signal(steps: list[dict], config) -> str | None:
     )
 
 
+def useless_critic(steps: list[dict], config) -> str | None:
+    explained = at_end(steps, "value/explained_variance")
+    if explained is None or explained > 0 or len(steps) <= config.warmup_steps:
+        return None
+    return (
+        f"The critic explained nothing of the returns at the end (value/explained_variance {explained:.2f}, where 0 is "
+        f"that of a constant): change critic_lr ({config.critic_lr:g}), or raise warmup_steps ({config.warmup_steps}), "
+        "in which it learns alone."
+    )
+
+
+def missed_target(steps: list[dict], config) -> str | None:
+    target, entropy = config.entropy_target, at_end(steps, "entropy/mean")
+    if not target or abs(entropy / target - 1) <= MISSED:
+        return None
+    below = entropy < target
+    said = f"Entropy was {entropy:.3f} nats per token at the end, where entropy_target is {target:g}:"
+    if not config.spec.has_betas:  # the bonus holds entropy up, and never down
+        return f"{said} entropy_coef was still growing; raise steps ({config.steps})." if below else None
+    betas, ends = (at_end(steps, "optim/beta1"), at_end(steps, "optim/beta2")), (0, config.beta2)
+    ends = ends if below else (config.beta1, 0)
+    if None in betas or max(abs(beta - end) for beta, end in zip(betas, ends, strict=True)) > MISSED:
+        return f"{said} the betas were still moving; raise steps ({config.steps})."
+    return (
+        f"{said} the betas were at the end of their range, ({ends[0]:g}, {ends[1]:g}). Lower eps_low "
+        f"({config.eps_low:g}) and eps_high ({config.eps_high:g}) to clip more tokens, or take a nearer target."
+    )
+
+
 def idle_betas(steps: list[dict], config) -> str | None:
     shares = [row["clip/low"] + row["clip/high"] for row in steps if "clip/low" in row and "clip/high" in row]
     if not shares or config.beta1 is None or (share := sum(shares) / len(shares)) >= MIN_CLIPPED:
         return None
+    if len(steps) <= config.warmup_steps:
+        return (
+            f"The betas did nothing yet: in all {len(steps)} steps lr still grew (warmup_steps {config.warmup_steps})."
+        )
     if max(row.get("optim/updates", 2) for row in steps) == 1:
         return (
             "The betas did nothing: with one update per rollout no token can leave the clip interval; lower "
             f"mini_batch_prompts ({config.mini_batch_prompts})."
         )
     return (
-        f"The betas did almost nothing: {share:.2%} of the tokens were outside the clip interval; take more updates "
-        f"per rollout (mini_batch_prompts, now {config.mini_batch_prompts}), a higher lr ({config.lr:g}), or a smaller "
-        f"eps_low ({config.eps_low:g}) and eps_high ({config.eps_high:g})."
+        f"The betas did almost nothing: {share:.2%} of the tokens were outside the clip interval. To have more there, "
+        f"lower mini_batch_prompts ({config.mini_batch_prompts}), which gives more updates per rollout, or eps_low "
+        f"({config.eps_low:g}) and eps_high ({config.eps_high:g}); or raise lr ({config.lr:g})."
     )
 
 
@@ -142,8 +190,7 @@ def entropy_for_accuracy(history: list[dict], steps: list[dict], config) -> tupl
     if last > first + CHANGED or start / 2 < end < start * 1.5:
         return f"{said}.", False
     if end < start:
-        more, _ = levers(config)
-        return f"{said}: it fell without a gain; {more or f'raise entropy_coef ({config.entropy_coef:g})'}.", True
+        return f"{said}: it fell without a gain; {more_entropy(config)}.", True
     return f"{said}: it rose without a gain; lower lr ({config.lr:g}).", True
 
 
@@ -157,26 +204,26 @@ def push_of_clipped(steps: list[dict], config) -> list[str]:
     if abs(low + high) < 0.05:  # shown as 0.0
         return []
     said = (
-        f"The clipped tokens pushed entropy {'up' if low + high > 0 else 'down'}: those below the interval by "
-        f"{low:+.1f}e-4 nats per token, those above by {high:+.1f}e-4, of {total:+.1f}e-4 in all"
+        f"To first order the clipped tokens pushed entropy {'up' if low + high > 0 else 'down'}: those below the "
+        f"interval by {low:+.1f}e-4 nats per token, those above by {high:+.1f}e-4, of {total:+.1f}e-4 in all"
     )
-    if not config.spec.has_betas:
-        return [f"{said}; objective ce_gppo has betas to change that."]
-    if config.entropy_target or config.beta_schedule:
-        return [f"{said}, with betas that moved; entropy_target or beta_schedule says where to."]
-    more, less = levers(config)
-    ways = [f"{more} for more entropy"] * bool(more) + [f"{less} for less entropy"] * bool(less)
-    return [f"{said}; {', '.join(ways)}."]
+    if moved_by := "entropy_target" if config.entropy_target else config.beta_schedule and "beta_schedule":
+        return [f"{said}; {moved_by} moved the betas."]
+    less = f"; lower beta2 ({config.beta2:g}) for less" if config.spec.has_betas and config.beta2 else ""
+    return [f"{said}. For more entropy {more_entropy(config)}{less}."]
 
 
-def levers(config) -> tuple[str, str]:
-    """How the betas give more entropy, and less. Empty where they are at their end, or the objective has none."""
-    if not config.spec.has_betas:
-        return "", ""
-    beta1, beta2 = config.beta1, config.beta2
-    more = [f"lower beta1 ({beta1:g})"] * (beta1 > 0) + [f"raise beta2 ({beta2:g})"] * (beta2 < 1)
-    less = [f"raise beta1 ({beta1:g})"] * (beta1 < 1) + [f"lower beta2 ({beta2:g})"] * (beta2 > 0)
-    return " or ".join(more), " or ".join(less)
+def more_entropy(config) -> str:
+    """What to change for more of it. A bonus does so most reliably: docs/evidence.md."""
+    if config.entropy_target:
+        return f"raise entropy_target ({config.entropy_target:g})"
+    ways = []
+    if config.spec.has_betas:
+        ways += [f"lower beta1 ({config.beta1:g})"] * (config.beta1 > 0)
+        ways += [f"raise beta2 ({config.beta2:g})"] * (config.beta2 < 1)
+    elif config.objective == "gppo":
+        ways = ["take objective ce_gppo with beta1 0"]
+    return " or ".join([*ways, f"raise entropy_coef ({config.entropy_coef:g})"])
 
 
 def at_end(steps: list[dict], name: str) -> float | None:
