@@ -185,7 +185,7 @@ def entropy_for_accuracy(history: list[dict], steps: list[dict], config) -> tupl
         return f"{change}.", False
     first, last = evaluations[0], evaluations[-1]
     said = f"{change}, while held-out accuracy went from {first:.3f} to {last:.3f}"
-    if last < first - CHANGED:
+    if last < first - CHANGED and len(steps) > config.warmup_steps:
         return f"{said}: the policy became worse; lower lr ({config.lr:g}).", True
     if last > first + CHANGED or start / 2 < end < start * 1.5:
         return f"{said}.", False
