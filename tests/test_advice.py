@@ -5,8 +5,10 @@ import re
 
 import pytest
 
+import loss
 from ce_gppo import metrics
 from ce_gppo.advice import CALM, advice
+from ce_gppo.betas import WITH_BETAS
 from helpers import ROOT, resolved
 
 CASES = [json.loads(line) for line in (ROOT / "tests/cases/advice.jsonl").read_text().splitlines()]
@@ -61,6 +63,41 @@ def test_groups_without_a_signal_are_a_fault_only_where_nothing_is_learned_from_
         assert not [s for s in advice(history, resolved(**case["settings"] | settings)) if "had a signal" in s]
     unused = [row | {"rollout/unused": 0.95} for row in case["history"]]
     assert "had a signal" in advice(unused, resolved(**case["settings"]))[0]
+
+
+@pytest.mark.parametrize("objective", loss.OBJECTIVES)
+def test_what_it_tells_to_change_can_be_changed(objective):
+    """Every `name (value)` is a setting with its value, and one that the objective does not ignore."""
+    named = set()
+    for case in CASES[: len(CASES) if objective == "ppo" else -1]:  # the last one is a critic's
+        settings = case["settings"] | {"objective": objective}
+        settings |= {name: None for name in ("beta1", "beta2") if objective not in WITH_BETAS}
+        config = resolved(**settings)
+        for sentence in advice(case["history"], config):
+            for name, told in re.findall(r"\b([a-z][a-z_0-9]+) \(([-+.e\d]+)\)", sentence):
+                value = getattr(config, name)
+                assert float(told) == pytest.approx(value, rel=1e-4), sentence
+                less = {"beta1": value / 2, "beta2": value / 2, "mini_batch_prompts": value // 2}
+                other = less.get(name, 2 * value or 0.01)
+                assert getattr(resolved(**settings | {name: other}), name) == other
+                named.add(name)
+    assert {"lr", "max_response_tokens"} <= named and ("temperature" in named) == (objective != "ppo")
+    assert ("beta1" in named) == (objective in WITH_BETAS) and ("critic_lr" in named) == (objective == "ppo")
+
+
+def test_sentences_that_depend_on_other_settings():
+    by_name = {case["name"]: case for case in CASES}
+
+    def first(name: str, **settings) -> str:
+        return advice(by_name[name]["history"], resolved(**by_name[name]["settings"] | settings))[0]
+
+    assert "set old_logprobs to trainer and rollout_correction to tis" in first("mismatch", old_logprobs="sampler")
+    assert "lower lr (0.0002) or beta1 (0.75) or epochs (3)" in first("unlearning", epochs=3)
+    assert "take objective ce_gppo, whose" in first("unlearning", objective="gppo", beta1=None, beta2=None)
+    assert "in all 5 steps lr still grew (warmup_steps 8)" in first("idle betas", warmup_steps=8)
+    assert "entropy_coef was still growing" in first("missed target", objective="grpo")
+    assert first("missed target", objective="grpo", entropy_target=0.05) == CALM  # a bonus cannot lower entropy
+    assert "the betas were still moving; raise steps (80)" in first("missed target", entropy_target=0.05)
 
 
 def test_every_kind_is_stored():
