@@ -11,7 +11,7 @@ MAX_TRUNCATED = 0.1
 MAX_WITHOUT_SIGNAL = 0.9
 MIN_CLIPPED = 0.001
 MAX_MISMATCH_KL = 1e-3  # nats
-CHANGED = 0.05  # of accuracy; less may be chance
+CHANGED = 0.05  # of accuracy, or of explained variance; less may be chance
 MISSED = 0.1  # share of entropy_target
 CALM = "No metric is outside its usual range."
 
@@ -126,12 +126,12 @@ def no_signal(steps: list[dict], config) -> str | None:
 
 def useless_critic(steps: list[dict], config) -> str | None:
     explained = at_end(steps, "value/explained_variance")
-    if explained is None or explained > 0 or len(steps) <= config.warmup_steps:
+    if explained is None or explained >= -CHANGED or len(steps) <= config.warmup_steps:
         return None
     return (
-        f"The critic explained nothing of the returns at the end (value/explained_variance {explained:.2f}, where 0 is "
-        f"that of a constant): change critic_lr ({config.critic_lr:g}), or raise warmup_steps ({config.warmup_steps}), "
-        "in which it learns alone."
+        "At the end the critic was further from the returns than a constant would be (value/explained_variance "
+        f"{explained:.2f}): change critic_lr ({config.critic_lr:g}), or raise warmup_steps ({config.warmup_steps}), in "
+        "which it learns alone."
     )
 
 
