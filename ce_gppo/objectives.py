@@ -87,8 +87,8 @@ def sapo(x, o) -> Tensor:
 # Entropy methods, each with the tokens that it picks of a whole mini-batch, over all micro-batches and ranks: from
 # old_logprobs, old_entropy and advantages, [N] each, which are known before the first micro-batch, to a bool [N].
 #
-# The authors look at the present policy's logprobs and entropy, in each GPU's micro-batch by itself, and Clip-Cov leaves
-# out what PPO-clip drops. In the first update of a rollout these are the same.
+# The authors look at the present policy's logprobs and entropy, in each GPU's micro-batch by itself. Their Clip-Cov
+# does not pick tokens that PPO-clip drops. In the first update of a rollout these are the same.
 
 ENTROPY_SHARE = 0.2  # of the tokens, arXiv 2506.01939
 # Of the tokens, at least one; as in the code of arXiv 2505.22617, github.com/PRIME-RL/Entropy-Mechanism-of-RL. KL-Cov's

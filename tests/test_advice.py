@@ -8,7 +8,6 @@ import pytest
 import loss
 from ce_gppo import metrics
 from ce_gppo.advice import CALM, advice
-from ce_gppo.betas import WITH_BETAS
 from helpers import ROOT, resolved
 
 CASES = [json.loads(line) for line in (ROOT / "tests/cases/advice.jsonl").read_text().splitlines()]
@@ -71,7 +70,7 @@ def test_what_it_tells_to_change_can_be_changed(objective):
     named = set()
     for case in CASES[: len(CASES) if objective == "ppo" else -1]:  # the last one is a critic's
         settings = case["settings"] | {"objective": objective}
-        settings |= {name: None for name in ("beta1", "beta2") if objective not in WITH_BETAS}
+        settings |= {name: None for name in ("beta1", "beta2") if not loss.OBJECTIVES[objective].has_betas}
         config = resolved(**settings)
         for sentence in advice(case["history"], config):
             for name, told in re.findall(r"\b([a-z][a-z_0-9]+) \(([-+.e\d]+)\)", sentence):
@@ -82,7 +81,7 @@ def test_what_it_tells_to_change_can_be_changed(objective):
                 assert getattr(resolved(**settings | {name: other}), name) == other
                 named.add(name)
     assert {"lr", "max_response_tokens"} <= named and ("temperature" in named) == (objective != "ppo")
-    assert ("beta1" in named) == (objective in WITH_BETAS) and ("critic_lr" in named) == (objective == "ppo")
+    assert ("beta1" in named) == loss.OBJECTIVES[objective].has_betas and ("critic_lr" in named) == (objective == "ppo")
 
 
 def test_sentences_that_depend_on_other_settings():
