@@ -35,7 +35,10 @@ def install() -> None:
     print(f"installing reasoning-gym from {LOCK}, once", flush=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(LOCK)]
     if subprocess.run(pip).returncode:
-        raise UserError(f"reasoning-gym cannot be installed; pip's own words are above. The command: {' '.join(pip)}")
+        raise UserError(
+            "reasoning-gym cannot be installed; pip's own words are above (pycosat, one of its packages, needs a C "
+            f"compiler). The command: {' '.join(pip)}"
+        )
 
 
 def settings(task: str, given: list[str]) -> dict:
