@@ -132,7 +132,7 @@ def test_a_resumed_report_drops_the_steps_that_will_be_done_again(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text)
     (tmp_path / "samples.jsonl").write_text(text)
     (tmp_path / "tokens.jsonl").write_text(text)
-    again = report.Report(tmp_path, types.SimpleNamespace(steps=10), 3, "x")
+    again = report.Report(tmp_path, resolved(steps=10), 3, "x")
     again.log(4, {"entropy/mean": 0.5})
     again.close([])
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
