@@ -29,6 +29,7 @@ def follow(
         i = next((i for i, r in enumerate(chosen) if r is first), None)
         if i is not None:
             values = {
+                "entropy": batch.old_entropy[i],
                 "advantage": batch.advantages[i],
                 "ratio": info["ratio"][i],
                 "clipped": info["clipped_high"][i].float() - info["clipped_low"][i].float(),
@@ -58,7 +59,7 @@ def token_rows(groups, mini_batches, problems, tokenizer) -> list[dict]:
 def row(response: Response, problem, tokenizer) -> dict:
     """One response. The lists have one number for each token that is kept, None for what is not finite:
 
-    old_logprobs, entropy    under the weights that sampled it; nats
+    old_logprobs, entropy    under the weights that sampled it, with old_logprobs = sampler those of the update; nats
     advantage, ratio         of the token; ratio: pi / pi_old in this update
     clipped                  -1 below the clip interval with A < 0, 1 above it with A > 0, 0 elsewhere
     weight, velocity         the gradient weight, and how fast it raises (or lowers, below 0) the token's entropy
@@ -67,7 +68,7 @@ def row(response: Response, problem, tokenizer) -> dict:
     kept = torch.arange(length)
     if length > MAX_TOKENS:
         kept = torch.cat([kept[: MAX_TOKENS // 2], kept[-MAX_TOKENS // 2 :]])
-    values = {"old_logprobs": response.old_logprobs, "entropy": response.entropy} | response.changes
+    values = {"old_logprobs": response.old_logprobs} | response.changes
     return {
         "prompt": problem.prompt,
         "answer": problem.answer,

@@ -74,6 +74,20 @@ def test_of_each_mini_batch_one_right_and_one_wrong_response_is_followed(tiny_mo
         torch.testing.assert_close(r.changes["ratio"], expected, rtol=1e-4, atol=0)
 
 
+def test_a_row_has_the_entropy_of_the_update_where_none_was_measured_before(tiny_model, tokenizer):
+    """As with old_logprobs = sampler, from the second update of a rollout on."""
+    measured, unmeasured = responses_of([(5, 40)]), responses_of([(5, 40)])
+    unmeasured[0].entropy = None
+    for responses in (measured, unmeasured):
+        updated(tiny_model, responses, 200)
+    rows = [tokens.row(r[0], Problem("p", [1], "1", "test"), tokenizer) for r in (measured, unmeasured)]
+    assert rows[0]["entropy"] == pytest.approx(measured[0].entropy.tolist(), rel=1e-4)
+    policy = Policy(tiny_model)
+    batch = forward.collate(unmeasured, "cpu")
+    assert rows[1]["entropy"] == pytest.approx(policy(batch, 1.0)[1][0].tolist(), rel=1e-4)
+    assert rows[0]["velocity"] == rows[1]["velocity"]
+
+
 def test_texts_of_tokens_are_the_text(tokenizer):
     """Characters of several tokens, special ones, and ids beyond the vocabulary."""
     text = "-3 + 4\n= é∑🙂 \\boxed{1}<|end|>"
@@ -89,8 +103,9 @@ def test_rows_of_a_step(tokenizer):
     for p in range(12):
         response = Response([1], [65] * (2001 if p == 11 else 3), torch.zeros(1), False, "")
         R = len(response.response_ids)
-        response.old_logprobs, response.entropy = -torch.rand(R), torch.rand(R)
-        response.changes = {name: torch.arange(R).float() for name in ("ratio", "clipped", "weight", "velocity")}
+        response.old_logprobs = -torch.rand(R)
+        names = "entropy", "ratio", "clipped", "weight", "velocity"
+        response.changes = {name: torch.arange(R).float() for name in names}
         response.changes["ratio"][0] = torch.nan
         response.parts = {"correctness": 0.0, "format": p / 8}
         groups.append([response, Response([1], [65], torch.zeros(1), False, "")])
