@@ -1,11 +1,11 @@
 """The first ten minutes on a GPU: does a run work from end to end, and how fast is an update at full size.
 
-    .venv/bin/python -m bench.gpu                        all parts, one JSON line each; a part that fails stops no other
+    .venv/bin/python -m bench.gpu                        all parts, one JSON line each; one that fails stops no other
     .venv/bin/python -m bench.gpu --part update          one part
     .venv/bin/python -m bench.gpu --train "--model Qwen/Qwen2.5-1.5B-Instruct --lr 1e-6"       a larger model in `run`
     .venv/bin/python -m bench.gpu --device cpu --part update --hidden-size 64 --layers 2 ...   the same code, small
 
-Run it from the repository root. Each part runs in a process of its own:
+Run it from the repository root. Each part runs in a process of its own, for --minutes at most:
 
     run      train.py for two steps (rollout, update, new weights in vLLM, checkpoint), and its second step again from
              the checkpoint of the first: seconds by part, vLLM against trainer, how many responses are the same again
@@ -53,6 +53,7 @@ WIDTHS = (1024, 2048, 4096, 8192, 16384)  # of tiles, for `head`
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, help="only this one")
+    parser.add_argument("--minutes", type=float, default=15.0, help="of a part, which then counts as failed")
     parser.add_argument("--train", default="", help="more settings for the two steps of `run`")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 17408], help="tokens of a sequence")
@@ -85,24 +86,28 @@ def run_part(options: argparse.Namespace) -> None:
     """Two steps, and the second one again after a resume."""
     result = header("run", options)
     with tempfile.TemporaryDirectory() as out:
-        settings = ["--steps", "2", "--checkpoint-every", "1", "--keep-checkpoints", "2", "--eval-every", "2"]
+        settings = ["--steps", "2", "--checkpoint-every", "1", "--eval-every", "2", "--eval-samples", "1"]
         whole, again = Path(out) / "whole", Path(out) / "again"
-        run_train(*settings, "--eval-samples", "1", "--out", out, "--run-name", "whole", *shlex.split(options.train))
+        minutes = 0.45 * options.minutes  # so that train.py ends before this process would be ended without it
+        run_train(minutes, *settings, "--out", out, "--run-name", "whole", *shlex.split(options.train))
         shutil.copytree(whole, again)
         shutil.rmtree(again / "checkpoint-000002")
-        run_train("--resume", str(again))
+        run_train(minutes, "--resume", str(again))
         result |= summary(whole, again)
     rows = [(name, value) for name, value in result.items() if isinstance(value, float)]
     common.show(result, [("", "value"), *rows])
 
 
-def run_train(*words: str) -> None:
-    environment = os.environ | {"WANDB_MODE": "disabled"}
-    done = subprocess.run(
-        [sys.executable, "train.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"train.py {shlex.join(words)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+def run_train(minutes: float, *words: str) -> None:
+    options = {"cwd": ROOT, "env": os.environ | {"WANDB_MODE": "disabled"}, "text": True, "timeout": 60 * minutes}
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            code = subprocess.run([sys.executable, "train.py", *words], stdout=said, stderr=said, **options).returncode
+        except subprocess.TimeoutExpired:
+            code = "no result in time"
+        said.seek(0)
+        if code:
+            raise RuntimeError(f"train.py {shlex.join(words)} ended with {code}: {said.read().strip()[-2000:]}")
 
 
 def summary(whole: Path, again: Path) -> dict:
@@ -309,9 +314,13 @@ def main() -> None:
         return globals()[f"{options.part}_part"](options)
     failed = []
     for part in PARTS:  # each in a process of its own: its memory is free for the next, even where it crashes
-        done = subprocess.run([sys.executable, "-m", "bench.gpu", "--part", part, *sys.argv[1:]], cwd=ROOT)
-        if done.returncode:
-            print(json.dumps({"bench": "gpu", "part": part, "failed": done.returncode}), flush=True)
+        command = [sys.executable, "-m", "bench.gpu", "--part", part, *sys.argv[1:]]
+        try:
+            code = subprocess.run(command, cwd=ROOT, timeout=60 * options.minutes).returncode
+        except subprocess.TimeoutExpired:
+            code = f"no result in {options.minutes:g} minutes"
+        if code:
+            print(json.dumps({"bench": "gpu", "part": part, "failed": code}), flush=True)
             failed.append(part)
     if failed:
         raise RunEnded(f"failed: {', '.join(failed)}; what they said is above")

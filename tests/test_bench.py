@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import loss
+import train
 from bench import attribution, gpu, update
-from ce_gppo import entropy, forward
+from ce_gppo import config, entropy, forward
 from ce_gppo.types import RunEnded, UserError
 from helpers import Forked
 
@@ -77,7 +79,8 @@ def outputs(tmp_path_factory):
     processes = {}
     for name, arguments in commands.items():
         if name == "gpu":
-            alone = [sys.executable, *run_without(["vllm", "wandb", "tyro", "scipy"], "bench.gpu"), *arguments]
+            missing = ["vllm", "wandb", "tyro", "scipy", "accelerate", "datasets", "math_verify", "psutil", "PIL"]
+            alone = [sys.executable, *run_without(missing, "bench.gpu"), *arguments]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             processes[name] = subprocess.Popen(alone, cwd=ROOT, **pipes)
         else:
@@ -125,7 +128,7 @@ def test_reward(result):
 
 @pytest.mark.parametrize("result", ["gpu"], indirect=True)
 def test_gpu(result):
-    """It ran without vLLM, W&B, tyro and scipy."""
+    """It ran with torch and transformers, and what these need."""
     assert {"device", "matrix_tflops", "weights_and_gradients_gib", "parameters"} <= result.keys()
     for case, tokens in (("32", 128), ("64", 128), ("mixed", 96)):
         assert result[f"{case}/tokens"] == tokens and result[f"{case}/mfu"] > 0
@@ -181,16 +184,50 @@ def test_gpu_goes_on_after_a_part_that_fails(monkeypatch, capsys):
     """Each part is a process of its own, with the options given; the one that failed has a line, and is named."""
     commands = []
 
-    def run(command, **_):
+    def run(command, timeout, **_):
         commands.append(command[1:])
+        if "layers" in command:
+            raise subprocess.TimeoutExpired(command, timeout)
         return types.SimpleNamespace(returncode=139 if "run" in command else 0)
 
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tokens", "64"])
     monkeypatch.setattr(gpu.subprocess, "run", run)
-    with pytest.raises(RunEnded, match="failed: run; "):
+    with pytest.raises(RunEnded, match="failed: run, layers; "):
         gpu.main()
     assert commands == [["-m", "bench.gpu", "--part", part, "--tokens", "64"] for part in gpu.PARTS]
-    assert json.loads(capsys.readouterr().out) == {"bench": "gpu", "part": "run", "failed": 139}
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    failed = {"run": 139, "layers": "no result in 15 minutes"}
+    assert lines == [{"bench": "gpu", "part": part, "failed": code} for part, code in failed.items()]
+
+
+def test_gpu_s_run_has_settings_that_train_py_knows(monkeypatch, capsys):
+    """Two steps with a checkpoint after each; the second one again from the first one's."""
+    configs, resumed = [], []
+
+    def run_train(minutes, *words):
+        if words[0] == "--resume":
+            resumed.append(sorted(path.name for path in Path(words[1]).iterdir()))
+            return
+        configs.append(config.parse(train.Config, list(words), loss.PUBLISHED)[0])
+        for step in (1, 2):
+            (Path(configs[0].out) / configs[0].run_name / f"checkpoint-00000{step}").mkdir(parents=True)
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--train", "--lr 1e-6 --shard offload"])
+    monkeypatch.setattr(gpu, "run_train", run_train)
+    monkeypatch.setattr(gpu, "summary", lambda *_: {})
+    gpu.run_part(gpu.arguments())
+    assert (configs[0].steps, configs[0].checkpoint_every, configs[0].lr, configs[0].shard) == (2, 1, 1e-6, "offload")
+    assert resumed == [["checkpoint-000001"]] and '"part": "run"' in capsys.readouterr().out
+
+
+def test_gpu_shows_what_train_py_said_before_it_failed(monkeypatch, tmp_path):
+    (tmp_path / "train.py").write_text("import sys, time; print(sys.argv[1], flush=True); time.sleep(60)")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    with pytest.raises(RuntimeError, match=r"^train.py --lr 1 ended with no result in time: (--lr)?$"):
+        gpu.run_train(0.02, "--lr", "1")
+    (tmp_path / "train.py").write_text("import sys; print(sys.argv[1], file=sys.stderr); exit(3)")
+    with pytest.raises(RuntimeError, match=r"^train.py --lr 1 ended with 3: --lr$"):
+        gpu.run_train(1.0, "--lr", "1")
 
 
 @pytest.mark.parametrize("result", ["attribution"], indirect=True)
