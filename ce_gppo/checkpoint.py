@@ -1,6 +1,5 @@
 """Checkpoints: Hugging Face folders with the trainer's state inside, written whole or not at all, checked when read."""
 
-import copy
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ce_gppo import dist
 from ce_gppo.types import RunEnded, UserError, starting
@@ -74,11 +74,19 @@ class Saver:
             record["critic"] = get_model_state_dict(model, options=WHOLE)
             record["critic_optimizer"] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
         if dist.is_main():
-            if self.model.device.type == "cpu":  # there the dictionaries hold the trainer's own tensors
-                weights, record = copy.deepcopy((weights, record))
+            weights, record = self._apart((weights, record))
             record["state"] = asdict(state)
             self.thread = threading.Thread(target=self._write, args=(weights, record))
             self.thread.start()
+
+    def _apart(self, record):
+        """The record with copies of those tensors that training goes on to change: what was gathered is one already."""
+        models = [self.model, self.critic.model] if self.critic else [self.model]
+        optimizers = [self.optimizer, self.critic.optimizer] if self.critic else [self.optimizer]
+        used = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        used += tree_leaves([list(optimizer.state.values()) for optimizer in optimizers])
+        used = {dist.own_part(x).untyped_storage().data_ptr() for x in used if isinstance(x, torch.Tensor)}
+        return tree_map_only(torch.Tensor, lambda x: x.clone() if x.untyped_storage().data_ptr() in used else x, record)
 
     def wait(self) -> None:
         """Wait for the save that goes on, if any. If it fails there is a warning, and training goes on. Collective."""
