@@ -200,7 +200,7 @@ METRICS = {
         Metric("perf/update_tokens_per_s", "tokens/s", "prompt and response tokens trained on", always=False),
         Metric("perf/mfu", "share", "of the measured rate of a large matrix product", always=False),
         Metric("perf/padding", "share", "of the places in attention's blocks; 0 on a GPU", "below 0.15", always=False),
-        Metric("perf/peak_memory_gib", "GiB", "of this process"),
+        Metric("perf/peak_memory_gib", "GiB", "of this process; on a GPU without vLLM's"),
     ],
 }
 ALL = [metric for section in METRICS.values() for metric in section]

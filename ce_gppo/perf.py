@@ -107,7 +107,13 @@ def matrix_rate(device: str) -> float:
 
 
 def peak_memory_gib(device: str) -> float:
-    """Of this process: allocated by torch on a GPU, resident on a CPU."""
+    """Of this process: resident on a CPU; on a GPU what torch has allocated, without vLLM.
+
+    vLLM's weights, cache and graphs are in pools of their own, all of one size since the start. torch counts them also
+    while vLLM sleeps and the memory is the trainer's.
+    """
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
+        segments = torch.cuda.memory_snapshot(include_traces=False)
+        pools = sum(s["allocated_size"] for s in segments if s["segment_pool_id"] != (0, 0))
+        return (torch.cuda.max_memory_allocated() - pools) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
