@@ -86,7 +86,7 @@ class ValueModel(torch.nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The value of every response token, one response after another, [N] in float32."""
         hidden = take(hidden_states(self.body, batch), batch.predecessors)  # [N, D]
-        return (hidden.to(self.head.dtype) @ self.head.T)[:, 0].float()
+        return (hidden.float() @ self.head.float().T)[:, 0]  # a sharded head is bfloat16 here; its products are not
 
 
 class Critic:
@@ -95,7 +95,8 @@ class Critic:
     def __init__(self, model, config):
         self.model = ValueModel(model)
         self.wrapped = dist.distribute(self.model, config.shard, model._no_split_modules or [])
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.critic_lr, **ADAMW)
+        fused = torch.cuda.is_available()  # otherwise a step needs memory for one more copy of the weights
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.critic_lr, fused=fused, **ADAMW)
 
 
 def load_critic(config, source: str, device: str) -> Critic | None:
@@ -124,7 +125,8 @@ def learn_values(critic: Critic | None, mini_batches: list[list[Response]], conf
         estimate(critic, responses, config, meter.device)
         set_advantages(responses, config.kl_coef)
         metrics = metrics_of(responses, with_kl=config.kl_coef > 0)
-        updates = [update(critic, share, config, meter.device) for share in shares * config.epochs]
+        with dist.host_threads():
+            updates = [update(critic, share, config, meter.device) for share in shares * config.epochs]
         dist.zero_gradients(critic.wrapped, critic.optimizer)  # no memory for gradients while vLLM samples
     if updates:
         sums = [sum(column) for column in zip(*updates, strict=True)]

@@ -13,9 +13,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+THREADS = torch.get_num_threads()  # before vLLM changes it
 
 
 def init() -> str:
@@ -202,3 +204,31 @@ def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or all of it if it is sharded; then collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or this rank's part of it if it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def release(policy: torch.nn.Module) -> None:
+    """Free what FSDP2 keeps whole after a forward pass until a backward pass: of one that will have none."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+
+
+@contextlib.contextmanager
+def host_threads():
+    """A context with all of torch's threads, for work on the host such as an offloaded optimizer's.
+
+    On a GPU vLLM leaves one thread to its process. What it has compiled counts on that, so it gets it back.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -38,7 +38,7 @@ class Policy(torch.nn.Module):
 
 
 def hidden_states(body: PreTrainedModel, batch: "Batch") -> Tensor:
-    """What a model's body, without its head, gives for the packed tokens: [N, D], float32, as the residual stream."""
+    """What a model's body, without its head, gives for packed tokens: [N, D], in the residual stream's precision."""
     assert body.config._attn_implementation == "packed"  # any other would attend across sequences
     ids, positions = batch.input_ids[None], batch.position_ids[None]
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):

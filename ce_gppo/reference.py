@@ -38,3 +38,4 @@ def set_reference_logprobs(
             parts = logprobs[batch.response_mask].cpu().split([len(r.response_ids) for r in chosen])
             for response, ref_logprobs in zip(chosen, parts, strict=True):
                 response.ref_logprobs = ref_logprobs
+        dist.release(reference)
