@@ -110,6 +110,7 @@ class Engine:
             max_tokens=max_tokens,
             stop_token_ids=self.stop_token_ids,
             logprobs=0,  # only the sampled token's
+            flat_logprobs=True,  # lists of numbers, where otherwise each token has a dictionary
             detokenize=False,
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
@@ -143,12 +144,11 @@ class Engine:
         if completion.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a response with finish_reason '{completion.finish_reason}'")
         response_ids = list(completion.token_ids)
+        assert completion.logprobs.token_ids == response_ids
         return Response(
             prompt_ids=prompt_ids,
             response_ids=response_ids,
-            rollout_logprobs=torch.tensor(
-                [step[token].logprob for token, step in zip(response_ids, completion.logprobs, strict=True)]
-            ),
+            rollout_logprobs=torch.tensor(completion.logprobs.logprobs),
             truncated=completion.finish_reason == "length",
             text=decode(self.tokenizer, response_ids),
         )
@@ -158,7 +158,8 @@ class Engine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights})
         if not self.cuda:
             self.llm.apply_model(_repack_head)
-        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights, and vLLM keeps them
+        if not self.llm.reset_prefix_cache():  # it holds keys and values of the old weights, and vLLM keeps them
+            raise RuntimeError("vLLM keeps keys and values of the old weights")
 
     def sleep(self) -> None:
         """Leave the GPU's memory to the trainer. The weights are dropped: `wake` must bring new ones."""

@@ -139,8 +139,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         tensor_parallel=config.rollout_tp,
         seed=config.seed,
     )
-    engine.load_weights(named_weights(model))
-    check_engine(engine, policy, problems[0], config, device)
+    check_engine(engine, model, policy, problems[0], config, device)
     log = Report(folder, config, state.step, state.wandb_id, tokenizer) if dist.is_main() else None
     meter = Meter(model, device)
     saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic)
@@ -246,7 +245,7 @@ def learn(
         pending = [r for r in flatten(groups) if id(r) in pending]  # by group, whose prompt is then computed once
         compute_old_logprobs(policy, pending, config.temperature, config.max_micro_batch_tokens, meter.device)
     updates = []
-    with meter("update"):
+    with meter("update"), dist.host_threads():
         for share in shares * config.epochs if lr else []:  # 0: only the critic learns
             updates.append(update(policy, optimizer, share, objective, lr, config, meter.device))
             runs.watch_skipped(folder / "skipped", state, len(updates), share, updates[-1], config.lr)

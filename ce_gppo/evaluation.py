@@ -5,18 +5,22 @@ from functools import partial
 
 from ce_gppo import dist
 from ce_gppo.forward import compute_old_logprobs, flatten
+from ce_gppo.model import named_weights
 from ce_gppo.statistics import MAX_MISMATCH
 from ce_gppo.types import Problem, Response, UserError
 
 
-def check_engine(engine, policy, problem: Problem, config, device: str) -> None:
+def check_engine(engine, model, policy, problem: Problem, config, device: str) -> None:
     """UserError where the engine and the trainer, with the same weights, give two short responses other logprobs.
 
-    Before anything is sampled for training: no update can be right then. Collective.
+    Before anything is sampled for training: no update can be right then. As in every step, the engine has slept and got
+    the weights of `model` before it samples, and sleeps while the trainer computes. It ends awake. Collective.
     """
+    engine.sleep()
+    engine.wake(named_weights(model))
     sampling = {"max_tokens": min(16, config.max_response_tokens), "temperature": config.temperature}
     group = engine.generate([problem.prompt_ids], 2, seed=config.seed, **sampling)[0]
-    engine.llm.reset_prefix_cache()  # so that what follows is computed as it would be without this check
+    engine.sleep()
     compute_old_logprobs(policy, group, config.temperature, config.max_micro_batch_tokens, device)
     gap = sum((r.old_logprobs - r.rollout_logprobs).abs().sum().item() for r in group)
     mean = gap / sum(len(r.response_ids) for r in group)
@@ -26,6 +30,7 @@ def check_engine(engine, policy, problem: Problem, config, device: str) -> None:
             f"{mean:.3g} nats on average, more than {MAX_MISMATCH}: they may compute this architecture differently; "
             "docs/models.md lists those that train"
         )
+    engine.wake(named_weights(model))  # it forgets the prompt: what follows is as it would be without this check
 
 
 def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, **sampling) -> list[list[Response]]:

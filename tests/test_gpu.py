@@ -1,8 +1,11 @@
 """What runs only on a GPU, as far as a CPU can tell: on tensors that pretend, with real signatures."""
 
+import contextlib
+import importlib.util
 import inspect
 import itertools
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import loss
 import train
-from ce_gppo import checkpoint, dist, entropy, forward
+from ce_gppo import checkpoint, critic, dist, entropy, forward, perf, reference, runs
 from ce_gppo.forward import Policy
 from ce_gppo.model import compile_layers, load_model
 from data.arithmetic.base import make_model
@@ -316,3 +319,87 @@ def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, 
 def unsharded(model) -> int:
     """Parameters that are whole now; shards, in the host's memory, are DTensors."""
     return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
+
+
+def test_a_checkpoint_copies_only_what_training_changes(tmp_path, tokenizer, tiny_model):
+    """What was gathered from a GPU is a copy already; a second one of an offloaded 7B model would be 85 GiB."""
+    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
+    Policy(tiny_model)(forward.collate(group_of(3, [2, 4])), 1.0)[0].sum().backward()
+    optimizer.step()
+    saver = checkpoint.Saver(tmp_path, tiny_model, tokenizer, optimizer)
+    weight = tiny_model.model.norm.weight
+    moments = optimizer.state[weight]
+    gathered = torch.zeros(3)
+    copies = saver._apart({"a": [weight.detach()], "b": moments, "c": (gathered, 5), "d": {"step": moments["step"]}})
+    assert copies["c"][0] is gathered and copies["c"][1] == 5
+    for copy, used in ((copies["a"][0], weight), (copies["b"]["exp_avg"], moments["exp_avg"])):
+        assert torch.equal(copy, used) and copy.data_ptr() != used.data_ptr()
+    step = copies["d"]["step"].item()
+    optimizer.step()
+    assert copies["d"]["step"].item() == step, "the moments of one step with the count of another"
+
+
+def test_peak_memory_is_the_trainer_s(monkeypatch):
+    """torch counts vLLM's pools while their memory is given back in sleep."""
+    segments = [
+        {"segment_pool_id": (0, 0), "allocated_size": 7 * 2**30},
+        {"segment_pool_id": (0, 1), "allocated_size": 30 * 2**30},
+        {"segment_pool_id": (0, 2), "allocated_size": 2 * 2**30},
+    ]
+    signature = inspect.signature(torch.cuda.memory_snapshot)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda **options: signature.bind(**options) and segments)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 52 * 2**30)
+    assert perf.peak_memory_gib("cuda") == 20
+    assert "segment_pool_id" in inspect.getsource(torch.cuda.memory)
+
+
+class NoMeter:
+    device = "cpu"
+
+    def __call__(self, part):
+        return contextlib.nullcontext()
+
+
+def test_updates_have_all_threads_of_the_host(monkeypatch):
+    """An offloaded optimizer's step is bound by the host's memory, and vLLM leaves one thread to its process."""
+    vllm = Path(importlib.util.find_spec("vllm").origin).parent  # not imported, which takes 10 s
+    assert "torch.set_num_threads(1)" in (vllm / "utils" / "torch_utils.py").read_text()
+    threads, seen = [1], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
+    monkeypatch.setattr(dist, "THREADS", 16)
+    monkeypatch.setattr(train, "compute_old_logprobs", lambda *_: seen.append(threads[0]))
+    monkeypatch.setattr(train, "update", lambda *_: seen.append(threads[0]))
+    monkeypatch.setattr(runs, "watch_skipped", lambda *_: None)
+    groups = [group_of(3, [2, 4])]
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    config, objective = resolved(), train.objective_of_step(resolved(), 1, (0.5, 0.0))
+    given = torch.optim.SGD([parameter]), groups, groups, objective, 1e-3, checkpoint.State("id"), config, Path("x")
+    train.learn(torch.nn.Linear(1, 1), *given, NoMeter())
+    assert seen == [1, 16] and threads == [1]
+
+
+def test_a_reference_is_not_kept_whole(tmp_path, tokenizer, one_process):
+    """It has no backward pass, after which FSDP2 would free the embedding and the head."""
+    make_model(tokenizer, hidden_size=64, num_layers=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = resolved(kl_coef=0.1, shard="offload", model=str(tmp_path))
+    policy = reference.load_reference(config, "cpu")
+    responses = group_of(3, [2, 4])
+    reference.set_reference_logprobs(policy, [responses], config, perf.Meter(policy.model, "cpu"))
+    assert all(len(r.ref_logprobs) == len(r.response_ids) for r in responses)
+    assert unsharded(policy) == 0
+
+
+def test_a_critic_on_a_gpu(monkeypatch, tiny_model):
+    """A fused step needs no memory of its own. A sharded head is bfloat16, the values are not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = critic.Critic(tiny_model, resolved(advantages="gae"))
+    assert made.optimizer.defaults["fused"]
+    g = torch.Generator().manual_seed(0)
+    made.model.head.data = torch.randn(1, 64, generator=g).bfloat16()
+    hidden = torch.randn(5, 64, generator=g)
+    monkeypatch.setattr(critic, "hidden_states", lambda *_: hidden)
+    values = made.model(types.SimpleNamespace(predecessors=torch.arange(5)))
+    torch.testing.assert_close(values, hidden @ made.model.head.data.float()[0], atol=1e-5, rtol=1e-5)

@@ -15,7 +15,7 @@ from ce_gppo.evaluation import check_engine
 from ce_gppo.forward import Policy, compute_old_logprobs
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.problems import load_problems
-from ce_gppo.types import Problem, UserError
+from ce_gppo.types import Problem, Response, UserError
 from helpers import BASE, DATA, ROOT, Forked, resolved
 from rollout import Engine, decode, stop_token_ids
 
@@ -130,11 +130,38 @@ def test_rollout_correction_with_an_engine_that_disagrees(engine, base, prompts)
 def test_an_engine_that_computes_something_else_is_refused_before_the_first_step(engine, base, prompts):
     """The same weights and another result is a model that vLLM has otherwise than transformers."""
     problem, policy = Problem("", prompts[0], "", ""), Policy(base[0])
-    engine.load_weights(named_weights(base[0]))
-    check_engine(engine, policy, problem, resolved(), "cpu")
-    engine.load_weights((name, 1.5 * weight) for name, weight in named_weights(base[0]))
+    other, _ = load_model(BASE)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    engine.load_weights(named_weights(other))
+    check_engine(engine, base[0], policy, problem, resolved(), "cpu")
     with pytest.raises(UserError, match=r"differ by \d.* nats on average.*docs/models.md"):
-        check_engine(engine, policy, problem, resolved(), "cpu")
+        check_engine(engine, other, policy, problem, resolved(), "cpu")
+
+
+def test_the_engine_is_checked_as_a_step_uses_it(monkeypatch, tiny_model):
+    """After it has slept, as weights lost in sleep must be found at the start; the trainer's pass has the memory."""
+    calls = []
+
+    class Recorder:
+        def generate(self, *_, **__):
+            calls.append("generate")
+            return [[Response([1], [2, 3], torch.zeros(2), False, "")]]
+
+        def sleep(self):
+            calls.append("sleep")
+
+        def wake(self, named_weights):
+            calls.append("wake" if dict(named_weights) else "wake without weights")
+
+    def passes(policy, group, *_):
+        calls.append("passes")
+        group[0].old_logprobs = torch.zeros(2)
+
+    monkeypatch.setattr("ce_gppo.evaluation.compute_old_logprobs", passes)
+    check_engine(Recorder(), tiny_model, None, Problem("", [1], "", ""), resolved(), "cuda")
+    assert calls == ["sleep", "wake", "generate", "sleep", "passes", "wake"]
 
 
 def test_the_prefix_cache_is_forgotten_at_a_sync(engine, base, prompts):
@@ -157,7 +184,7 @@ def test_on_a_gpu_memory_is_asked_for_in_the_right_order():
 
     class Recorder:
         def __getattr__(self, name):
-            return lambda *args, **kwargs: calls.append((name, kwargs.get("level") or kwargs.get("tags")))
+            return lambda *args, **kwargs: calls.append((name, kwargs.get("level") or kwargs.get("tags"))) or True
 
     sleeper = Engine.__new__(Engine)
     sleeper.cuda, sleeper.llm = True, Recorder()
@@ -170,6 +197,15 @@ def test_on_a_gpu_memory_is_asked_for_in_the_right_order():
         ("reset_prefix_cache", None),
         ("wake_up", ["kv_cache"]),
     ]
+
+
+def test_keys_and_values_of_old_weights_end_the_run():
+    """vLLM only says so in what it returns, and in a warning that is hidden."""
+    stale = Engine.__new__(Engine)
+    stale.cuda = True
+    stale.llm = types.SimpleNamespace(collective_rpc=lambda *_, **__: None, reset_prefix_cache=lambda: False)
+    with pytest.raises(RuntimeError, match="vLLM keeps keys and values of the old weights"):
+        stale.load_weights(iter([]))
 
 
 @pytest.mark.parametrize("dropped, bound", [(11, 0.006), (32, 0.01), (50, 0.013)])
@@ -239,6 +275,7 @@ class Recorded:
         def call(**kwargs):
             inspect.signature(method).bind(self, **kwargs)
             self.calls.append((name, kwargs))
+            return name == "reset_prefix_cache"
 
         return call
 
