@@ -12,7 +12,7 @@ from ce_gppo import dist
 from ce_gppo.model import stop_token_ids
 from ce_gppo.types import Response, UserError, starting
 
-CPU_CACHE_GIB = 1  # vLLM's cache without a GPU, where its own VLLM_CPU_KVCACHE_SPACE is not set
+CPU_CACHE_GIB = 1  # vLLM's cache without a GPU; its own variable VLLM_CPU_KVCACHE_SPACE wins
 
 
 def prepare_environment() -> None:
@@ -55,8 +55,7 @@ class Engine:
             options["hf_overrides"] = {"head_dtype": "float32"}  # logits that are not rounded, as the trainer's
         else:  # there gpu_memory_utilization is a share of the RAM that must be free at the start
             options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05}
-            cpu_kv_cache_gib = cpu_kv_cache_gib or float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB))
-            options["kv_cache_memory_bytes"] = int(cpu_kv_cache_gib * 2**30)
+            options["kv_cache_memory_bytes"] = int((cpu_kv_cache_gib or CPU_CACHE_GIB) * 2**30)
         if dist.world_size() > 1:  # vLLM joins the process group that is there, and takes this rank's GPU
             options["distributed_executor_backend"] = "external_launcher"
         try:
@@ -78,8 +77,9 @@ class Engine:
             if "cache" not in str(error):
                 raise
             name = "gpu_memory_utilization" if self.cuda else "VLLM_CPU_KVCACHE_SPACE, GiB in the environment,"
-            cause = f"({' '.join(str(error).split())[:200]})"
-            raise UserError(f"{name} is too small for the cache of a response of {context} tokens {cause}") from None
+            size = "large" if "Available memory" in str(error) else "small"
+            cause = " ".join(str(error).split())[:200]
+            raise UserError(f"{name} is too {size} for the cache of a response of {context} tokens ({cause})") from None
         self.stop_token_ids = stop_token_ids(model, tokenizer)
         starting("")
 

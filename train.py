@@ -66,7 +66,7 @@ class Config:
 
     # Objective. See loss.py.
     objective: t.one_of(loss.OBJECTIVES) = "ce_gppo"  # ce_gppo, grpo, dapo or another of those listed in loss.py
-    eps_low: t.NonNegative | None = None  # clip interval, below 1; None: 0.2 for most objectives
+    eps_low: t.ZeroToOne | None = None  # clip interval, below 1; None: 0.2 for most objectives
     eps_high: t.NonNegative | None = None  # clip interval, above 1; None: 0.2 for most objectives
     beta1: t.ZeroToOne | None = None  # gradient kept by NA tokens below the interval; None: 0.75 [1.5B: 0.5]
     beta2: t.ZeroToOne | None = None  # gradient kept by PA tokens above the interval; None: 1.0
@@ -94,7 +94,7 @@ class Config:
     eval_every: t.Count = 10  # steps; also before the first and after the last [5]
     eval_samples: t.Count = 4  # samples per held-out problem, the k of avg@k [32 for AIME]
     eval_response_tokens: t.Count | None = None  # longer responses are cut; None: max_response_tokens [32768]
-    eval_temperature: t.NonNegative = 1.0  # [0.6]
+    eval_temperature: t.GreedyOrTemperature = 1.0  # [0.6]
     eval_top_p: t.Share = 1.0  # [0.95]
     checkpoint_every: t.Count = 20  # steps; also after the last
 
@@ -122,7 +122,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     check_files(config.train_data, config.eval_data)  # before a large model is downloaded
     source = str(last or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
-    problems, held_out, sizes = load_sets(config, tokenizer, model.config.max_position_embeddings, reward.VERIFIERS)
+    problems, held_out, sizes = load_sets(config, tokenizer, model.config, reward.VERIFIERS)
     policy = dist.distribute(Policy(model), config.shard, model._no_split_modules or [])  # has the weights of `model`
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
     new = State(dist.rank0_then_broadcast(lambda: secrets.token_hex(4)), control=first_control(config))

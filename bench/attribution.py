@@ -18,6 +18,7 @@ import torch
 import train
 from bench import common
 from ce_gppo import entropy, forward
+from ce_gppo import types as t
 from ce_gppo.checkpoint import State
 from ce_gppo.config import command, resolve
 from ce_gppo.forward import Policy
@@ -33,10 +34,10 @@ LR = 1e-12  # the weights stay as they are; at 0 train.learn would make no updat
 @dataclass
 class Config:
     model: str = "data/arithmetic/base"  # folder or hub name
-    prompts: int = 64  # groups of 8 responses
-    prompt_tokens: int = 15
-    response_tokens: int = 35  # on average; lengths vary by a third
-    repeats: int = 15  # pairs of runs
+    prompts: t.Count = 64  # groups of 8 responses
+    prompt_tokens: t.Count = 15
+    response_tokens: t.Count = 35  # on average; lengths vary by a third
+    repeats: t.Count = 15  # pairs of runs
 
 
 def make_groups(vocabulary: int, config: Config) -> list[list[Response]]:

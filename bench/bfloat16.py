@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 import train
 from bench import common
+from ce_gppo import types as t
 from ce_gppo.config import command
 from ce_gppo.forward import Batch, collate, flatten, micro_batches, take
 from ce_gppo.model import load_model
@@ -40,9 +41,9 @@ PAIRS = (
 class Config:
     model: str = train.Config.model  # folder or hub name
     data: str = train.Config.train_data  # JSONL file of problems
-    prompts: int = 64
-    responses: int = 8  # to each prompt
-    max_response_tokens: int = train.Config.max_response_tokens
+    prompts: t.Count = 64
+    responses: t.Count = 8  # to each prompt
+    max_response_tokens: t.Count = train.Config.max_response_tokens
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -43,6 +43,7 @@ from ce_gppo.entropy import token_statistics
 from ce_gppo.forward import Policy, accumulate_gradients, collate
 from ce_gppo.model import compile_layers, load_model
 from ce_gppo.types import Response, RunEnded
+from data.arithmetic.prepare import positive
 from loss import Objective
 
 ROOT = Path(__file__).parents[1]
@@ -56,19 +57,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=15.0, help="of a part, which then counts as failed")
     parser.add_argument("--train", default="", help="more settings for the two steps of `run`")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 17408], help="tokens of a sequence")
-    parser.add_argument("--prompt-tokens", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=34816, help="tokens of a micro-batch")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[4096, 8192, 17408], help="tokens of a sequence")
+    parser.add_argument("--prompt-tokens", type=positive, default=1024)
+    parser.add_argument("--tokens", type=positive, default=34816, help="tokens of a micro-batch")
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--backend", default="inductor", help="of torch.compile in `layers`")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
     # The shape of DeepSeek-R1-Distill-Qwen-1.5B, whose embedding is not its head.
-    parser.add_argument("--hidden-size", type=int, default=1536)
-    parser.add_argument("--intermediate-size", type=int, default=8960)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--hidden-size", type=positive, default=1536)
+    parser.add_argument("--intermediate-size", type=positive, default=8960)
+    parser.add_argument("--layers", type=positive, default=28)
+    parser.add_argument("--heads", type=positive, default=12)
+    parser.add_argument("--kv-heads", type=positive, default=2)
+    parser.add_argument("--vocabulary", type=positive, default=151936)
     return parser.parse_args()
 
 

@@ -16,18 +16,19 @@ from dataclasses import dataclass
 
 import reward
 from bench import common
+from ce_gppo import types as t
 from ce_gppo.config import command
 from ce_gppo.verifier import workers
 
 
 @dataclass
 class Config:
-    plain: int = 500  # answers
-    latex: int = 100
-    rounds: int = 2  # of both in turn, with new answers each time; the best of each counts
-    hostile: int | None = None  # how many of the hostile answers; None: all
-    timeout: float = 3.0  # seconds for one answer, as in reward.score
-    budget: float = 60.0  # seconds for all answers of a batch, as in reward.score
+    plain: t.Count = 500  # answers
+    latex: t.Count = 100
+    rounds: t.Count = 2  # of both in turn, with new answers each time; the best of each counts
+    hostile: t.Count | None = None  # how many of the hostile answers; None: all
+    timeout: t.Positive = 3.0  # seconds for one answer, as in reward.score
+    budget: t.Positive = 60.0  # seconds for all answers of a batch, as in reward.score
 
 
 # (right answer, wrong answer, truth), with integers a < b for {a} and {b}. The most frequent kinds of answers.

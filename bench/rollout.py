@@ -12,6 +12,7 @@ with a seed by request, as on a GPU.
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -25,9 +26,11 @@ from transformers import Qwen2Config
 
 import train
 from bench import common
+from ce_gppo import types as t
 from ce_gppo.config import command
 from ce_gppo.model import context_of, load_model, named_weights
 from ce_gppo.problems import load_problems
+from ce_gppo.types import UserError
 from rollout import Engine, prepare_environment
 
 ROOT = Path(__file__).parents[1]
@@ -38,13 +41,13 @@ PARTS = ("rollout", "reward", "old_logprobs", "update", "sync")
 class Config:
     model: str = train.Config.model  # folder or hub name
     data: str = train.Config.eval_data  # prompts, JSONL
-    prompts: int = train.Config.prompts_per_step
-    responses: int = train.Config.responses_per_prompt  # to each prompt
-    max_tokens: int = train.Config.max_response_tokens  # of a response
-    rounds: int = 5  # of all variants, in turn
+    prompts: t.Count = train.Config.prompts_per_step
+    responses: t.Count = train.Config.responses_per_prompt  # to each prompt
+    max_tokens: t.Count = train.Config.max_response_tokens  # of a response
+    rounds: t.Count = 5  # of all variants, in turn
     shapes: tuple[str, ...] = ("256x8", "576x30")  # random Qwen2 models to sync, hidden size x layers
-    vocabulary: int = 49152  # of these models
-    train_steps: int = 6  # of a short run with the default settings, for the parts of a step
+    vocabulary: t.Count = 49152  # of these models
+    train_steps: t.Count = 6  # of a short run with the default settings, for the parts of a step
     metrics: str = ""  # metrics.jsonl of a run, instead of the short run
     only_sync: bool = False  # time only the weight sync of --model; the script starts itself so, one engine per process
 
@@ -151,8 +154,13 @@ def shares(path: Path) -> dict[str, float]:
     these passes computes old logprobs: forward over all responses except the first mini-batch's. It includes those of
     dropped groups, for their entropy.
     """
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if "time/step" in row]  # the evaluation before the first step has none
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [row for row in rows if "time/step" in row]  # the evaluation before the first step has none
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not the metrics.jsonl of a run ({error})") from None
+    if not rows:
+        raise UserError(f"{path}: no step in it; the metrics.jsonl of a run is needed")
     seconds = {part: sum(row.get(f"time/{part}", 0.0) for row in rows) for part in PARTS}
     total = sum(row["time/step"] for row in rows)
     seconds["rest"] = total - sum(seconds.values())
@@ -162,6 +170,9 @@ def shares(path: Path) -> dict[str, float]:
 
 
 def main(config: Config) -> None:
+    if wrong := [shape for shape in config.shapes if not re.fullmatch(r"[1-9]\d{1,4}x[1-9]\d{0,2}", shape)]:
+        raise UserError(f"--shapes {wrong[0]}: hidden size x layers is needed, such as 256x8")
+    given = shares(Path(config.metrics)) if config.metrics else {}
     prepare_environment()
     model, tokenizer = load_model(config.model, "cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(config.model, tokenizer, context=context_of(config.model))
@@ -181,7 +192,7 @@ def main(config: Config) -> None:
             again = [sys.executable, "-m", "bench.rollout", "--only-sync", "--model", f"{folder}/{shape}"]
             output = subprocess.run(again, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
             syncs.append(json.loads(output.splitlines()[-1]))
-        result |= shares(Path(config.metrics) if config.metrics else short_run(config.train_steps, folder))
+        result |= given or shares(short_run(config.train_steps, folder))
     result["sync"] = syncs
 
     rates = [(name.removesuffix("/tokens_per_s"), value) for name, value in result.items() if "/tokens_per_s" in name]

@@ -20,6 +20,7 @@ import torch
 
 import train
 from ce_gppo import dist
+from ce_gppo import types as t
 from ce_gppo.config import RECIPES, command, parse
 from ce_gppo.entropy import TILE_LOGITS
 from rollout import Engine
@@ -50,16 +51,16 @@ SHAPES = {  # layers, hidden, intermediate, heads, key heads, vocabulary; none t
 @dataclass
 class Config:
     recipes: bool = False  # the recipes instead of the table by size
-    gpu_memory: float = 141.0  # GiB of one GPU: 141 or 80
-    prompts: int = RECIPE.prompts_per_step  # per step
-    responses_per_prompt: int = RECIPE.responses_per_prompt
-    kept_prompts: int = RECIPE.max_kept_prompts  # groups trained on
-    mini_batch_prompts: int = RECIPE.mini_batch_prompts  # groups per update
-    prompt_tokens: int = 200  # on average; a guess
-    mean_length: int = 6000  # tokens of a response on average; a guess
-    max_length: int = RECIPE.max_response_tokens  # tokens of the longest response
-    micro_batch_tokens: int = RECIPE.max_micro_batch_tokens
-    gpus: tuple[int, ...] = (1, 8, 64, 1024)
+    gpu_memory: t.Positive = 141.0  # GiB of one GPU: 141 or 80
+    prompts: t.Count = RECIPE.prompts_per_step  # per step
+    responses_per_prompt: t.Count = RECIPE.responses_per_prompt
+    kept_prompts: t.Count = RECIPE.max_kept_prompts  # groups trained on
+    mini_batch_prompts: t.Count = RECIPE.mini_batch_prompts  # groups per update
+    prompt_tokens: t.Count = 200  # on average; a guess
+    mean_length: t.Count = 6000  # tokens of a response on average; a guess
+    max_length: t.Count = RECIPE.max_response_tokens  # tokens of the longest response
+    micro_batch_tokens: t.Count = RECIPE.max_micro_batch_tokens
+    gpus: tuple[t.Count, ...] = (1, 8, 64, 1024)
 
 
 def parameters(name: str) -> tuple[float, float, float]:

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import train
 from bench import common
 from ce_gppo import perf
+from ce_gppo import types as t
 from ce_gppo.config import command
 from ce_gppo.types import RunEnded, UserError
 
@@ -43,21 +44,21 @@ SAME_AS_OURS = ("transformers", "accelerate")  # the same versions in TRL's envi
 class Config:
     equal: bool = False  # responses of one length; the total number of tokens stays
     shared_prompt: bool = False  # one prompt for all responses, which are then one group; else one prompt each
-    rounds: int = 2  # of all contestants, in turn
+    rounds: t.Count = 2  # of all contestants, in turn
     without_trl: bool = False  # only ours and the plain loop
     against: str = ""  # a git revision, checked out into a temporary folder, whose update runs in turn with the others
     trl_gradient_checkpointing: bool = False  # TRL's own default is true, which is slower and takes less memory
-    threads: int = 2
-    max_micro_batch_tokens: int = train.Config.max_micro_batch_tokens  # ours
-    prompt_tokens: int = 40
-    response_tokens: tuple[int, ...] = (30, 40, 50, 60, 80, 100, 160, 256)
+    threads: t.Count = 2
+    max_micro_batch_tokens: t.Count = train.Config.max_micro_batch_tokens  # ours
+    prompt_tokens: t.Count = 40
+    response_tokens: tuple[t.Count, ...] = (30, 40, 50, 60, 80, 100, 160, 256)
     # The shape of SmolLM2-135M. Random weights take the same time.
-    hidden_size: int = 576
-    intermediate_size: int = 1536
-    layers: int = 30
-    heads: int = 9
-    kv_heads: int = 3
-    vocabulary: int = 49152
+    hidden_size: t.Count = 576
+    intermediate_size: t.Count = 1536
+    layers: t.Count = 30
+    heads: t.Count = 9
+    kv_heads: t.Count = 3
+    vocabulary: t.Count = 49152
 
 
 def trl_python() -> Path:

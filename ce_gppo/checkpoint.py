@@ -145,6 +145,8 @@ def try_saving(model, tokenizer) -> None:
         for name, part in parts.items():
             try:
                 part.save_pretrained(scratch)
+            except OSError:  # the folder for scratch files is full, or is not there
+                raise
             except Exception as error:  # each class has its own checks
                 raise UserError(
                     f"model '{model.name_or_path}': its {name} can be loaded but not saved, so there would be no "

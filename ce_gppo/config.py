@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import errno
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 import tomllib
@@ -15,12 +17,12 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from ce_gppo import dist
+from ce_gppo import checkpoint, dist
 from ce_gppo.betas import read_schedule
 from ce_gppo.objectives import BETAS, USUAL
 from ce_gppo.problems import max_batches
 from ce_gppo.tracking import check_wandb
-from ce_gppo.types import STARTING, RunEnded, UserError, starting
+from ce_gppo.types import STARTING, OneOf, Range, RunEnded, UserError, starting
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -36,22 +38,27 @@ def command(main: Callable, Config: type | None = None, description: str | None 
         dist.open_streams()
         starting("cannot go on")
         try:
+            dist.check_environment()
             if Config is None:
                 return main()
             import tyro  # here, as the benches for GPUs run without it
 
-            main(tyro.cli(Config, description=description))
+            config = tyro.cli(Config, description=description)
+            check_ranges(config)
+            main(config)
         except (UserError, RunEnded) as error:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, UserError) else 1)
-        except BrokenPipeError:  # `--help | head`; any other broken pipe must be seen
-            if "--help" not in sys.argv:
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+        except BrokenPipeError:  # of `| head`; any other broken pipe must be seen
+            if not dist.flush_streams():
+                sys.exit(1)
+            raise
         except KeyboardInterrupt:  # train.py has an answer of its own
             sys.exit(130)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                print(f"{Path(sys.argv[0]).name}: no space is left on the disk ({error})", file=sys.stderr)
+                sys.exit(1)
             if not STARTING:
                 raise
             print(f"{Path(sys.argv[0]).name}: {unexpected(error)}", file=sys.stderr)
@@ -59,15 +66,20 @@ def command(main: Callable, Config: type | None = None, description: str | None 
         finally:
             dist.flush_streams()
 
-    record(run)() if dist.world_size() > 1 else run()  # with `record` torchrun shows the error of the rank that failed
+    # With `record` torchrun shows the error of the rank that failed.
+    record(run)() if "TORCHELASTIC_RUN_ID" in os.environ else run()
 
 
 def unexpected(error: Exception) -> str:
     """What was being done, the first line of a library's error, and the file that has all of it."""
-    with tempfile.NamedTemporaryFile("w", prefix="ce-gppo-", suffix=".txt", delete=False) as file:
-        traceback.print_exception(error, file=file)
     cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{STARTING[0]}: {type(error).__name__}: {cause[:300]}; {file.name} has the whole traceback"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="ce-gppo-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        where = f"{file.name} has the whole traceback"
+    except OSError as unwritten:  # no folder for such files, or a full one
+        where = f"its traceback cannot be kept ({unwritten})"
+    return f"{STARTING[0]}: {type(error).__name__}: {cause[:300]}; {where}"
 
 
 def open_to_append(path: Path, option: str) -> typing.TextIO:
@@ -83,10 +95,12 @@ def check_ranges(config) -> None:
     """UserError for the first value that is outside the range in its field's type."""
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
-        for part in (hint, *typing.get_args(hint)):  # the type itself, or one of a union
-            for range_ in getattr(part, "__metadata__", ()):
-                if value is not None and (problem := range_.problem(value)):
-                    shown = f"'{value}'" if isinstance(value, str) else f"= {value}:"
+        each = value if isinstance(value, tuple) else () if value is None else (value,)
+        for part in (hint, *typing.get_args(hint)):  # the type itself, or one of a union, or of a tuple's values
+            ranges = [range_ for range_ in getattr(part, "__metadata__", ()) if isinstance(range_, Range | OneOf)]
+            for range_, one in itertools.product(ranges, each):
+                if problem := range_.problem(one):
+                    shown = f"'{one}'" if isinstance(one, str) else f"= {one}:"
                     raise UserError(f"{name} {shown} {problem}")
 
 
@@ -103,11 +117,16 @@ def parse(Config: type, arguments: list[str]) -> tuple[typing.Any, str, str]:
     import tyro
 
     check_wandb()
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
+    if space and not re.fullmatch("[1-9][0-9]{0,4}", space):
+        raise UserError(f"VLLM_CPU_KVCACHE_SPACE={space} in the environment: vLLM needs a whole number of GiB")
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", default="")
-    parser.add_argument("--resume", default="")
+    parser.add_argument("--recipe")
+    parser.add_argument("--resume")
     start, arguments = parser.parse_known_args(arguments)
+    if "" in (start.recipe, start.resume):  # as of a variable of the shell that is not set
+        raise UserError("--recipe or --resume is empty; leave it out, or name a recipe or the folder of a run")
     for place, (argument, after) in enumerate(itertools.pairwise([*arguments, "--"]), start=1):
         if argument == "--shard" and after.startswith("--"):
             arguments.insert(place, "yes")  # short for --shard yes
@@ -122,7 +141,7 @@ def parse(Config: type, arguments: list[str]) -> tuple[typing.Any, str, str]:
             raise UserError("--resume continues a run with its own settings; give no others")
         return resolve(saved_config(Config, start.resume)), "", start.resume
     defaults = Config(**read_recipe(Config, start.recipe)) if start.recipe else Config()
-    return resolve(tyro.cli(Config, args=arguments, default=defaults)), start.recipe, ""
+    return resolve(tyro.cli(Config, args=arguments, default=defaults)), start.recipe or "", ""
 
 
 def resolve(config):
@@ -179,6 +198,15 @@ def check_together(given, config) -> None:
         (
             config.eval_temperature == 0 and config.eval_samples > 1,
             f"eval_temperature = 0 gives {config.eval_samples} equal samples; eval_samples = 1 is enough",
+        ),
+        (
+            config.entropy_target is not None and config.beta1 == config.beta2 == 0,
+            "entropy_target moves the betas between 0 and their values, and both are 0",
+        ),
+        (
+            config.advantages == "gae" and config.steps <= config.warmup_steps,
+            f"steps = {config.steps}: with advantages = gae only the critic learns in the first warmup_steps = "
+            f"{config.warmup_steps}, and the policy would stay as it is",
         ),
         (
             config.entropy_target is not None and config.beta_schedule,
@@ -255,6 +283,8 @@ def typed(Config: type, values: dict, path: Path) -> dict:
 def saved_config(Config: type, folder: str):
     """The settings of the run in `folder`."""
     path = Path(folder) / "config.json"
+    if (path.parent / checkpoint.MANIFEST).is_file():
+        raise UserError(f"--resume {folder}: this is a checkpoint; name the folder of its run, {path.parent.parent}")
     if not path.is_file():
         raise UserError(f"--resume {folder}: no config.json there, so it is not the folder of a run")
     try:

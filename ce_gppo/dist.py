@@ -6,6 +6,7 @@ A function that says "Collective" waits for the other ranks: every rank must cal
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -17,14 +18,40 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ce_gppo.types import UserError
+
 THREADS = torch.get_num_threads()  # before vLLM changes it
+
+
+def check_environment() -> None:
+    """UserError where torchrun's variables are not as it sets them: the script of a job may have changed them."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    numbers = {}
+    for name, usual in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}.items():
+        text = os.environ.get(name, usual if os.environ.get("WORLD_SIZE", "1") == "1" else "missing")
+        if not re.fullmatch("[0-9]{1,6}", text):
+            raise UserError(f"{name} in the environment is '{text}', where a whole number is needed; torchrun sets it")
+        numbers[name] = int(text)
+    world_size, rank, _, port = numbers.values()
+    if rank >= max(1, world_size) or world_size < 1:
+        raise UserError(
+            f"RANK={rank} and WORLD_SIZE={world_size} in the environment: ranks go from 0 to WORLD_SIZE - 1"
+        )
+    if port > 65535:
+        raise UserError(f"MASTER_PORT={port} in the environment: a port is at most 65535; torchrun sets it")
 
 
 def init() -> str:
     """Join the other processes that torchrun started, if any. Returns this process's device: "cuda" is its own GPU."""
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"more processes are started here than the {gpus} GPUs; say make train GPUS={gpus}")
+        torch.cuda.set_device(local_rank)
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        say(f"WORLD_SIZE={size} in the environment counts only with torchrun; this is one process", warning=True)
     if world_size() > 1:
         # A rank may sample for long while the others wait. torchrun notices one that has died within seconds.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
@@ -71,13 +98,16 @@ def open_streams() -> None:
                 getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def flush_streams() -> None:
-    """At the end: what a library printed into a closed pipe must not make Python exit with 120."""
+def flush_streams() -> bool:
+    """At the end: what was printed into a closed pipe must not make Python exit with 120. False if something was."""
+    whole = True
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            whole = False
+    return whole
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 import datetime
 import hashlib
 import json
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ce_gppo import dist
 from ce_gppo.types import Problem, UserError, starting
 from ce_gppo.verifier.sources import assign
 
@@ -40,7 +42,7 @@ def load_rows(path: str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error}); one object a line is needed") from None
         if problem := _problem_with(row):
@@ -49,6 +51,15 @@ def load_rows(path: str) -> list[dict]:
     if not rows:
         raise UserError(f"{path}: the file has no rows; at least one problem is needed")
     return rows
+
+
+def _object(pairs: list[tuple[str, typing.Any]]) -> dict:
+    row = {}
+    for key, value in pairs:
+        if key in row:  # Python would take the last one, without a word
+            raise ValueError(f"the key '{key}' is there twice")
+        row[key] = value
+    return row
 
 
 def _problem_with(row) -> str | None:
@@ -72,6 +83,8 @@ def _problem_with(row) -> str | None:
     texts = [row["answer"], *(message[key] for message in row["prompt"] for key in ("role", "content"))]
     if any("\ud800" <= character <= "\udfff" for character in "".join(texts)):
         return "it has half of a surrogate pair, which is no text"
+    if not row["prompt"][-1]["content"].strip():
+        return "the last message of 'prompt' is empty, so there is no problem in it"
     if row["prompt"][-1]["role"] == "assistant":
         return "the last message of 'prompt' is the assistant's; the policy writes that one"
     return None
@@ -117,30 +130,43 @@ def load_problems(
 
 
 def load_sets(
-    config, tokenizer, context: int, verifiers: dict[str, Callable]
+    config, tokenizer, model_config, verifiers: dict[str, Callable]
 ) -> tuple[list[Problem], list[Problem], str]:
     """(training problems, held-out problems, their numbers and verifiers in words) for train.py's settings.
 
-    verifiers: reward.VERIFIERS. UserError where prompts and responses do not fit the model's context, or its tokenizer
-    hides </think>.
+    model_config: of transformers. verifiers: reward.VERIFIERS. UserError where prompts and responses do not fit the
+    model's context or its vocabulary, or its tokenizer hides </think>.
     """
     starting(f"problems of {config.train_data} and {config.eval_data} cannot be read")
     for name in ("max_response_tokens", "eval_response_tokens"):
         longest = config.max_prompt_tokens + getattr(config, name)
-        if longest > context:
+        if longest > (context := model_config.max_position_embeddings):
             raise UserError(f"max_prompt_tokens + {name} = {longest} is beyond the model's context of {context}")
     if config.thinking:
         check_thinking(tokenizer)
     limits = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix
     problems, dropped = load_problems(config.train_data, tokenizer, *limits)
     held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *limits)
+    check_vocabulary(problems + held_out, model_config.vocab_size)
     who, (problems, held_out) = assign(config.rewards, verifiers, problems, held_out)
+    if trained := len({problem.prompt for problem in held_out} & {problem.prompt for problem in problems}):
+        dist.say(f"{trained} held-out problems are also trained on, so their accuracy says little", warning=True)
     sizes = (
         f"{len(problems)} training and {len(held_out)} held-out problems ({dropped} and {held_out_dropped} dropped: "
         f"prompt longer than {config.max_prompt_tokens} tokens)\n"
         f"rewards      {who}"
     )
     return problems, held_out, sizes
+
+
+def check_vocabulary(problems: list[Problem], size: int) -> None:
+    """UserError for a prompt with a token that the model does not have, as where tokens were added to its tokenizer."""
+    for problem in problems:
+        if (largest := max(problem.prompt_ids)) >= size:
+            raise UserError(
+                f"the prompt {problem.prompt[:60]!r} has the token {largest}, and the model only has {size}: its "
+                "tokenizer's files are another model's, or have tokens that the model's embedding lacks"
+            )
 
 
 def check_thinking(tokenizer) -> None:

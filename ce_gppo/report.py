@@ -17,7 +17,7 @@ from ce_gppo.forward import flatten
 from ce_gppo.problems import max_batches, updates_of_step
 from ce_gppo.tokens import token_rows
 from ce_gppo.tracking import finish_wandb, start_wandb
-from ce_gppo.types import Problem, Response
+from ce_gppo.types import Problem, Response, starting
 
 LOGGED_SAMPLES = 4  # responses per step in samples.jsonl and in W&B
 
@@ -30,6 +30,7 @@ class Report:
 
         tokenizer: for the texts in tokens.jsonl.
         """
+        starting(f"the files in {folder} cannot be written")
         self.folder, self.config = folder, config
         self.path = folder / "metrics.jsonl"
         # Steps after the checkpoint will be done again; without one, the evaluation before the first step too.
@@ -44,6 +45,7 @@ class Report:
         self.wandb = start_wandb(folder, config, wandb_id)
         # A bar on a terminal, plain lines in a file.
         self.bar = tqdm(total=config.steps, initial=step, unit="step") if sys.stderr.isatty() else None
+        starting("")
 
     def log_step(self, step: int, metrics: dict, groups, mini_batches, problems, extract: Callable) -> None:
         """Add a step of training, with samples, histograms, and its tokens where they are due. See sample_rows."""

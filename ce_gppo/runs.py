@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import torch
@@ -37,13 +39,17 @@ def locate(config, resume: str) -> tuple[Path, Path | None]:
     """
     starting(f"the runs in {config.out} cannot be read")
     folder = Path(resume) if resume else interrupted(config) or new_folder(config)
+    if (folder / "config.json").exists():
+        take(folder, keep=False)  # what follows takes a while, and starts only here
     last = checkpoint.newest(folder)
+    if not last and checkpoint.all_of(folder):
+        raise UserError(f"{folder}: no checkpoint is whole, so it cannot go on; begin a new run with --run-name NAME")
     if (folder / "config.json").exists():
         if changed := ", ".join(changes(folder, config)):
             if not resume:
                 raise UserError(
                     f"{folder} was interrupted and would go on, but these have changed since: {changed}. Go on all the "
-                    f"same with --resume {folder}, or begin a new run with --run-name NAME"
+                    f"same with --resume {shlex.quote(str(folder))}, or begin a new run with --run-name NAME"
                 )
             dist.say(f"changed since the run began: {changed}", warning=True)
         after = f"after {last.name}" if last else "from its start, as there is no checkpoint yet"
@@ -88,7 +94,7 @@ def changes(folder: Path, config) -> list[str]:
 def fingerprints(config) -> dict[str, str]:
     """A checksum for each file of data, verifiers and base model; of WHOLE bytes or more only of size and both ends."""
     paths = [Path(path) for path in f"{config.train_data},{config.eval_data}".split(",")]
-    paths += rewards.files(config.rewards)
+    paths += [path for path in rewards.files(config.rewards) if path.resolve() not in sources()]
     if Path(config.model).is_dir():
         paths += sorted(path for level in ("*", "*/*") for path in Path(config.model).glob(level))
     marks = {}
@@ -123,6 +129,8 @@ def new_folder(config) -> Path:
     name = config.run_name or f"{config.objective}-seed{config.seed}-{time.strftime('%m%d-%H%M%S')}"
     folder = Path(config.out) / name
     if folder.exists() and {path.name for path in folder.iterdir()} - {".lock"}:
+        if (folder / "config.json").exists():
+            take(folder, keep=False)
         raise UserError(
             f"{folder} belongs to a run that is finished or has other settings; choose another name with --run-name"
         )
@@ -138,13 +146,7 @@ def claim(folder: Path, config, recipe: str, step: int) -> None:
     UserError if another process trains there, or if the folder cannot be made.
     """
     starting(f"the run's folder {folder} cannot be written")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        locked = lock(folder)
-    except (OSError, ValueError) as error:  # ValueError: no name of a file
-        raise UserError(f"{folder}: cannot be made ({error}); --out names another folder") from None
-    if not locked:
-        raise UserError(f"{folder}: another process is training there; choose another name with --run-name")
+    take(folder)
     if (folder / "config.json").exists():
         if any(path.endswith(".py") for path in changes(folder, config)):
             copy_sources(folder / f"source-from-step-{step + 1:06d}")
@@ -177,33 +179,53 @@ def commit() -> str | None:
         return None
 
 
+def take(folder: Path, keep: bool = True) -> None:
+    """Make the folder, and `lock` it. UserError if it cannot be made, or if another process is training there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        locked = lock(folder, keep)
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise UserError(f"{folder}: cannot be made ({error}); --out names another folder") from None
+    if not locked:
+        raise UserError(f"{folder}: another process is training there; choose another name with --run-name")
+
+
 _locks = []  # open as long as the process lives
 
 
 def lock(folder: Path, keep: bool = True) -> bool:
     """Whether no other process is training in this folder. From now on this one is, if `keep`."""
     file = (folder / ".lock").open("w")
+    if not lock_file(file):
+        return False
+    if keep:
+        _locks.append(file)
+    return True
+
+
+def lock_file(file: typing.IO) -> bool:
+    """Whether no other process has locked this open file. From now on this one has, until it closes it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        dist.say(f"{folder} cannot be locked ({error.strerror}): start no second run there", warning=True)
-    if keep:
-        _locks.append(file)
+        dist.say(f"{file.name} cannot be locked ({error.strerror}): start no second run there", warning=True)
     return True
 
 
 class StopRequest:
     """Ctrl-C, SIGTERM or a closed terminal: the current rollout is lost, updates finish, and the run is saved.
 
-    Calling it tells whether there was a request. A second one ends the program at once.
+    Calling it tells whether there was a request. A second one ends the program at once. What the shell had the process
+    ignore, as nohup does with a closed terminal, stays ignored.
     """
 
     def __init__(self):
         self.signal = ""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def __call__(self) -> bool:
         return bool(self.signal)
@@ -224,10 +246,13 @@ def watch_skipped(
     """
     state.skipped = state.skipped + 1 if update.skipped else 0
     if update.skipped:
-        folder.mkdir(exist_ok=True)
         fields = [dataclasses.asdict(response) for response in responses]
         record = {"responses": fields, "micro_batch_losses": update.micro_batch_losses, "grad_norm": update.grad_norm}
-        torch.save(record, folder / f"step-{state.step + 1:06d}-update-{index}-rank-{dist.rank()}.pt")
+        try:
+            folder.mkdir(exist_ok=True)
+            torch.save(record, folder / f"step-{state.step + 1:06d}-update-{index}-rank-{dist.rank()}.pt")
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
+            dist.say(f"the inputs of a skipped update are not kept in {folder} ({error})", warning=True)
     if state.skipped >= MAX_SKIPPED_UPDATES:
         raise RunEnded(
             f"{state.skipped} updates in a row had no finite gradient; {folder} has their inputs, "

@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import json
+import netrc
 import os
 import shlex
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ce_gppo import dist
 from ce_gppo.metrics import ALL
@@ -98,9 +100,9 @@ def check_wandb() -> None:
 def _has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    file = os.environ.get("NETRC")
     try:
-        import netrc
-
-        return "api.wandb.ai" in netrc.netrc(os.environ.get("NETRC") or None).hosts
-    except (OSError, ValueError, SyntaxError):
+        return host in netrc.netrc(file and os.path.expanduser(file)).hosts
+    except (OSError, ValueError, netrc.NetrcParseError):  # the last one also where others may read the file
         return False

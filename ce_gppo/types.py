@@ -100,12 +100,14 @@ class Range:
     low: float
     high: float = math.inf
     above: bool = False  # low itself is outside
+    or_zero: bool = False  # 0 is inside, too
 
     def problem(self, value: float) -> str | None:
-        if self.low <= value <= self.high and value < math.inf and not (self.above and value == self.low):
+        inside = self.low <= value <= self.high and value < math.inf and not (self.above and value == self.low)
+        if inside or (self.or_zero and value == 0):
             return None
-        words = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return f"must be {words} and " + (f"at most {self.high:g}" if self.high < math.inf else "finite")
+        words = "0, or " * self.or_zero + (f"above {self.low:g}" if self.above else f"at least {self.low:g}")
+        return f"must be {words} and " + (f"at most {self.high:.10g}" if self.high < math.inf else "finite")
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 Temperature = Annotated[float, Range(0.01)]  # vLLM takes a lower one for 0.01, without a word
+GreedyOrTemperature = Annotated[float, Range(0.01, or_zero=True)]  # at 0 it takes the most probable token
 AboveOne = Annotated[float, Range(1, above=True)]
 ZeroToOne = Annotated[float, Range(0, 1)]
 Share = Annotated[float, Range(0, 1, above=True)]

@@ -11,6 +11,7 @@ Downloaded files are neither run nor unpickled: `datasets` reads parquet and JSO
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import re
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ce_gppo.types import UserError
+from ce_gppo.verifier.answers import can_be_given
 from ce_gppo.verifier.extract import last_box
 
 
@@ -114,7 +116,7 @@ def messages_of(row: dict, where: str) -> list[dict[str, str]]:
 
 
 def answer_of(row: dict) -> str | None:
-    """The true answer as a string; None if the row has none."""
+    """The true answer as a string; None if the row has none, or one that no response could equal."""
     reward_model = row.get("reward_model")
     given = [reward_model.get("ground_truth") if isinstance(reward_model, dict) else None]
     given += [row.get("final_answer"), row.get("answer")]
@@ -124,7 +126,8 @@ def answer_of(row: dict) -> str | None:
     parts = answer if isinstance(answer, list) else [answer]  # OlympiadBench: the answers to the parts of a problem
     if not all(isinstance(part, str | int | float) and part == part for part in parts):  # a dictionary, NaN
         return None
-    return ", ".join(str(part).rpartition("####")[2].strip() for part in parts) or None
+    text = ", ".join(str(part).rpartition("####")[2].strip() for part in parts)
+    return text if can_be_given(text) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,8 +188,15 @@ def read_hub(source: Source, revision: str) -> Iterator[dict]:
 
 
 def write(rows: list[dict], path: Path) -> None:
-    """Write one object per line. Prints the count and a checksum, to compare the data of two machines."""
+    """Write one object per line, all or none. Prints the count and a checksum, to compare the data of two machines."""
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text)
+    aside = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(text)
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()  # it may be what fills the disk
+        raise UserError(f"--out {path.parent}: cannot be written ({error})") from None
     print(f"{path}: {len(rows)} problems, sha256 {hashlib.sha256(text).hexdigest()}")

@@ -23,6 +23,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from ce_gppo import types as t
 from ce_gppo.config import command
 from ce_gppo.types import UserError
 from results import draw
@@ -44,7 +45,7 @@ SIGNS = {"pa_lp": 1, "na_hp": 1, "pa_hp": -1, "na_lp": -1}  # of the velocities,
 @dataclass
 class Config:
     results: Annotated[Path, tyro.conf.Positional]  # JSONL file that results.sweep made
-    steps: int | None = None  # use only so many, as if the runs had ended there; None: all
+    steps: t.Count | None = None  # use only so many, as if the runs had ended there; None: all
     without_idle: bool = False  # without the runs that stopped to end their responses
     branches: Path | None = None  # JSONL file that tools/branch.py made: beside the curves in a third figure
 

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from ce_gppo import types as t
 from ce_gppo.config import command, open_to_append
 from ce_gppo.metrics import ALL
 from ce_gppo.types import RunEnded, UserError
@@ -120,11 +121,11 @@ class Config:
     sweep: Literal["walk", "walk-32", "arithmetic"] = "walk"
     quick: bool = False  # one seed and 5 steps: shows that it works, not which claims hold
     results: str = ""  # file that the runs are added to; empty: results/reproduction-<sweep>.jsonl, or quick.jsonl
-    seeds: int | None = None  # runs of each setting, from seed 0; None: the sweep's, quick: 1
-    steps: int | None = None  # of each run; None: the sweep's, quick: 5
+    seeds: t.Count | None = None  # runs of each setting, from seed 0; None: the sweep's, quick: 1
+    steps: t.Count | None = None  # of each run; None: the sweep's, quick: 5
     settings: tuple[str, ...] = ()  # the ones to run; none given: the sweep's
     out: Path = REPOSITORY / "out" / "reproduce"  # folder of the runs themselves
-    lanes: int | None = None  # runs at a time; None: one per GPU, or one per core and 5 GiB of memory
+    lanes: t.Count | None = None  # runs at a time; None: one per GPU, or one per core and 5 GiB of memory
 
 
 def main(config: Config) -> None:
@@ -136,7 +137,8 @@ def main(config: Config) -> None:
         config.seeds or (1 if config.quick else sweep.seeds),
         config.steps or (5 if config.quick else sweep.steps),
     )
-    wanted = [(name, seed) for seed in range(seeds) for name in config.settings or sweep.settings]  # whole seeds first
+    names = dict.fromkeys(config.settings or sweep.settings)  # each once
+    wanted = [(name, seed) for seed in range(seeds) for name in names]  # whole seeds first
     done = {(row["setting"], row["seed"]): row["arguments"] for row in read(results)}
     other = [job for job in wanted if done.get(job, arguments(sweep, *job, steps)) != arguments(sweep, *job, steps)]
     if other:

@@ -14,15 +14,17 @@ import random
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from ce_gppo import types as t
-from ce_gppo.config import check_ranges, command, open_to_append
+from ce_gppo.config import command, open_to_append
 from ce_gppo.evaluation import evaluate
-from ce_gppo.model import context_of
-from ce_gppo.problems import check_files, check_thinking, load_problems
+from ce_gppo.model import check_model
+from ce_gppo.problems import check_files, check_thinking, check_vocabulary, load_problems
+from ce_gppo.runs import lock_file
 from ce_gppo.types import Problem, Response, UserError
 from ce_gppo.verifier.sources import assign, files
 from reward import VERIFIERS, extract_answer, score
@@ -35,7 +37,7 @@ class Config:
     model: str = "data/arithmetic/base"  # folder or hub name
     bench: str = "data/arithmetic/eval.jsonl"  # with commas: names of data/benchmarks/<name>.jsonl, or JSONL files
     k: t.Count = 8  # samples a problem [AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
-    temperature: t.NonNegative = 0.6  # the paper's; `make train` evaluates its small model at 1.0
+    temperature: t.GreedyOrTemperature = 0.6  # the paper's; `make train` evaluates its small model at 1.0
     top_p: t.Share = 0.95  # the paper's; 1.0 turns it off
     max_prompt_tokens: t.Count = 4096  # problems with longer prompts are dropped, and counted
     max_response_tokens: t.Count | None = None  # longer are cut [AIME: 32768]; None: 16384, or what the context leaves
@@ -53,17 +55,18 @@ class Config:
 def main(config: Config) -> None:
     if config.compare:
         return compare(*config.compare)
-    check_ranges(config)
     if config.temperature == 0 and config.k > 1:
         raise UserError(f"temperature = 0 gives {config.k} equal samples; use k = 1")
     paths = [name if name.endswith(".jsonl") else f"data/benchmarks/{name}.jsonl" for name in config.bench.split(",")]
     check_files(*paths)  # before a large model is downloaded
-    limit = context_of(config.model)
+    known = check_model(config.model)
+    limit = known.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     if config.thinking:
         check_thinking(tokenizer)
     longest = min(config.max_prompt_tokens, limit - 1)
     problems, dropped = load_problems(",".join(paths), tokenizer, longest, config.system_prompt, config.prompt_suffix)
+    check_vocabulary(problems, known.vocab_size)
     verifiers, (problems,) = assign(config.rewards, VERIFIERS, problems)
     longest = max(len(problem.prompt_ids) for problem in problems)
     max_tokens = config.max_response_tokens or min(16384, limit - longest)
@@ -80,6 +83,8 @@ def main(config: Config) -> None:
     path = Path(config.out or default_out(config, problems))
     size = max(1, config.write_every // config.k)  # problems a chunk; each has a seed of its own, so it can be redone
     chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
+    if path.exists():
+        lock(path.open())  # closed at once: it only looks
     rows = resumed(path, settings, [len(chunk) * config.k for chunk in chunks])
     done = len({row["problem"] for row in rows})
     print(
@@ -88,7 +93,7 @@ def main(config: Config) -> None:
     print(f"responses  {path}" + (f", {done} problems were there already" if done else ""), flush=True)
 
     if done < len(problems):
-        file = open_to_append(path, "--out")
+        file = lock(open_to_append(path, "--out"))
         prepare_environment()
         engine = Engine(
             config.model,
@@ -117,6 +122,13 @@ def main(config: Config) -> None:
                 os.fsync(file.fileno())
                 rows += new
     print_table(rows, config.k)
+
+
+def lock(file: TextIO) -> TextIO:
+    """The open file, locked until it is closed. UserError if another evaluation writes it."""
+    if not lock_file(file):
+        raise UserError(f"{file.name}: another evaluation is writing it; wait for it, or name another file with --out")
+    return file
 
 
 def rows_of(problems: list[Problem], groups: list[list[Response]], first: int, thinking: bool) -> list[dict]:

@@ -133,6 +133,8 @@ def figure(groups: dict[str, list[list[dict]]]) -> plt.Figure:
 
 
 def main(config: Config) -> None:
+    if not config.runs:
+        raise UserError("name the folders of one or more runs")
     fig = figure(group_runs([load(folder) for folder in config.runs]))
     try:
         config.out.mkdir(parents=True, exist_ok=True)

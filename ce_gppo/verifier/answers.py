@@ -33,13 +33,18 @@ MAX_DEPTH = 12  # brackets; math-verify's parser takes 1.5 s for 16, and minutes
 
 
 def squeeze(text: str) -> str:
-    r"""Equal squeezed strings are equal answers: without \text, the spaces that TeX ignores, and the case of words."""
+    r"""Equal squeezed strings are equal answers: without \text, the spaces that TeX ignores, and the case of words.
+
+    A letter by itself is a word only if it is the whole text: yes is YES, and a is A, but r/R is not R/r.
+    """
     if len(text) > LONGEST:
         return text
     text = re.sub(r"\\text ?\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])|\s+", lambda m: f"{m[1]} " if m[1] else "", text)
     text = re.sub(r"\{(\d)\}", r"\1", text)  # x^{2} is x^2
-    return text if re.search(r"[\\\d]", text) else text.casefold()
+    if re.search(r"[\\\d]", text):
+        return text
+    return re.sub(r"[^\W_]{2,}|^\w$", lambda word: word[0].casefold(), text)
 
 
 class Undecided(Exception):
@@ -59,6 +64,15 @@ def equal_now(answer: str | None, truth: str) -> float:
         return float(squeeze(answer) == squeeze(truth) != "" or not is_bomb(answer) and same(answer, truth))
     except Undecided:
         raise Undecided(answer, truth) from None
+
+
+def can_be_given(truth: str) -> bool:
+    """False for a true answer that no response can equal: one that is empty but for LaTeX, or has a brace too many."""
+    text = last_box(truth) or truth.strip()
+    if re.search(r"\w", re.sub(r"\\[a-zA-Z]+", "", text)) and last_box(rf"\boxed{{{text}}}") == text:
+        return True
+    text = normalize(text)  # takes longer, and only few get here
+    return bool(squeeze(text).strip("{}")) and last_box(rf"\boxed{{{text}}}") == text
 
 
 def ask_math_verify(answer: str, truth: str) -> bool:

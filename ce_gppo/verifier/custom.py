@@ -3,9 +3,11 @@
 They run in the workers only.
 """
 
+import contextlib
 import functools
 import importlib.util
 import math
+import modulefinder
 import sys
 import traceback
 from collections.abc import Callable
@@ -35,6 +37,14 @@ def file_of(verifier: str) -> Path | None:
     """mine.py of mine.py:score; None for the name of a verifier."""
     path, _, function = verifier.rpartition(":")
     return Path(path) if path.endswith(".py") and function.isidentifier() else None
+
+
+def neighbours(path: Path) -> set[Path]:
+    """The files in the folder of a user's file that it imports, and that these import. Nothing is run."""
+    finder = modulefinder.ModuleFinder([str(path.parent)])
+    with contextlib.suppress(OSError, SyntaxError, ValueError):  # `load` says what is wrong with the file
+        finder.load_file(str(path))
+    return {Path(module.__file__) for module in finder.modules.values() if module.__file__}
 
 
 @functools.cache

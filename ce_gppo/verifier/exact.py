@@ -4,7 +4,10 @@ math-verify drops differences below its precision: to it 3/2^2023 is 5/2^2023, a
 are compared as rationals, and other numbers to as many digits as their largest and smallest parts lie apart, and more.
 """
 
-from math_verify import grader
+from functools import partial
+
+from latex2sympy2_extended import latex2sympy2
+from math_verify import grader, parser
 from sympy import (
     Add,
     Basic,
@@ -51,6 +54,9 @@ def equal_values(a: Expr | MatrixBase, b: Expr | MatrixBase) -> bool:
 # What math-verify compares inside sets, intervals and equations.
 grader.sympy_numeric_eq = lambda a, b, *_: equal_values(a, b)
 grader.sympy_symbolic_eq = lambda a, b: False
+# It writes all variables in lower case: to it R - r is 0, and 2 \pi R is 2 \pi r.
+cases_kept = latex2sympy2.ConversionConfig(lowercase_symbols=False)
+parser.latex2sympy = partial(latex2sympy2.latex2sympy, conversion_config=cases_kept)
 
 
 def equal_numbers(a: Expr, b: Expr) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ce_gppo.types import Problem, UserError
 from ce_gppo.verifier import custom
+from ce_gppo.verifier.answers import can_be_given
 from ce_gppo.verifier.workers import check, judge
 
 EVERY = ""  # stands for every source that has no entry of its own
@@ -27,8 +28,9 @@ def read_rewards(rewards: str) -> dict[str, str]:
 
 
 def files(rewards: str) -> list[Path]:
-    """The files of the user's own functions."""
-    return sorted({path for verifier in read_rewards(rewards).values() if (path := custom.file_of(verifier))})
+    """The files of the user's own functions, and those beside them that they import."""
+    own = [path for verifier in read_rewards(rewards).values() if (path := custom.file_of(verifier))]
+    return sorted({file for path in own for file in (path, *custom.neighbours(path))})
 
 
 def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -> tuple[str, list[list[Problem]]]:
@@ -36,7 +38,7 @@ def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -
 
     verifiers: reward.VERIFIERS. UserError, now and not after hours, for an unknown source or verifier, for a function
     that cannot be imported, or that raises or returns nonsense for an empty response, and for a true answer that its
-    verifier cannot read.
+    verifier cannot read, or that no response could give.
     """
     chosen, sources = read_rewards(rewards), sorted({problem.source for problem in itertools.chain(*sets)})
     if unknown := sorted(chosen.keys() - {EVERY, *sources}):
@@ -50,6 +52,11 @@ def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -
     for problem in itertools.chain(*assigned):
         if problem.verifier in verifiers:
             verifiers[problem.verifier]("", problem.answer)
+        if problem.verifier in ("math", "gsm8k") and not can_be_given(problem.answer):
+            raise UserError(
+                f"answer {problem.answer[:60]!r} of source {problem.source}: no response could equal it; something is "
+                "needed, with as many closing braces as opening ones"
+            )
     return ", ".join(f"{source} by {name}" for source, name in names.items()), assigned
 
 

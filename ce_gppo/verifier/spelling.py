@@ -216,6 +216,8 @@ def to_ascii(char: str) -> str:
         return spell(char)
     if unicodedata.category(char) == "Cf":  # zero-width spaces and the like
         return ""
+    if char.isdecimal():  # of every script
+        return str(unicodedata.decimal(char))
     how, _, _ = unicodedata.decomposition(char).partition(" ")
     plain = unicodedata.normalize("NFKC", char)
     if how == "<fraction>" and plain[-1] != "⁄":

@@ -223,7 +223,7 @@ def serve():
 
 def answer_to(verifier: str, response: str | None, answer: str) -> Parts | str:
     if verifier == MATH and response is None:  # imports sympy, prepares the parser
-        assert sympy_equal(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")
+        sympy_equal(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")
         return {}
     if verifier == MATH:
         try:
