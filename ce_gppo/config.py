@@ -50,9 +50,9 @@ def command(main: Callable, Config: type | None = None, description: str | None 
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, UserError) else 1)
         except BrokenPipeError:  # of `| head`; any other broken pipe must be seen
-            if not dist.flush_streams():
-                sys.exit(1)
-            raise
+            if not dist.nobody_reads():
+                raise
+            sys.exit(1)
         except KeyboardInterrupt:  # train.py has an answer of its own
             sys.exit(130)
         except Exception as error:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -98,16 +99,20 @@ def open_streams() -> None:
                 getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def flush_streams() -> bool:
-    """At the end: what was printed into a closed pipe must not make Python exit with 120. False if something was."""
-    whole = True
+def flush_streams() -> None:
+    """At the end: what a library printed into a closed pipe must not make Python exit with 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            whole = False
-    return whole
+
+
+def nobody_reads() -> bool:
+    """Whether the output is a pipe whose reader has gone, as `| head` does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are always reported
+    return bool(poll.poll(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

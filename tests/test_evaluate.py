@@ -1,5 +1,6 @@
 """What is made of responses, what is written, and that a stopped evaluation goes on as if nothing had happened."""
 
+import fcntl
 import json
 import random
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ce_gppo.config import check_ranges
 from ce_gppo.evaluation import accuracy, warn
 from ce_gppo.evaluation import evaluate as sample_and_score
 from ce_gppo.types import Problem, Response, UserError
@@ -236,11 +238,20 @@ def test_benchmarks_that_are_not_there(fake):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("k", 0), ("temperature", -1.0), ("top_p", 0.0), ("max_response_tokens", 0), ("write_every", 0)]
+    "name, value", [("k", 0), ("temperature", 0.005), ("top_p", 0.0), ("max_response_tokens", 0), ("write_every", 0)]
 )
 def test_what_cannot_be_meant(name, value):
     with pytest.raises(UserError, match=f"{name} = {value}"):
-        evaluate.main(evaluate.Config(**{name: value}))
+        check_ranges(evaluate.Config(**{name: value}))
+
+
+def test_one_evaluation_a_file(fake):
+    fake(out="a.jsonl")
+    with open("a.jsonl") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"a\.jsonl: another evaluation is writing it"):
+            fake(out="a.jsonl")
+    fake(out="a.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

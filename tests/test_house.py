@@ -70,6 +70,13 @@ def test_nothing_happens_on_import():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("ce_gppo/**/*.py")), ids=lambda path: path.stem)
+def test_nothing_is_done_inside_an_assert(path):
+    """`python -O` leaves asserts out."""
+    asserts = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+    assert not [node.lineno for node in asserts for inner in ast.walk(node) if isinstance(inner, ast.Call)]
+
+
 def test_the_page_of_metrics_is_the_list():
     assert (ROOT / "docs" / "metrics.md").read_text() == metrics.markdown(), (
         "python -m ce_gppo.metrics > docs/metrics.md"

@@ -27,6 +27,8 @@ def test_rows_come_back_in_order(write_rows):
         (GOOD | {"prompt": []}, "'prompt' is no list of messages"),
         (GOOD | {"prompt": [{"role": "user"}]}, "lacks a string for 'role' or 'content'"),
         (GOOD | {"answer": " "}, "'answer' is empty"),
+        ('{"prompt": [], "answer": "3", "answer": "4"}', "the key 'answer' is there twice"),
+        (GOOD | {"prompt": [{"role": "user", "content": "\n"}]}, "the last message of 'prompt' is empty"),
         (
             GOOD | {"prompt": [*GOOD["prompt"], {"role": "assistant", "content": "3"}]},
             "the last message of 'prompt' is the assistant's",
