@@ -1,7 +1,11 @@
 """A tiny policy and tiny data for the tests: made here in a second, nothing is downloaded."""
 
+import json
 import os
+import sys
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{Path(__file__).parent}"  # for preloaded.py
@@ -10,27 +14,46 @@ os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{Path(__file__).parent}
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
-import json
 
-import pytest
-import torch
+def pytest_sessionstart(session):
+    """Import train.py before any test file imports something, and keep what that does for `import_of_train`.
 
-from ce_gppo.model import register_attention
-from data.arithmetic.base import make_model, make_tokenizer
-from rollout import prepare_environment
+    The first of pytest-xdist's processes runs no test: the others wait for it, so it starts without torch.
+    """
+    if session.config.getoption("dist", "no") != "no":
+        return
+    before = set(os.environ)
+    from transformers import AttentionInterface
 
-prepare_environment()
-register_attention()
+    import train  # noqa: F401
+    from ce_gppo.model import register_attention
+    from rollout import prepare_environment
+
+    session.import_of_train = set(sys.modules), set(os.environ) - before, set(AttentionInterface().valid_keys())
+    prepare_environment()
+    register_attention()
+
+
+@pytest.fixture(scope="session")
+def import_of_train(request):
+    """After `import train`, in a process that had imported nothing else: (modules, new variables, attentions)."""
+    return request.session.import_of_train
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from data.arithmetic.base import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture
 def tiny_model(tokenizer):
     """A random Qwen2 of 50 k parameters, the same every time."""
+    import torch
+
+    from data.arithmetic.base import make_model
+
     torch.manual_seed(0)
     model = make_model(tokenizer, hidden_size=64, num_layers=1)
     model.set_attn_implementation("packed")

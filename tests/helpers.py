@@ -1,7 +1,9 @@
 """What several test files share: random responses, and whole runs of train.py in processes of their own."""
 
 import atexit
+import contextlib
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -10,7 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -44,6 +48,36 @@ def score(responses: list[str], answers: list[str], *verifiers, **options) -> li
 def environment(**variables: str) -> dict[str, str]:
     """That of a child process, which finds the project whatever its script."""
     return os.environ | {"WANDB_MODE": "disabled", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | variables
+
+
+def run_here(script: str, *arguments) -> subprocess.CompletedProcess:
+    """A script in this process, which has done the imports: its exit code and what it printed."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    words, code = [script, *map(str, arguments)], 0
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with contextlib.chdir(ROOT), mock.patch.object(sys, "argv", words), streams[0], streams[1]:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    stdout, stderr = ((stream.flush(), stream.buffer.getvalue().decode())[1] for stream in (out, err))
+    return subprocess.CompletedProcess(words, code, stdout, stderr)
+
+
+def in_a_fork(function: Callable, *arguments) -> int:
+    """Call it in a fork of this process, with what it registers for the exit. The fork's exit code."""
+
+    def call():
+        atexit._clear()  # this process's own
+        try:
+            function(*arguments)
+        finally:
+            atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+    process = multiprocessing.get_context("fork").Process(target=call)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 FORKING = multiprocessing.get_context("forkserver")

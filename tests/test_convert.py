@@ -2,11 +2,7 @@ r"""From the hub's schemas, in small files, to the project's rows. No network.""
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +11,8 @@ import pytest
 from ce_gppo.problems import load_rows
 from ce_gppo.types import UserError
 from data import convert
+from helpers import run_here
 
-ROOT = Path(__file__).parents[1]
 AIME = r"Let $x$ be real. Find $\dfrac{x}{2}$, if $x = 3.5$."
 
 
@@ -30,9 +26,7 @@ def verl(problem, answer):
     }
 
 
-def run(script: str, *arguments, **environment) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"data.{script}.prepare", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+BENCHMARKS, MATH = "data/benchmarks/prepare.py", "data/math/prepare.py"
 
 
 def converted(*raw):
@@ -127,9 +121,8 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
 def test_training_problems_that_a_benchmark_has_are_dropped_and_counted(tmp_path):
     """The same problem in another spelling goes, problems that differ in a digit, a sign or a point stay."""
     (tmp_path / "aime.json").write_text(json.dumps(verl(AIME, "1.75")))
-    assert (
-        run("benchmarks", "aime24", "--file", tmp_path / "aime.json", "--out", tmp_path / "benchmarks").returncode == 0
-    )
+    made = run_here(BENCHMARKS, "aime24", "--file", tmp_path / "aime.json", "--out", tmp_path / "benchmarks")
+    assert made.returncode == 0
     same = [
         AIME,
         r"let \(x\) be real; find \[\frac{x}{2}\,\] if   $x=3.5$",
@@ -138,37 +131,33 @@ def test_training_problems_that_a_benchmark_has_are_dropped_and_counted(tmp_path
     other = [AIME.replace("3.5", "35"), AIME.replace("= 3", "= -3"), AIME.replace("2", "3"), "1+1=?", "1-1=?"]
     raw = [{"problem": problem, "answer": "1"} for problem in [*same, *other]]
     pq.write_table(pa.Table.from_pylist(raw), tmp_path / "mine.parquet")
-    arguments = [
-        "mine",
-        "--file",
-        tmp_path / "mine.parquet",
-        "--out",
-        tmp_path,
-        "--benchmarks",
-        tmp_path / "benchmarks",
-    ]
-    done = run("math", *arguments)
+    arguments = ["mine", "--file", tmp_path / "mine.parquet", "--out", tmp_path]
+    arguments += ["--benchmarks", tmp_path / "benchmarks"]
+    done = run_here(MATH, *arguments)
     assert done.returncode == 0, done.stderr
     assert "mine: 3 dropped because a benchmark has them (aime24 3)" in done.stdout
     rows = load_rows(str(tmp_path / "mine.jsonl"))
     assert [row["prompt"][0]["content"] for row in rows] == other and {row["source"] for row in rows} == {"mine"}
     assert hashlib.sha256((tmp_path / "mine.jsonl").read_bytes()).hexdigest() in done.stdout
-    assert run("math", *arguments).stdout == done.stdout
+    assert run_here(MATH, *arguments).stdout == done.stdout
 
 
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
-        ("math", ["gsm9k", "--unchecked"], "'gsm9k' is unknown; known: klear, dapo, gsm8k, math"),
-        ("benchmarks", ["aime23"], "'aime23' is unknown; known: aime24"),
-        ("benchmarks", ["aime24", "aime25", "--file", "a.json"], "give exactly one name"),
-        ("math", ["gsm8k", "--benchmarks", "nowhere"], "nowhere has no benchmarks .* -m data.benchmarks.prepare"),
-        ("benchmarks", ["aime24"], "HuggingFaceH4/aime_2024 at 2fe88a2.* cannot be read .*--file.*HF_ENDPOINT"),
-        ("benchmarks", ["aime24", "--revision", "main"], "at main cannot be read from the hub"),
+        (MATH, ["gsm9k", "--unchecked"], "'gsm9k' is unknown; known: klear, dapo, gsm8k, math"),
+        (BENCHMARKS, ["aime23"], "'aime23' is unknown; known: aime24"),
+        (BENCHMARKS, ["aime24", "aime25", "--file", "a.json"], "give exactly one name"),
+        (MATH, ["gsm8k", "--benchmarks", "nowhere"], "nowhere has no benchmarks .* -m data.benchmarks.prepare"),
+        (BENCHMARKS, ["aime24"], "HuggingFaceH4/aime_2024 at 2fe88a2.* cannot be read .*--file.*HF_ENDPOINT"),
+        (BENCHMARKS, ["aime24", "--revision", "main"], "at main cannot be read from the hub"),
     ],
 )
-def test_mistakes_and_a_hub_out_of_reach(tmp_path, script, arguments, message):
-    done = run(script, *arguments, "--out", tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+def test_mistakes_and_a_hub_out_of_reach(tmp_path, monkeypatch, script, arguments, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    done = run_here(script, *arguments, "--out", tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert re.search(message, done.stderr)
     assert not list(tmp_path.glob("*.jsonl"))

@@ -2,22 +2,13 @@
 
 import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from ce_gppo.types import UserError
 from data.arithmetic import prepare
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(module: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"data.{module}.prepare", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+from helpers import run_here
 
 
 def test_workings_are_right_and_many():
@@ -45,7 +36,7 @@ def test_splits_do_not_overlap_and_repeat_exactly():
 def test_more_problems_than_there_are(tmp_path):
     with pytest.raises(UserError, match="there are no 20 distinct sums of 2 terms up to 2"):
         prepare.splits(0, terms=2, largest=2, train=15, held_out=5)
-    refused = run("arithmetic", "--out", tmp_path, "--terms", "2", "--largest", "2")
+    refused = run_here("data/arithmetic/prepare.py", "--out", tmp_path, "--terms", "2", "--largest", "2")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not list(tmp_path.glob("*.jsonl"))
 
 
@@ -60,7 +51,7 @@ def test_the_saved_tokenizer_fits_the_model(tiny_folder, tokenizer):
 
 
 def test_command_writes_both_files(tmp_path):
-    done = run("arithmetic", "--out", tmp_path, "--train", "50", "--held-out", "20")
+    done = run_here("data/arithmetic/prepare.py", "--out", tmp_path, "--train", "50", "--held-out", "20")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 50 and len((tmp_path / "eval.jsonl").read_text().splitlines()) == 20
@@ -72,7 +63,7 @@ def test_command_writes_both_files(tmp_path):
 
 def test_sums_in_words(tmp_path):
     """Right answers, no held-out problem in training, and no problem among the worked examples."""
-    done = run("words", "--out", tmp_path)
+    done = run_here("data/words/prepare.py", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     rows = {}

@@ -2,8 +2,6 @@
 
 import ast
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -58,16 +56,12 @@ def test_a_step_is_short():
     assert all(step[name] <= 40 for name in ("sample", "select", "learn", "report"))
 
 
-def test_nothing_happens_on_import():
+def test_nothing_happens_on_import(import_of_train):
     """No vLLM, no W&B, no attention registered, no variables of the environment (those of torch apart)."""
-    code = (
-        "import os, sys; before = set(os.environ); import train\n"
-        "from transformers import AttentionInterface\n"
-        "assert 'packed' not in AttentionInterface().valid_keys()\n"
-        "assert not [name for name in set(os.environ) - before if not name.startswith('TORCH')]\n"
-        "assert not {'vllm', 'wandb', 'tyro'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    modules, variables, attentions = import_of_train
+    assert "train" in modules and not {"vllm", "wandb", "tyro"} & modules
+    assert not [name for name in variables if not name.startswith("TORCH")]
+    assert "sdpa" in attentions and "packed" not in attentions
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("ce_gppo/**/*.py")), ids=lambda path: path.stem)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from ce_gppo import checkpoint, config, dist, model, report, runs, tracking
 from ce_gppo.problems import load_problems
-from ce_gppo.types import Count, Problem, Range, UserError
+from ce_gppo.types import STARTING, Count, Problem, Range, UserError
 from ce_gppo.verifier import sources
 from data.convert import answer_of
-from helpers import ROOT, environment, resolved
+from helpers import ROOT, environment, in_a_fork, resolved, run_here
 from reward import VERIFIERS
 from tools import doctor, evaluate, tables
 from train import Config
@@ -132,15 +132,15 @@ def test_a_users_own_copy_of_the_sources_is_none_of_the_runs(tmp_path):
 
 def test_a_start_that_is_refused_leaves_no_run(tmp_path):
     """The same command would take it for an interrupted one. A run that has begun stays."""
-    code = (
-        "import sys; from pathlib import Path; from ce_gppo import runs; from helpers import resolved\n"
-        "runs.claim(Path(sys.argv[1]), resolved(), '', 0)\n"
-        "len(sys.argv) > 2 and (Path(sys.argv[1]) / 'metrics.jsonl').touch()\n"
-        "sys.exit(2)"
-    )
-    for name, more in (("refused", []), ("begun", ["x"])):
-        command = [sys.executable, "-c", code, str(tmp_path / name), *more]
-        assert subprocess.run(command, cwd=ROOT, env=environment()).returncode == 2
+
+    def claim(folder, begun: bool):
+        runs.claim(folder, resolved(), "", 0)
+        if begun:
+            (folder / "metrics.jsonl").touch()
+        sys.exit(2)
+
+    for name in ("refused", "begun"):
+        assert in_a_fork(claim, tmp_path / name, name == "begun") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["begun"]
     assert (tmp_path / "begun" / "config.json").exists()
 
@@ -165,6 +165,7 @@ def test_what_a_library_left_for_a_closed_pipe_does_not_decide_the_exit_code(mon
     stream.flush()
 
 
+@pytest.mark.slow
 def test_closed_streams_and_an_encoding_without_the_characters_cost_nothing():
     code = (
         "import sys; from ce_gppo.config import command; from ce_gppo import dist\n"
@@ -177,9 +178,11 @@ def test_closed_streams_and_an_encoding_without_the_characters_cost_nothing():
         assert done.returncode == 7 and done.stdout == ("" if redirections else "\\u03b2 \\ud800\n"), done
 
 
-def test_an_error_before_anything_was_said_to_start_is_a_sentence():
-    code = "from ce_gppo.config import command\ncommand(lambda: open('/nowhere/x'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+def test_an_error_before_anything_was_said_to_start_is_a_sentence(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from ce_gppo.config import command\ncommand(lambda: open('/nowhere/x'))")
+    STARTING.clear()
+    done = run_here(str(script))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cannot go on: FileNotFoundError: " in done.stderr
     os.unlink(re.search(r"; (\S+) has the whole traceback", done.stderr)[1])

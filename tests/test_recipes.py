@@ -10,7 +10,7 @@ from bench import scaling
 from ce_gppo import config as settings
 from ce_gppo.betas import betas_of_step
 from ce_gppo.types import UserError
-from helpers import ROOT, Forked, quick
+from helpers import ROOT, Forked, quick, run_here
 
 PAPER = {  # arXiv 2509.20712, Table 1, section 4.1 and appendix A.1: objective, beta1, eps_high, average
     "r1-distill-1.5b": ("ce_gppo", 0.5, 0.2, 54.9),
@@ -199,9 +199,8 @@ def test_an_unknown_recipe(recipe):
 
 def test_missing_data_names_the_script_that_makes_it():
     """Found before the model is asked for: there is no network here."""
-    process = Forked("train.py", "--recipe", "r1-distill-1.5b", "--train-data", "data/math/not-there.jsonl")
-    output = process.communicate()[0]
-    assert process.returncode == 2 and "make it with .venv/bin/python -m data.math.prepare" in output
+    done = run_here("train.py", "--recipe", "r1-distill-1.5b", "--train-data", "data/math/not-there.jsonl")
+    assert done.returncode == 2 and "make it with .venv/bin/python -m data.math.prepare" in done.stderr
 
 
 SMALL = {

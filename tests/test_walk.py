@@ -5,8 +5,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -16,7 +14,7 @@ from ce_gppo.types import UserError
 from ce_gppo.verifier.walk import MOVES, score
 from data.base import make_model, make_tokenizer
 from data.walk import base, prepare
-from helpers import ROOT
+from helpers import run_here
 
 
 def naive(response: str, start: int, target: int) -> bool:
@@ -122,8 +120,7 @@ def test_an_answer_of_another_form_is_the_users_mistake(answer):
 
 def test_the_data(tmp_path):
     """All pairs once, none of them both in training and held out, the same every time; answers are the prompt's."""
-    command = [sys.executable, "-m", "data.walk.prepare", "--held-out", "100", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_here("data/walk/prepare.py", "--held-out", "100", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
