@@ -218,7 +218,7 @@ def test_attention_on_a_gpu(monkeypatch, window, shared):
     assert len(moved) == (4 if shared else 0)
 
 
-@pytest.mark.parametrize("shard", ["no", "offload"])
+@pytest.mark.parametrize("shard", ["no", pytest.param("offload", marks=pytest.mark.slow)])
 def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, tokenizer, one_process, shard):
     """Three layers and micro-batches of any length: no graph is made after the third. Gradients stay the same."""
     torch.manual_seed(0)

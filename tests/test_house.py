@@ -1,12 +1,11 @@
 """The structure: what may import what, and pages that are made from the code."""
 
 import ast
-import json
 
 import pytest
 
 from ce_gppo import metrics
-from helpers import ROOT, score
+from helpers import ROOT
 
 PACKAGE = [  # each may import those above it, and those on its own line
     {"types", "verifier", "objectives", "corrections"},
@@ -75,10 +74,3 @@ def test_the_page_of_metrics_is_the_list():
     assert (ROOT / "docs" / "metrics.md").read_text() == metrics.markdown(), (
         "python -m ce_gppo.metrics > docs/metrics.md"
     )
-
-
-def test_verdicts_that_other_graders_get_wrong():
-    rows = [json.loads(line) for line in (ROOT / "tests/cases/verifier.jsonl").read_text().splitlines()]
-    verdicts = score([rf"\boxed{{{row['prediction']}}}" for row in rows], [row["gold"] for row in rows], timeout=10.0)
-    assert len(rows) >= 56
-    assert not [row for row, verdict in zip(rows, verdicts, strict=True) if verdict != row["right"]]

@@ -10,7 +10,6 @@ import pytest
 import torch
 import wandb
 import yaml
-from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 import train
 from ce_gppo import config, metrics, report, statistics, tracking
@@ -299,6 +298,8 @@ def test_runs_are_grouped_by_everything_except_the_seed():
 
 def test_what_wandb_makes_of_the_sweep_file_is_a_command_line_of_train():
     """Every combination of the file's values, made into arguments by W&B's own code, after a way through JSON."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # takes 2 s
+
     sweep = yaml.safe_load((ROOT / "tools/sweep.yaml").read_text())
     choices = {name: choice.get("values", [choice.get("value")]) for name, choice in sweep["parameters"].items()}
     combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]

@@ -6,11 +6,10 @@ the column starts with "response:", it is the whole response. A | inside a cell 
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 import reward
 from ce_gppo.types import Problem
 from ce_gppo.verifier import answers, workers
+from ce_gppo.verifier.spelling import LONGEST
 from helpers import score
 from reward import extract_answer, in_background, overlong_penalty
 
@@ -965,6 +965,7 @@ def test_pairs_that_verifiers_get_wrong():
     pairs = [json.loads(line) for line in lines]
     responses = [rf"\boxed{{{pair['prediction']}}}" for pair in pairs]
     rewards = score(responses, [pair["gold"] for pair in pairs], workers=2, timeout=10)
+    assert len(pairs) >= 56
     assert [pair for pair, reward in zip(pairs, rewards, strict=True) if reward != pair["right"]] == []
 
 
@@ -1030,8 +1031,8 @@ def test_three_hundred_hostile_answers(no_cache, capsys):
             rows.append((rf"\boxed{{{bomb.replace('%d', str(i))}}}", "4", 0.0))
     responses, truths, expected = map(list, zip(*rows, strict=True))
     start = time.monotonic()
-    assert score(responses, truths, workers=2, timeout=0.5, budget=6.0) == expected
-    assert time.monotonic() - start < 6 + 20
+    assert score(responses, truths, workers=2, timeout=0.5, budget=2.0) == expected
+    assert time.monotonic() - start < 2 + 20
     assert capsys.readouterr().err.count("\n") <= 1
 
 
@@ -1085,14 +1086,10 @@ def test_no_text_keeps_the_main_process_busy(run, length, monkeypatch):
     """Texts of more than LONGEST characters are not read, and the time to read others is bounded; digits took 4.6 s."""
     monkeypatch.setattr(reward, "judge", lambda *_: {})
     text = (run * length)[:length] if length < 5_000 else run * (length // len(run))
-    for answer, truth in [
-        (text, "4"),
-        ("4", text),
-        (text, text),
-        (text, text + "1"),
-        ("3" + text, text),
-        (text[:75] + "{1} = 4", "4"),
-    ]:
+    pairs = [(text, "4"), ("4", text), (text, text)]
+    if len(text) <= LONGEST:  # of longer ones no character is read
+        pairs += [(text, text + "1"), ("3" + text, text), (text[:75] + "{1} = 4", "4")]
+    for answer, truth in pairs:
         start = time.process_time()
         score([rf"\boxed{{{answer}}}"], [truth])
         assert time.process_time() - start < 3
@@ -1216,30 +1213,26 @@ def test_background_scorer_passes_on_errors_and_options(monkeypatch):
 
 def test_workers_end_with_their_parent(no_cache):
     """Killed with -9, while one worker is idle and the other one hangs."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", PARENT], cwd=os.path.dirname(reward.__file__), stdout=subprocess.PIPE, text=True
-    )
-    pids = [int(pid) for pid in child.stdout.readline().split()]
-    assert len(pids) == 2
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=have_workers, args=(theirs,))
+    child.start()
+    pids = ours.recv()
     time.sleep(0.5)
     child.kill()
-    child.wait()
-    child.stdout.close()
+    child.join()
     deadline = time.monotonic() + 10
     while alive := [pid for pid in pids if is_running(pid)]:
         assert time.monotonic() < deadline, f"workers {alive} outlive their parent"
         time.sleep(0.1)
 
 
-PARENT = rf"""
-import reward
-from ce_gppo.verifier import workers
-workers._workers.extend([workers.Worker(), workers.Worker()])
-for worker in workers._workers:
-    worker.start()
-print(*[worker.process.pid for worker in workers._workers], flush=True)
-reward.score([r"\boxed{{{HANGS}}}"], ["4"], workers=1, timeout=1.5)
-"""
+def have_workers(pipe) -> None:
+    workers._workers.extend([workers.Worker(), workers.Worker()])
+    for worker in workers._workers:
+        worker.start()
+    workers._workers[0].load(workers.MATH)  # so that it is not still importing when its parent is killed
+    pipe.send([worker.process.pid for worker in workers._workers])
+    score([rf"\boxed{{{HANGS}}}"], ["4"], workers=1, timeout=1.5)
 
 
 def is_running(pid: int) -> bool:

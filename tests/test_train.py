@@ -24,7 +24,6 @@ from ce_gppo.perf import Meter
 from ce_gppo.problems import problems_of_batch
 from ce_gppo.types import Problem, Response, RunEnded, UserError
 from helpers import ROOT, SMALL, Forked, group_of, metrics_of, resolved, rows_of, run, start, without_timings
-from tools import workspace
 
 
 def test_a_run_leaves_everything_behind(finished):
@@ -71,6 +70,8 @@ def test_vllm_and_trainer_agree_after_every_sync(finished):
 
 def test_the_workspace_charts_what_is_logged(finished):
     """Every chart of the W&B view shows metrics that a run has; entropy comes first."""
+    from tools import workspace  # imports W&B, which the tests without a run do not need
+
     logged = {name for row in metrics_of(finished[0]) for name in row} | {"clip/prob_low", "clip/prob_high"}
     logged |= {"kl/reference", "optim/entropy_coef", "time/critic"}  # of other settings
     logged |= {metric.names for metric in metrics.METRICS["Critic, with advantages gae"]}
