@@ -40,7 +40,7 @@ class Objective:
     beta2: float | None = 1.0
     dual_clip: float | None = None
     aggregation: str = "token-mean"  # one of AGGREGATIONS
-    max_response_tokens: int = 1  # what seq-mean-token-sum-norm divides by
+    max_response_tokens: int = 1  # the divisor of seq-mean-token-sum-norm
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
     positive_nll_coef: float = 0.0
@@ -54,7 +54,7 @@ class Objective:
 
 @dataclass
 class Tokens:
-    """A micro-batch, [B, T] each. old_* are under the weights that sampled.
+    """A micro-batch, [B, T] each. old_*: under the weights that sampled.
 
     A constant times `unit` has the constant's value, and the gradient of constant * logprobs. `ratio * unit` is delta.
     """
@@ -84,7 +84,7 @@ def gppo(x: Tokens, o: Objective) -> Tensor:
 def lp_only(x: Tokens, o: Objective) -> Tensor:
     """CE-GPPO for LP tokens only, this project's own: l = CE-GPPO's if log pi_old(a) < -H_old, PPO-clip's otherwise.
 
-    HP tokens have no gradient outside the interval: sure tokens of wrong answers, such as their end, are left alone.
+    HP tokens get no gradient outside the interval. These may be sure tokens of wrong answers, such as their end.
     """
     return torch.where(x.old_logprobs < -x.old_entropy, ce_gppo(x, o), ppo_clip(x, o))
 
@@ -131,11 +131,11 @@ def policy_loss(
     denominator: float | None = None,
     correct_tokens: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one micro-batch, and what it did to each token.
+    """The loss of one micro-batch, and the gradient weight of each token.
 
-    batch: a forward.Batch, or anything that has response_mask, old_logprobs, advantages [B, T], and what the objective
-    needs of old_entropy, chosen, rollout_logprobs, ref_logprobs [B, T], correct [B, 1]. logprobs, entropy [B, T]: those
-    of the policy now. All are aligned with the response's tokens. Values where the mask is 0 are never read.
+    batch: a forward.Batch, or any object with response_mask, old_logprobs, advantages [B, T], and those that the
+    objective needs of old_entropy, chosen, rollout_logprobs, ref_logprobs [B, T], correct [B, 1]. logprobs, entropy
+    [B, T]: of the policy now. All are aligned with the response's tokens. Values where the mask is 0 are never read.
     denominator: `denominator_of` the WHOLE mini-batch, over all micro-batches and ranks. The losses of the parts then
     add up to the loss of the whole. Default: this call's own. correct_tokens: of the whole mini-batch, too.
 
@@ -205,13 +205,13 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-
 
 
 def divisors(mask: Tensor, aggregation: str) -> Tensor:
-    """What the losses of a response's tokens are divided by, [B, 1]: its length, or 1. Empty ones count nowhere."""
+    """The divisor of the losses of a response's tokens, [B, 1]: its length, or 1. An empty response has 1."""
     lengths = mask.sum(-1, keepdim=True).clamp(min=1)
     return lengths if aggregation == "seq-mean-token-mean" else torch.ones_like(lengths)
 
 
 def denominator_of(o: Objective, tokens: float, responses: float) -> float:
-    """What the sum over all tokens is divided by: tokens and non-empty responses are those of the whole mini-batch."""
+    """The divisor of the sum over all tokens. tokens, responses: of the whole mini-batch, without empty responses."""
     if o.aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation '{o.aggregation}' is unknown; known: {', '.join(AGGREGATIONS)}")
     if o.aggregation == "token-mean":
@@ -223,7 +223,7 @@ def denominator_of(o: Objective, tokens: float, responses: float) -> float:
 # Advantages
 
 
-ADVANTAGES = ("group", "group-mean", "leave-one-out")  # and those of ce_gppo/critic.py, which are by token
+ADVANTAGES = ("group", "group-mean", "leave-one-out")  # and gae, for single tokens, in ce_gppo/critic.py
 
 
 def group_advantages(rewards: Tensor, kind: str = "group") -> Tensor:

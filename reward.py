@@ -1,13 +1,13 @@
-r"""What a response is worth. The source of its problem chooses the verifier, and the setting `rewards` can change that:
+r"""Rewards of responses. A problem's source chooses its verifier, unless the setting `rewards` names another:
 
-    math            the last \boxed{} equals the answer; every source that has no verifier of its name
+    math            the last \boxed{} equals the answer; for all sources that have no verifier of their name
     gsm8k           the rest of the line after the last ####, or else the last box, equals the answer
     choice          the letter in the last box, or else after the last "answer is", "Answer:" or ####
     countdown       an expression in <answer></answer> that uses each number once and hits the target
     walk            lines of moves from a start to a target, each move and its result right
-    exact           the last <answer></answer>, or else the last box, or else the whole response, is the answer
-    gym             reasoning-gym's own scorer, of sources gym/<task>; gym_partial keeps its partial credit
-    mine.py:score   a function of your own. It and the gym run in processes that are killed when they overrun
+    exact           the last <answer></answer>, or else the last box, or else the whole response, equals the answer
+    gym             reasoning-gym's own scorer, for sources gym/<task>; gym_partial keeps its partial credit
+    mine.py:score   a function of your own. It and gym run in processes that are killed if they take too long
 
 A verifier takes a response and the true answer. It returns a number, 1 for right and 0 for wrong, or named parts whose
 sum is the reward, such as {"correctness": 1.0, "format": 0.1}: the response is right where `correctness` is 1 or more.
@@ -66,19 +66,19 @@ def score(
 ) -> list[dict[str, float]]:
     """The parts of each response's reward, in their order; {"correctness": 1.0} where a verifier returns a number.
 
-    answers   the true ones, one per response; LaTeX, $ and \\boxed{} are welcome
-    verifiers names in VERIFIERS, or what custom.py runs, one per response; None: math for all
+    answers   the true ones, one per response; they may have LaTeX, $ and \\boxed{}
+    verifiers names in VERIFIERS, or of verifiers in custom.py, one per response; None: math for all
     timeout   seconds that a worker may take for one response; then it is killed, and the response scores 0
     workers   processes, at most (default: up to 4); started when first needed, kept between calls
     budget    seconds in workers for the whole batch; responses not reached by then score 0, and a line says how many
-    thinking  a verifier sees only what follows the last </think>: nothing where the thinking does not end
+    thinking  a verifier gets only the text after the last </think>, and none if the thinking does not end
     Raises ValueError if the lengths differ, RuntimeError if no worker can be started, UserError for a verifier of the
     user's own that raises or returns anything but numbers.
     """
     if len(responses) != len(answers):
         raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
     parts = [{"correctness": 0.0} for _ in responses]
-    jobs: dict[tuple[str, str, str], list[int]] = {}  # for a worker: (verifier, response, answer) -> whose they are
+    jobs: dict[tuple[str, str, str], list[int]] = {}  # for workers: (verifier, response, answer) -> response indices
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
         verifier = verifiers[i] if verifiers else "math"
         response = extract.after_thinking(response) if thinking else response
@@ -87,7 +87,7 @@ def score(
             try:
                 parts[i] = custom.as_parts(VERIFIERS[verifier](response, answer), verifier)
                 continue
-            except Undecided as undecided:  # only math-verify can tell
+            except Undecided as undecided:  # only math-verify can decide
                 job = "math", *undecided.args
         jobs.setdefault(job, []).append(i)
     verdicts = judge(list(jobs), timeout, workers or min(4, os.cpu_count() or 1), budget)
@@ -97,7 +97,7 @@ def score(
             parts[i] = verdicts.get(job) or parts[i]
         unread += len(indices) * (job not in verdicts)
         late += len(indices) * (verdicts.get(job, {}) is None and job[0] != "math")
-    for count, why in ((unread, f"unread: {budget:g} s a batch were over"), (late, f"after {timeout:g} s, or a crash")):
+    for count, why in ((unread, f"unread: a batch has {budget:g} s"), (late, f"after {timeout:g} s, or a crash")):
         if count:
             dist.say(f"reward: {count} of {len(responses)} answers scored 0 {why}", warning=True)
     return parts
@@ -112,14 +112,14 @@ EXTRACT = {"math": extract.last_box, "gsm8k": extract.after_hashes, "choice": ex
 
 
 def extract_answer(response: str, verifier: str = "math", *, thinking: bool = False) -> str | None:
-    """What the verifier takes for the answer, for people and for votes. None if there is none."""
+    """The answer as the verifier reads it, for logs and majority votes. None if there is none."""
     return EXTRACT.get(verifier, extract.any_answer)(extract.after_thinking(response) if thinking else response)
 
 
 def set_rewards(
     groups: list[list[Response]], scores: list[list[dict[str, float]]], max_tokens: int, overlong: str
 ) -> None:
-    """Set `parts`, `verdict` and `reward` of every response: the reward is the sum of the parts, and DAPO's penalty."""
+    """Set `parts`, `verdict` and `reward` of every response. The reward is the sum of the parts and DAPO's penalty."""
     for group, group_scores in zip(groups, scores, strict=True):
         for response, parts in zip(group, group_scores, strict=True):
             response.parts, response.verdict = parts, float(parts["correctness"] >= 1)

@@ -12,12 +12,12 @@ from ce_gppo import dist
 from ce_gppo.model import stop_token_ids
 from ce_gppo.types import Response, UserError, starting
 
-CPU_CACHE_GIB = 1  # vLLM's cache without a GPU; its own variable VLLM_CPU_KVCACHE_SPACE wins
+CPU_CACHE_GIB = 1  # vLLM's cache without a GPU, unless vLLM's variable VLLM_CPU_KVCACHE_SPACE is set
 
 
 def prepare_environment() -> None:
-    """What vLLM and torch read from the process's environment. Call it first, before vLLM is imported."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, weights in memory
+    """Set the environment variables that vLLM and torch read. Call it first, before vLLM is imported."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: weights are passed in memory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if torch.cuda.is_available() else "ERROR")
     if not torch.cuda.is_available():  # otherwise vLLM pins torch to one thread, and the trainer with it
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -30,7 +30,7 @@ class Engine:
 
     model: folder or hub name. tokenizer: decodes. context: tokens of prompt and response together.
     gpu_memory_utilization: share of the GPU's memory for vLLM. cpu_kv_cache_gib: its cache without a GPU.
-    tensor_parallel: neighbouring ranks that hold one engine together; they must make the same calls.
+    tensor_parallel: how many neighbouring ranks share one engine; they must make the same calls.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class Engine:
         self.cuda = torch.cuda.is_available()
         if self.cuda:
             options = {"dtype": "bfloat16", "enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
-            options["hf_overrides"] = {"head_dtype": "float32"}  # logits that are not rounded, as the trainer's
-        else:  # there gpu_memory_utilization is a share of the RAM that must be free at the start
+            options["hf_overrides"] = {"head_dtype": "float32"}  # logits are not rounded, like the trainer's
+        else:  # here gpu_memory_utilization is the share of the RAM that must be free at the start
             options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05}
             options["kv_cache_memory_bytes"] = int((cpu_kv_cache_gib or CPU_CACHE_GIB) * 2**30)
-        if dist.world_size() > 1:  # vLLM joins the process group that is there, and takes this rank's GPU
+        if dist.world_size() > 1:  # vLLM joins the existing process group, and takes this rank's GPU
             options["distributed_executor_backend"] = "external_launcher"
         try:
-            with warnings.catch_warnings(action="ignore"):  # vLLM's own, which no user can act on
+            with warnings.catch_warnings(action="ignore"):  # no user can act on vLLM's warnings
                 self.llm = vllm.LLM(
                     model=model,
                     max_model_len=context,
@@ -67,7 +67,7 @@ class Engine:
                     seed=seed,
                     trust_remote_code=False,
                     generation_config="vllm",  # otherwise the folder's generation_config.json changes the sampling
-                    logprobs_mode="processed_logprobs",  # after the temperature: those of the distribution sampled from
+                    logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
                     disable_log_stats=True,
                     use_tqdm_on_load=False,
                     tensor_parallel_size=tensor_parallel,
@@ -98,8 +98,8 @@ class Engine:
         """group_size responses to each prompt of token ids, in order. The same seed and weights give the same tokens.
 
         on_group is called with the index of a prompt and its group as soon as that is complete, while others are still
-        being sampled. Once `stop()` is true on any rank of the engine, groups not yet complete are given up, and stay
-        empty. With top_p < 1 the logprobs are renormalized over the tokens left: for evaluation, never for training.
+        being sampled. Once `stop()` is true on any rank of the engine, sampling ends, and incomplete groups stay empty.
+        With top_p < 1 the logprobs are renormalized over the remaining tokens: for evaluation, never for training.
         """
         torch.manual_seed(seed)  # the engine samples from this process's generator
         params = self.vllm.SamplingParams(
@@ -116,19 +116,19 @@ class Engine:
         )
         engine = self.llm.llm_engine
         for index, ids in enumerate(prompts):
-            if self.cuda:  # there each request has its own generator; sample i of a group gets seed + i
+            if self.cuda:  # on a GPU each request has its own generator; sample i of a group gets seed + i
                 params = params.clone()
                 params.seed = seed + index * group_size
             engine.add_request(str(index), {"prompt_token_ids": ids}, params)
         groups: list[list[Response]] = [[] for _ in prompts]
         try:
             while engine.has_unfinished_requests() and not self._any_rank_of_engine(stop()):
-                for output in engine.step():  # llm.generate would wait for the last one
+                for output in engine.step():  # llm.generate would return only after the last one
                     index = int(output.request_id)
                     completions = sorted(output.outputs, key=lambda completion: completion.index)
                     groups[index] = [self._response(prompts[index], completion) for completion in completions]
                     on_group(index, groups[index])
-        finally:  # requests that were given up would go on, and the next call would get their output
+        finally:  # without this, stopped requests would continue, and the next call would get their output
             engine.abort_request([str(index) for index, group in enumerate(groups) if not group])
         return groups
 
@@ -154,20 +154,20 @@ class Engine:
         )
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over the trainer's weights, given by their checkpoint names, one tensor at a time."""
+        """Copy the trainer's weights into the engine: (name in a checkpoint, tensor) pairs, one at a time."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights})
         if not self.cuda:
             self.llm.apply_model(_repack_head)
-        if not self.llm.reset_prefix_cache():  # it holds keys and values of the old weights, and vLLM keeps them
+        if not self.llm.reset_prefix_cache():  # keys and values of the old weights
             raise RuntimeError("vLLM keeps keys and values of the old weights")
 
     def sleep(self) -> None:
-        """Leave the GPU's memory to the trainer. The weights are dropped: `wake` must bring new ones."""
+        """Free the GPU's memory for the trainer. The engine drops its weights: `wake` must load new ones."""
         if self.cuda:
             self.llm.sleep(level=2)
 
     def wake(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Memory for the weights, the weights, and only then memory for the cache: this order has the lower peak."""
+        """Allocate and load the weights, and only then allocate the cache: this order has the lower peak memory."""
         if self.cuda:
             self.llm.wake_up(tags=["weights"])
         self.load_weights(named_weights)
@@ -176,7 +176,7 @@ class Engine:
 
 
 def _repack_head(model) -> None:
-    """On a CPU vLLM multiplies by a packed copy of the head; a reload leaves it stale where the embedding is tied."""
+    """On a CPU vLLM multiplies by a packed copy of the head. With a tied embedding a reload does not update it."""
     for module in model.modules():
         if type(module).__name__ == "ParallelLMHead":
             module.quant_method.process_weights_after_loading(module)

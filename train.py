@@ -46,7 +46,7 @@ class Config:
     train_data: str = "data/arithmetic/train.jsonl"  # problems, JSONL; several with commas [KlearReasoner-MathSub-30K]
     eval_data: str = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL; several with commas [AIME24, AIME25]
     out: str = "out"  # folder of the runs
-    run_name: str = ""  # its folder in `out`; empty: objective, seed and time, or an interrupted run is continued
+    run_name: str = ""  # its folder in `out`; empty: objective, seed and time, or the name of an interrupted run
     rewards: str = ""  # verifiers, "source=verifier,source2=mine.py:score"; empty: by the source's name, else math
     seed: t.Seed = 0  # for the samples and the order of the problems
 
@@ -58,7 +58,7 @@ class Config:
     max_prompt_tokens: t.Count = 64  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: t.Count = 64  # longer responses are cut, and are wrong unless already boxed [16384]
     filter_groups: t.one_of(FILTERS) | None = None  # on: drop groups of equal rewards; refill: and sample more; or off
-    max_kept_prompts: t.Count = 48  # groups trained on at most, of those with a signal [128]
+    max_kept_prompts: t.Count = 48  # groups trained on in a step, at most [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
@@ -71,35 +71,35 @@ class Config:
     beta1: t.ZeroToOne | None = None  # gradient kept by NA tokens below the interval; None: 0.75 [1.5B: 0.5]
     beta2: t.ZeroToOne | None = None  # gradient kept by PA tokens above the interval; None: 1.0
     beta_schedule: str = ""  # betas at later steps, "100:0.5,1 200:0,1", linear between; step 1 has beta1, beta2
-    entropy_target: t.Positive | None = None  # nats, held by moving the betas, or without betas entropy_coef
+    entropy_target: t.Positive | None = None  # nats per token, held by moving the betas; without betas: entropy_coef
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
     advantages: t.one_of([*loss.ADVANTAGES, "gae"]) | None = None  # of groups, see loss.py; gae: a critic's, by token
     kl_coef: t.NonNegative = 0.0  # KL from the model that the run began with, in the loss; gae: in the reward; 0: off
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
-    rollout_correction: t.one_of(corrections.KINDS) = "none"  # where vLLM and trainer differ: tis, mask or others
+    rollout_correction: t.one_of(corrections.KINDS) = "none"  # for vLLM/trainer logprob differences: tis, mask, ...
 
     # Updates.
-    old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios get its error
-    mini_batch_prompts: t.Count = 6  # groups per update: max_kept_prompts / mini_batch_prompts an epoch at most [16]
+    old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios are less exact
+    mini_batch_prompts: t.Count = 6  # groups per update; max_kept_prompts / mini_batch_prompts updates an epoch [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
     lr: t.Positive = 5e-5  # AdamW learning rate [1e-6]
     critic_lr: t.Positive | None = None  # AdamW learning rate of gae's critic, constant; None: 3 lr
-    warmup_steps: t.CountOrZero = 5  # rollouts over which lr grows to its value [10]; gae: as many for the critic first
+    warmup_steps: t.CountOrZero = 5  # rollouts over which lr grows to its value [10]; gae: after as many for the critic
     max_micro_batch_tokens: t.Count = 16384  # tokens in one pass through the model; bounds the memory
     gradient_checkpointing: bool = False  # recompute the layers in backward: a third more time, far less memory [true]
 
     # Evaluation and checkpoints.
-    eval_every: t.Count = 10  # steps; also before the first and after the last [5]
+    eval_every: t.Count = 10  # steps between evaluations; one also before the first step and after the last [5]
     eval_samples: t.Count = 4  # samples per held-out problem, the k of avg@k [32 for AIME]
     eval_response_tokens: t.Count | None = None  # longer responses are cut; None: max_response_tokens [32768]
     eval_temperature: t.GreedyOrTemperature = 1.0  # [0.6]
     eval_top_p: t.Share = 1.0  # [0.95]
-    checkpoint_every: t.Count = 20  # steps; also after the last
+    checkpoint_every: t.Count = 20  # steps between checkpoints; one also after the last step
 
     # Machine. With torchrun (make train GPUS=8) every process has an engine, and its share of the prompts.
-    shard: t.one_of(["no", "yes", "offload"]) = "no"  # FSDP2: weights, gradients, optimizer over all GPUs; or on hosts
+    shard: t.one_of(["no", "yes", "offload"]) = "no"  # yes: weights, optimizer over all GPUs; offload: in host memory
     rollout_tp: t.Count = 1  # processes that share one engine, for models too large for one GPU [32B: 2 or 4]
     gpu_memory_utilization: t.Share = 0.5  # share of the GPU's memory for vLLM, which sleeps during the updates
 
@@ -123,14 +123,14 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     source = str(last or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
     problems, held_out, sizes = load_sets(config, tokenizer, model.config, reward.VERIFIERS)
-    policy = dist.distribute(Policy(model), config.shard, model._no_split_modules or [])  # has the weights of `model`
+    policy = dist.distribute(Policy(model), config.shard, model._no_split_modules or [])  # shares the model's weights
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
     new = State(dist.rank0_then_broadcast(lambda: secrets.token_hex(4)), control=first_control(config))
     critic = load_critic(config, source, device)  # None without gae
     state = checkpoint.load(last, model, optimizer, critic) if last else new
     dist.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))
     dist.say(plan(config, folder, model, device, sizes, state.step))
-    reference = load_reference(config, device)  # before the engine: later errors are no longer those of a start
+    reference = load_reference(config, device)  # before the engine: only errors until then are told as a start's
     engine = Engine(
         source,
         tokenizer,
@@ -151,7 +151,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
             step = state.step + 1
             chosen, groups = sample(engine, problems, state.batches, config, meter, stop)
             if not groups:
-                break  # the rollout is lost, not the policy: the resumed run samples it again
+                break  # stopped: the rollout is lost, and the resumed run samples it again
             groups, mini_batches = select(groups, config)
             set_reference_logprobs(reference, mini_batches, config, meter)
             values = learn_values(critic, mini_batches, config, meter)
@@ -165,7 +165,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
             if step % config.checkpoint_every == 0 or ends or dist.any_rank(stop()):
                 saver.save(state)
             runs.check_signal(state, saver)
-            evaluate(step)  # after saving: it may take long; a run resumed here evaluates first
+            evaluate(step)  # after saving, as it may take long; a run that is resumed here evaluates first
         saver.finish(state)
     finally:
         if log:
@@ -183,14 +183,14 @@ def sample(
 ) -> tuple[list[Problem], list[list[Response]]]:
     """(problems, a group of responses to each, with rewards), over all ranks. Empty once `stop` is true.
 
-    A batch of prompts is sampled, or with `refill` more of them until max_kept_prompts groups have a signal (DAPO's
-    dynamic sampling). batches: those of earlier steps, which decide the problems and the samples of this one.
+    A batch of prompts is sampled, or with `refill` several, until max_kept_prompts groups have a signal (DAPO's dynamic
+    sampling). batches: how many were sampled in earlier steps; the problems and seeds of this step follow from it.
     """
     chosen, groups = [], []
     for batch in range(batches + 1, batches + 1 + max_batches(config)):
         with meter("rollout"):
             new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
-            mine = dist.round_robin(len(new), config.rollout_tp)  # what this rank's engine samples
+            mine = dist.round_robin(len(new), config.rollout_tp)  # the prompts of this rank's engine
             scorer = reward.in_background([new[i] for i in mine], thinking=config.thinking)
             sampled = engine.generate(
                 [new[i].prompt_ids for i in mine],
@@ -198,7 +198,7 @@ def sample(
                 max_tokens=config.max_response_tokens,
                 temperature=config.temperature,
                 seed=seed_of_step(config.seed, batch, dist.rank() // config.rollout_tp),
-                on_group=scorer.add,  # the verifier begins with the first complete group
+                on_group=scorer.add,  # the verifier starts on the first complete group
                 stop=stop,
             )
             if dist.any_rank(stop()):
@@ -214,8 +214,8 @@ def sample(
 
 
 def select(groups: list[list[Response]], config: Config) -> tuple[list[list[Response]], list[list[Response]]]:
-    """(the groups with their advantages, the mini-batches to train on). Pure: the arguments stay as they are."""
-    if config.advantages != "gae":  # those are by token, see critic.py
+    """(the groups with their advantages, the mini-batches to train on). Pure: it does not change its arguments."""
+    if config.advantages != "gae":  # the critic sets those, see critic.py
         rewards = torch.tensor([[r.reward for r in group] for group in groups])  # [P, G]
         groups = with_advantages(groups, loss.group_advantages(rewards, config.advantages))
     kept = [group for group in groups if has_signal(group) or config.filter_groups == "off"]
@@ -230,23 +230,23 @@ def select(groups: list[list[Response]], config: Config) -> tuple[list[list[Resp
 def learn(
     policy: torch.nn.Module, optimizer, groups, mini_batches, objective, lr: float, state: State, config, folder, meter
 ) -> list[Update]:
-    """Old logprobs and entropy, then an update per mini-batch and epoch; each rank does its share of both."""
+    """Compute old logprobs and entropy, then make an update per mini-batch and epoch. Each rank does its share."""
     trained = {id(r) for r in flatten(mini_batches)}
     others = [r for r in flatten(groups) if id(r) not in trained][::MEASURED]  # only for entropy/mean
     *shares, others = (own_share(part) for part in (*mini_batches, others))
     with meter("old_logprobs"):
-        # In the first update the ratio is 1: its own pass gives the old logprobs, unless the objective picks tokens.
+        # The first update has ratio 1: its own pass gives the old logprobs, unless the objective picks tokens first.
         later = flatten(shares if not lr or config.spec.picks else shares[1:])
         if lr and config.old_logprobs == "sampler":
             for r in later:
                 r.old_logprobs = r.rollout_logprobs
             later = []
         pending = {id(r) for r in (*later, *others)}
-        pending = [r for r in flatten(groups) if id(r) in pending]  # by group, whose prompt is then computed once
+        pending = [r for r in flatten(groups) if id(r) in pending]  # by group: its prompt is then computed once
         compute_old_logprobs(policy, pending, config.temperature, config.max_micro_batch_tokens, meter.device)
     updates = []
     with meter("update"), dist.host_threads():
-        for share in shares * config.epochs if lr else []:  # 0: only the critic learns
+        for share in shares * config.epochs if lr else []:  # lr 0: only the critic learns
             updates.append(update(policy, optimizer, share, objective, lr, config, meter.device))
             runs.watch_skipped(folder / "skipped", state, len(updates), share, updates[-1], config.lr)
     dist.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
@@ -270,7 +270,7 @@ def update(policy, optimizer, responses: list[Response], objective, lr: float, c
 def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
     """The loss function for micro-batches of a mini-batch, of which `responses` are this rank's share. Collective.
 
-    It divides by the tokens (or responses) of the whole mini-batch, in however many parts that is computed.
+    It divides by the tokens (or responses) of the whole mini-batch, over all its micro-batches and ranks.
     """
     tokens, correct_tokens, sequences = dist.all_sum(
         sum(len(r.response_ids) for r in responses),
@@ -285,7 +285,7 @@ def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
 def report(
     log: Report | None, problems, groups, mini_batches, updates, values, objective, lr, state: State, config, meter
 ) -> None:
-    """Bring the state up to date, and log the step's metrics over all ranks. Collective."""
+    """Update the state, and log the step's metrics over all ranks. Collective."""
     metrics = step_metrics(groups, mini_batches, updates, state.entropy) | reward_metrics(groups, problems)
     metrics |= values | {"optim/lr": lr} | moved_metrics(objective, config)
     check_mismatch(metrics, meter.device)
@@ -304,7 +304,7 @@ def objective_of_step(config: Config, step: int, control: tuple[float, float]) -
     beta1, beta2 = betas_of_step(config, step, control[0])
     fields = {name: getattr(config, name) for name in loss.Objective.__dataclass_fields__ if name != "name"}
     if config.advantages == "gae":
-        fields["kl_coef"] = 0.0  # it is in the reward, see critic.py
+        fields["kl_coef"] = 0.0  # the critic has it in the reward, see critic.py
     moved = {"beta1": beta1, "beta2": beta2, "entropy_coef": bonus_of_step(config, control)}
     return loss.Objective(config.objective, **fields | moved)
 
