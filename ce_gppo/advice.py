@@ -1,12 +1,12 @@
-"""What happened in a run, from its metrics: one to four sentences, each fault with the setting to change.
+"""Advice at the end of a run, from its metrics: one to four sentences, each fault with the setting to change.
 
-The limits are those of docs/metrics.md. They tell the good from the bad runs of docs/evidence*.md and docs/log.md.
+The limits are those of docs/metrics.md. They separate the good from the bad runs of docs/evidence*.md and docs/log.md.
 """
 
 LAST = 10  # "the end" is the mean of this many steps, or of the second half of a shorter run
 FREQUENT = 0.05  # share of the steps in which a fault has to show, twice at least
 MAX_KL_OLD = 0.01  # nats
-SURE = 0.4  # mean probability of clipped tokens: above it they are not the improbable ones that clipping is about
+SURE = 0.4  # mean probability of clipped tokens; above it they are sure tokens, not improbable ones
 MAX_TRUNCATED = 0.1
 MAX_WITHOUT_SIGNAL = 0.9
 MIN_CLIPPED = 0.001
@@ -17,16 +17,16 @@ CALM = "No metric is outside its usual range."
 
 
 def advice(history: list[dict], config) -> list[str]:
-    """One to four sentences: up to three faults, the gravest first; entropy and accuracy; which way the betas pushed.
+    """One to four sentences: up to three faults, the gravest first; entropy and accuracy; the effect of clipped tokens.
 
     history: the rows of metrics.jsonl, in any of which a metric may be missing. config: train.py's, resolved.
     Empty before the first step.
     """
-    steps = [row for row in history if "entropy/mean" in row]  # without the evaluation before the first
+    steps = [row for row in history if "entropy/mean" in row]  # without the evaluation before the first step
     if not steps:
         return []
     checks = [mismatch, unlearning]
-    if not unlearning(steps, config):  # it causes the others
+    if not unlearning(steps, config):  # unlearning causes these faults as well
         checks += [far_updates, truncation, no_signal, useless_critic, missed_target, idle_betas]
     faults = [sentence for check in checks if (sentence := check(steps, config))]
     summary, is_fault = entropy_for_accuracy(history, steps, config)
@@ -40,8 +40,8 @@ def mismatch(steps: list[dict], config) -> str | None:
     if kl is None or kl <= MAX_MISMATCH_KL or config.rollout_correction != "none":
         return None
     return (
-        f"vLLM and the trainer gave the same tokens other probabilities (mismatch/kl {kl:.2g} nats at the end, where "
-        f"{MAX_MISMATCH_KL:g} is much): set "
+        f"vLLM and the trainer gave the same tokens different probabilities (mismatch/kl {kl:.2g} nats at the end, "
+        f"above {MAX_MISMATCH_KL:g}): set "
         + ("old_logprobs to trainer and " if config.old_logprobs == "sampler" else "")
         + "rollout_correction to tis, or use the same precision on both sides."
     )
@@ -53,8 +53,8 @@ def unlearning(steps: list[dict], config) -> str | None:
         return None
     probability = sum(row["clip/prob_low"] for row in far) / len(far)
     return (
-        f"In {len(far)} of {trained} steps, first in step {far[0]['step']}, sure tokens were unlearned: those clipped "
-        f"below had a probability of {probability:.2f} in the rollout (clip/prob_low), and kl/old reached "
+        f"In {len(far)} of {trained} steps, first in step {far[0]['step']}, sure tokens were unlearned: tokens clipped "
+        f"below had a mean probability of {probability:.2f} in the rollout (clip/prob_low), and kl/old reached "
         f"{max(row['kl/old'] for row in far):.2g} nats; {smaller_steps(config)}."
     )
 
@@ -64,7 +64,7 @@ def far_updates(steps: list[dict], config) -> str | None:
     if not far:
         return None
     return (
-        f"In {len(far)} of {trained} steps the updates went far from the policy that sampled: kl/old was above "
+        f"In {len(far)} of {trained} steps the updates moved far from the policy that sampled: kl/old was above "
         f"{MAX_KL_OLD:g} nats, and reached {max(row['kl/old'] for row in far):.2g}; {smaller_steps(config)}."
     )
 
@@ -78,9 +78,9 @@ def smaller_steps(config) -> str:
 
 
 def far_steps(steps: list[dict], least_probability: float = 0.0) -> tuple[list[dict], int]:
-    """(steps with kl/old above its limit and clip/prob_low above this; number of steps with updates).
+    """(steps with kl/old above its limit and clip/prob_low of at least this; number of steps with updates).
 
-    Empty where these are few and not extreme: a single step with ten times the limit can end a policy.
+    No steps if these are few and not extreme: a single step at ten times the limit can ruin a policy.
     """
     trained = [row for row in steps if "kl/old" in row]
     far = [row for row in trained if row["kl/old"] > MAX_KL_OLD]
@@ -96,10 +96,10 @@ def truncation(steps: list[dict], config) -> str | None:
     limit = f"max_response_tokens ({config.max_response_tokens})"
     first = steps[0].get("response/truncated", share)
     if first > MAX_TRUNCATED:
-        return f"{share:.0%} of the responses were cut at the length limit at the end: raise {limit}."
+        return f"At the end {share:.0%} of the responses were cut at the length limit: raise {limit}."
     penalty = f"more tokens (now {config.overlong})" if config.overlong.isdecimal() else "a number of tokens"
     return (
-        f"{share:.0%} of the responses were cut at the length limit at the end, {first:.0%} in the first step: if they "
+        f"At the end {share:.0%} of the responses were cut at the length limit, in the first step {first:.0%}: if they "
         f"go on after the answer (samples.jsonl), their end was unlearned, so {smaller_steps(config)}, or set overlong "
         f"to {penalty}; if not, raise {limit}."
     )
@@ -119,7 +119,7 @@ def no_signal(steps: list[dict], config) -> str | None:
     else:
         cure = "train on easier problems (train_data), or look in samples.jsonl for right answers that score 0"
     return (
-        f"Few groups had a signal at the end: {right:.0%} of all groups had only right answers, {wrong:.0%} only wrong "
+        f"At the end few groups had a signal: {right:.0%} of all groups had only right answers, {wrong:.0%} only wrong "
         f"ones; {cure}."
     )
 
@@ -174,7 +174,7 @@ def idle_betas(steps: list[dict], config) -> str | None:
 
 
 def entropy_for_accuracy(history: list[dict], steps: list[dict], config) -> tuple[str, bool]:
-    """(how far entropy went, and held-out accuracy meanwhile; whether that is a fault)."""
+    """(a sentence on the changes of entropy and of held-out accuracy; whether they are a fault)."""
     start, end = steps[0]["entropy/mean"], steps[-1]["entropy/mean"]
     change = f"Entropy {'rose' if end > start else 'fell'} by {abs(end - start) / max(start, 1e-9):.0%}"
     change += f", from {start:.3f} to {end:.3f} nats per token"
@@ -195,7 +195,7 @@ def entropy_for_accuracy(history: list[dict], steps: list[dict], config) -> tupl
 
 
 def push_of_clipped(steps: list[dict], config) -> list[str]:
-    """Which way the clipped tokens pushed entropy. Empty where they got no gradient, or the objective has no betas."""
+    """The effect of clipped tokens on entropy. Empty if they got no gradient, or if the objective has no betas."""
     names = ("velocity/clipped_low", "velocity/clipped_high", "velocity/total")
     trained = [row for row in steps if all(name in row for name in names)]
     if not trained or config.beta1 is None:

@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face folders with the trainer's state inside, written whole or not at all, checked when read."""
+"""Checkpoints: Hugging Face folders that also hold the trainer's state. Each is written whole or not at all."""
 
 import hashlib
 import json
@@ -25,17 +25,17 @@ from ce_gppo.types import RunEnded, UserError, starting
 
 MANIFEST = "manifest.json"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # not in shards
-KEEP = 2  # checkpoints of a run: the newest, and one before in case that is damaged
+KEEP = 2  # checkpoints of a run: the newest, and the one before in case the newest is damaged
 NAME = re.compile(r"checkpoint-([0-9]{6}|[1-9][0-9]{6,})")
 
 
 @dataclass
 class State:
-    """What a checkpoint keeps beside weights and optimizer."""
+    """The state of a run that a checkpoint keeps beside weights and optimizer."""
 
     wandb_id: str
     step: int = 0  # the last one that is done
-    batches: int = 0  # of prompts, sampled in these steps
+    batches: int = 0  # batches of prompts sampled so far
     entropy: float | None = None  # mean of the last rollout, nats
     control: tuple[float, float] = (0.5, 0.0)  # of the entropy controller, see betas.py
     skipped: int = 0  # updates without a finite gradient, in a row
@@ -43,25 +43,25 @@ class State:
 
 
 class Saver:
-    """Saves a run's checkpoints beside its training, each a folder that vLLM and transformers load as it is.
+    """Saves a run's checkpoints in a thread. Each is a folder that vLLM and transformers can load.
 
-    Inside are also trainer.pt (optimizer, `State`, and a critic with its optimizer) and checksums. A checkpoint is
-    written aside, flushed to the disk and renamed: a folder of its name is whole. All but the newest KEEP are then
-    removed.
+    It also has trainer.pt (optimizer, `State`, and a critic with its optimizer) and checksums. A checkpoint is written
+    to a temporary folder, flushed to the disk and renamed, so a folder named checkpoint-<step> is whole. All but the
+    newest KEEP are then removed.
     """
 
     def __init__(self, run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int = 0, critic=None):
-        """step: of the checkpoint that the run goes on from, 0 for a new one. critic: a critic.Critic, or None."""
+        """step: of the checkpoint that the run resumes from, 0 for a new run. critic: a critic.Critic, or None."""
         self.run, self.model, self.tokenizer, self.optimizer = run, model, tokenizer, optimizer
         self.critic = critic
-        self.saved, self.saving = step, step  # the step of the last checkpoint that is written, and of the last begun
+        self.saved, self.saving = step, step  # steps of the last checkpoint that was written, and of the last begun
         self.thread: threading.Thread | None = None
-        self.error = ""  # of the thread
+        self.error = ""  # from the thread
 
     def save(self, state: State) -> None:
-        """Copy everything; a thread of rank 0 writes it. Waits until the save before this one has ended. Collective.
+        """Copy everything; a thread of rank 0 writes it. First waits for the save before this one. Collective.
 
-        Shards are gathered: a checkpoint has the same form whatever the number of ranks.
+        Shards are gathered: a checkpoint has the same form for any number of ranks.
         """
         self.wait()
         self.saving = state.step
@@ -89,7 +89,7 @@ class Saver:
         return tree_map_only(torch.Tensor, lambda x: x.clone() if x.untyped_storage().data_ptr() in used else x, record)
 
     def wait(self) -> None:
-        """Wait for the save that goes on, if any. If it fails there is a warning, and training goes on. Collective."""
+        """Wait for the save in progress, if any. If it failed, print a warning, and training goes on. Collective."""
         if self.thread:
             self.thread.join()
             self.thread = None
@@ -100,7 +100,7 @@ class Saver:
         self.saved = self.saving
 
     def finish(self, state: State) -> None:
-        """The checkpoint of the run's last step; RunEnded where it cannot be written. Collective."""
+        """Save the run's last step, if it is not saved yet. RunEnded if that fails. Collective."""
         self.wait()
         if self.saved < state.step:
             self.save(state)
@@ -113,7 +113,7 @@ class Saver:
         try:
             _write(folder, self.model, weights, self.tokenizer, record)
             prune(self.run, KEEP)
-        except Exception as failure:  # any: lost in a thread, it would make the checkpoint seem written
+        except Exception as failure:  # of any kind: without this the checkpoint would seem to be written
             self.error = f"{folder}: {failure}"
 
 
@@ -124,7 +124,7 @@ def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None
         model.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         torch.save(trainer, aside / "trainer.pt")
-        # Folders inside too: a tokenizer with several chat templates makes one.
+        # rglob, as a tokenizer with several chat templates makes a folder inside.
         sums = {str(path.relative_to(aside)): _checksum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
         (aside / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
         for path in [*aside.rglob("*"), aside]:
@@ -132,14 +132,14 @@ def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None
             os.fsync(descriptor)
             os.close(descriptor)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
+        shutil.rmtree(aside, ignore_errors=True)  # perhaps its files have filled the disk
         raise
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
 def try_saving(model, tokenizer) -> None:
-    """Write a checkpoint without its weights to a scratch folder. UserError for what can be loaded but not saved."""
+    """Write a checkpoint without weights to a scratch folder. UserError if a part can be loaded but not saved."""
     parts = {"config": model.config, "generation config": model.generation_config, "tokenizer": tokenizer}
     with tempfile.TemporaryDirectory() as scratch:
         for name, part in parts.items():
@@ -147,7 +147,7 @@ def try_saving(model, tokenizer) -> None:
                 part.save_pretrained(scratch)
             except OSError:  # the folder for scratch files is full, or is not there
                 raise
-            except Exception as error:  # each class has its own checks
+            except Exception as error:  # each class has its own errors
                 raise UserError(
                     f"model '{model.name_or_path}': its {name} can be loaded but not saved, so there would be no "
                     f"checkpoint; correct its file: {' '.join(str(error).split())[:300]}"
@@ -155,9 +155,9 @@ def try_saving(model, tokenizer) -> None:
 
 
 def load(folder: Path, model, optimizer: torch.optim.Optimizer, critic=None) -> State:
-    """Load the optimizer of a checkpoint, and all of the critic, in place; returns the state.
+    """Load a checkpoint's optimizer and critic into the objects given, and return its state.
 
-    `model.load_model` loads the policy's weights.
+    The policy's weights are loaded by `model.load_model`.
     """
     starting(f"the optimizer in {folder} does not fit the model")
     saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
@@ -169,7 +169,7 @@ def load(folder: Path, model, optimizer: torch.optim.Optimizer, critic=None) -> 
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole, or None. Damaged ones are named and skipped."""
+    """The newest checkpoint of a run that is not damaged, or None. A warning names each damaged one."""
     for folder in reversed(all_of(run)):
         if (problem := damage(folder)) is None:
             return folder
@@ -178,7 +178,7 @@ def newest(run: Path) -> Path | None:
 
 
 def all_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. A folder with any other name, such as a copy, is its user's."""
+    """The checkpoints of a run, oldest first. Folders with other names, such as copies, belong to the user."""
     return sorted((path for path in run.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=step_of)
 
 
@@ -187,7 +187,7 @@ def step_of(folder: Path) -> int:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, by their checksums."""
+    """The first problem with a checkpoint's files, by their checksums; None if there is none."""
     try:
         sums = dict(json.loads((folder / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError):

@@ -28,10 +28,10 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def command(main: Callable, Config: type | None = None, description: str | None = None) -> None:
-    """The main block of every script: a UserError is one sentence and exit code 2, a RunEnded exit code 1.
+    """The main block of every script. A UserError is printed as one sentence, with exit code 2; a RunEnded with 1.
 
-    So is an unexpected error at the start, exit code 2, with the file that has its traceback. With a Config, a
-    dataclass, main gets one that is read from the command line.
+    An unexpected error during the start is one sentence as well, with exit code 2 and the file that has its traceback.
+    Config: a dataclass that is read from the command line and given to main, or None.
     """
 
     def run() -> None:
@@ -41,7 +41,7 @@ def command(main: Callable, Config: type | None = None, description: str | None 
             dist.check_environment()
             if Config is None:
                 return main()
-            import tyro  # here, as the benches for GPUs run without it
+            import tyro  # not at the top: bench.gpu runs without it
 
             config = tyro.cli(Config, description=description)
             check_ranges(config)
@@ -53,7 +53,7 @@ def command(main: Callable, Config: type | None = None, description: str | None 
             if not dist.nobody_reads():
                 raise
             sys.exit(1)
-        except KeyboardInterrupt:  # train.py has an answer of its own
+        except KeyboardInterrupt:  # train.py handles it itself, by runs.StopRequest
             sys.exit(130)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -71,7 +71,7 @@ def command(main: Callable, Config: type | None = None, description: str | None 
 
 
 def unexpected(error: Exception) -> str:
-    """What was being done, the first line of a library's error, and the file that has all of it."""
+    """One sentence: STARTING, the first line of a library's error, and the file that has its whole traceback."""
     cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     try:
         with tempfile.NamedTemporaryFile("w", prefix="ce-gppo-", suffix=".txt", delete=False) as file:
@@ -83,7 +83,7 @@ def unexpected(error: Exception) -> str:
 
 
 def open_to_append(path: Path, option: str) -> typing.TextIO:
-    """The file, made with its folder where it is missing: before hours are spent on what goes into it."""
+    """Open a file, and make it and its folder if missing. Called before hours are spent on its contents."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("a")
@@ -145,7 +145,7 @@ def parse(Config: type, arguments: list[str]) -> tuple[typing.Any, str, str]:
 
 
 def resolve(config):
-    """The configuration, checked, with each None that stands for a value of the objective's paper filled in."""
+    """The configuration, checked. Settings left at None get the values of the objective's paper, or other defaults."""
     check_ranges(config)
     values = config.spec.values(config)
     values["eval_response_tokens"] = config.max_response_tokens
@@ -243,7 +243,7 @@ def read_recipe(Config: type, name: str, children: tuple[str, ...] = ()) -> dict
     """The settings in recipes/<name>.toml, each of its field's type. UserError for an unknown recipe, name or type.
 
     A recipe with a line `extends = "parent"` has its parent's settings, except those that it sets itself.
-    children: the recipes that extend this one, in a row.
+    children: the chain of recipes that extend this one.
     """
     path, child = RECIPES / f"{name}.toml", f"{RECIPES / children[-1]}.toml: extends = " if children else ""
     if name in children:
@@ -272,7 +272,7 @@ def typed(Config: type, values: dict, path: Path) -> dict:
         kinds = typing.get_args(types[key]) or (types[key],)  # any one of a union
         if type(value) is int and float in kinds and abs(value) < 2**53:
             values[key] = value = float(value)
-        if value == "None" and type(None) in kinds:  # as on the command line: TOML has no value for it
+        if value == "None" and type(None) in kinds:  # as on the command line; TOML has no null
             values[key] = value = None
         if type(value) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
@@ -292,7 +292,7 @@ def saved_config(Config: type, folder: str):
         saved = typed(Config, saved, path)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{path}: not the settings of a run; it may be half-written, and the run has no step then"
+            f"{path}: not the settings of a run; it may be half-written, and then the run has no step yet"
         ) from None
     if missing := ", ".join(field.name for field in dataclasses.fields(Config) if field.name not in saved):
         dist.say(f"{path} has no {missing}: the defaults are used", warning=True)

@@ -10,10 +10,10 @@ With r_t = pi_old / pi_vllm of a token, the same weights on both sides, over the
 | seq-mask | 1 if 1/c <= r_1 ... r_T <= c, 0 otherwise | 2     | rollout_rs sequence                                 |
 | geo-mask | the same of (r_1 ... r_T)^(1/T)           | 1.001 | rollout_rs geometric, also called Geo-RS            |
 
-The first two are biased and vary little; a response's product has no bias, and grows with its length.
+The first two are biased, with a low variance. The product over a response is unbiased; its variance grows with length.
 Masked tokens stay in the denominator of the loss; in verl they leave it. Others keep the ratio as the weight where
 their mask is not 0: IcePop (arXiv 2510.18855) a token's in [0.5, 5], TRL by default a response's up to 3.
-The weights have no gradient. The ratio pi / pi_old stays as it is.
+The weights have no gradient. The ratio pi / pi_old does not change.
 """
 
 import math
@@ -27,9 +27,9 @@ KINDS = ("none", *CAPS)
 def correction_weights(
     old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, kind: str, cap: float | None = None
 ) -> Tensor:
-    """Factors for the losses of tokens, [B, T], or [B, 1] where all tokens of a response have the same.
+    """Factors for the losses of tokens, [B, T], or [B, 1] if all tokens of a response have the same.
 
-    cap: None for the one in the table. Values where mask is 0 are never read.
+    cap: None for the cap in the table. Values where mask is 0 are never read.
     """
     if kind not in CAPS:
         raise ValueError(f"rollout_correction '{kind}' is unknown; known: {', '.join(KINDS)}")

@@ -1,9 +1,9 @@
-"""PPO's critic: a value model, the advantages of single tokens (GAE) that it gives, and its own updates.
+"""PPO's critic: a value model, the advantages of single tokens that follow from it (GAE), and its own updates.
 
-The value of a token is the reward that the critic expects for the response, from the prompt and the tokens before that
-one. The critic is a model of its own: a copy of the body that the run began with, and a scalar head of zeros. With its
-gradients and optimizer it takes 16 bytes a parameter on each device, beside the policy's (with shard: over all devices,
-or in the host's memory); nothing where there is no critic.
+The value of a token is the reward that the critic predicts for the response, from the prompt and the tokens before that
+one. The critic is a separate model: a copy of the body that the run began with, and a scalar head of zeros. With
+gradients and optimizer it takes 16 bytes a parameter on each device, in addition to the policy's (with shard: over all
+devices, or in the host's memory).
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from ce_gppo.perf import Meter
 from ce_gppo.types import Response
 
 GAMMA = 1.0  # no discount, as in verl, TRL and OpenRLHF: a reward at the end is worth as much to every token
-# Of the advantages. At 1 they are return - value, without the critic's bias, as in verl and OpenRLHF; TRL has 0.95, as
-# arXiv 1707.06347. What the critic learns are the returns, always with lambda 1 (arXiv 2504.05118, section 4.1).
+# For the advantages. At 1 they are return - value, without the critic's bias, as in verl and OpenRLHF; TRL has 0.95, as
+# arXiv 1707.06347. The critic's targets are the returns, always with lambda 1 (arXiv 2504.05118, section 4.1).
 LAMBDA = 1.0
 VALUE_CLIP = 0.5  # verl's cliprange_value; TRL has 0.2
 MAX_GRAD_NORM = 1.0  # verl's
@@ -34,8 +34,8 @@ def gae(rewards: Tensor, values: Tensor, gamma: float = GAMMA, lam: float = LAMB
     """Generalized advantage estimation, arXiv 1506.02438, eq. 16: [B, R], [B, R] -> [B, R].
 
     A_t = sum over l >= 0 of (gamma lam)^l delta_(t + l), with delta_t = r_t + gamma V_(t + 1) - V_t. A response ends
-    with its last token, whether it was cut or not, and has no value after it. Where it is shorter than R, rewards and
-    values must be 0; the advantages are then 0, too.
+    with its last token, whether it was cut or not, and has no value after it. After the end of a response that is
+    shorter than R, rewards and values must be 0; the advantages are then 0 as well.
     """
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # [B]
@@ -47,16 +47,16 @@ def gae(rewards: Tensor, values: Tensor, gamma: float = GAMMA, lam: float = LAMB
 
 
 def whitened(advantages: Tensor) -> Tensor:
-    """With mean 0 and variance 1 over all tokens of a rollout, as in TRL, verl and OpenRLHF: [N] -> [N]."""
+    """Advantages of mean 0 and variance 1 over all tokens of a rollout, as in TRL, verl and OpenRLHF: [N] -> [N]."""
     deviation = advantages.double() - advantages.double().mean()
     return (deviation / (deviation.square().mean() + 1e-8).sqrt()).to(advantages.dtype)
 
 
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
-    """The clipped loss of each token's value, and whether the clip took its gradient: [N] each -> [N], bool [N].
+    """The clipped loss of each token's value, and whether the clip removed its gradient: [N] each -> [N], bool [N].
 
-    l = 1/2 max((V - R)^2, (V_clip - R)^2) with V_clip = V_old + clip(V - V_old, -c, c): once a value has gone further
-    than c towards its return, it has no gradient left in this rollout (OpenAI's baselines, ppo2; TRL; verl).
+    l = 1/2 max((V - R)^2, (V_clip - R)^2) with V_clip = V_old + clip(V - V_old, -c, c). A value that has moved more
+    than c towards its return gets no more gradient in this rollout (OpenAI's baselines, ppo2; TRL; verl).
     """
     near = old_values + (values - old_values).clamp(-VALUE_CLIP, VALUE_CLIP)
     loss, loss_near = (values - returns).square() / 2, (near - returns).square() / 2
@@ -75,7 +75,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 class ValueModel(torch.nn.Module):
-    """The unit that DDP and FSDP2 wrap. It takes the body of a causal language model over; the other's head goes."""
+    """The unit that DDP and FSDP2 wrap: the body of a causal language model, with a scalar head instead of its own."""
 
     def __init__(self, model):
         super().__init__()
@@ -108,14 +108,14 @@ def load_critic(config, source: str, device: str) -> Critic | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What it does in a step
+# The critic's part of a step
 
 
 def learn_values(critic: Critic | None, mini_batches: list[list[Response]], config, meter: Meter) -> dict[str, float]:
-    """Set the advantages of all responses that this rank trains on, then train the critic on what it should have said.
+    """Set the advantages of all responses that this rank trains on, then train the critic on their returns.
 
-    Advantages and returns are those of the critic before its updates. These take the policy's mini-batches, in their
-    order and as often. Returns value/*, the metrics; nothing without a critic. Collective.
+    Advantages and returns are computed with the critic before its updates. The updates take the policy's mini-batches,
+    in the same order and for the same epochs. Returns the metrics value/*, {} without a critic. Collective.
     """
     if critic is None:
         return {}
@@ -139,7 +139,7 @@ def learn_values(critic: Critic | None, mini_batches: list[list[Response]], conf
 def estimate(critic: Critic, responses: list[Response], config, device: str) -> None:
     """Set `values` of this rank's responses. Collective."""
     max_tokens = config.max_micro_batch_tokens
-    if device == "cpu":  # as compute_old_logprobs has it
+    if device == "cpu":  # as in compute_old_logprobs
         max_tokens = min(max_tokens, 2048)
     for rows in even_passes(micro_batches(responses, max_tokens)):
         chosen = [responses[i] for i in rows]
@@ -150,7 +150,7 @@ def estimate(critic: Critic, responses: list[Response], config, device: str) -> 
 
 
 def set_advantages(responses: list[Response], kl_coef: float) -> None:
-    """Set `returns` and `advantages` of responses that have values and are this rank's of a rollout. Collective."""
+    """Set `returns` and `advantages` of this rank's responses of a rollout, which have values. Collective."""
     lengths, advantages = [len(r.response_ids) for r in responses], []
     if responses:
         rewards = pad_sequence([token_rewards(r, kl_coef) for r in responses], batch_first=True)  # [B, R]
@@ -166,9 +166,9 @@ def set_advantages(responses: list[Response], kl_coef: float) -> None:
 
 
 def token_rewards(response: Response, kl_coef: float) -> Tensor:
-    """The response's reward at its last token, [R]. With a kl_coef every token pays kl_coef log(pi / pi_ref), too.
+    """The response's reward at its last token, [R]. With a kl_coef, minus kl_coef log(pi / pi_ref) at every token.
 
-    That is k1 of the divergence, as in arXiv 2203.02155; pi is the policy that sampled, by the engine's logprobs.
+    That is the k1 estimate of the divergence, as in arXiv 2203.02155. pi has the engine's logprobs.
     """
     rewards = torch.zeros(len(response.response_ids))
     rewards[-1:] = response.reward
@@ -180,8 +180,8 @@ def token_rewards(response: Response, kl_coef: float) -> Tensor:
 def update(critic: Critic, responses: list[Response], config, device: str) -> tuple[float, float, float, bool]:
     """One optimizer step on a mini-batch, of which `responses` are this rank's share, perhaps none. Collective.
 
-    Returns, over all ranks: mean loss, share of clipped values, norm of the gradient, whether it was not finite and the
-    step left out. The loss is a mean over the tokens of the whole mini-batch, in however many parts it is computed.
+    Returns, over all ranks: mean loss, share of clipped values, norm of the gradient, and whether the step was skipped
+    because that is not finite. The loss is the mean over the tokens of the whole mini-batch.
     """
     dist.zero_gradients(critic.wrapped, critic.optimizer)
     tokens = max(1.0, dist.all_sum(sum(len(r.response_ids) for r in responses))[0])
@@ -192,7 +192,7 @@ def update(critic: Critic, responses: list[Response], config, device: str) -> tu
         old_values = torch.cat([torch.zeros(0), *(r.values for r in chosen)]).to(device)  # [N]
         returns = torch.cat([torch.zeros(0), *(r.returns for r in chosen)]).to(device)  # [N]
         with dist.no_sync(critic.wrapped) if index < len(passes) else contextlib.nullcontext():
-            values = critic.wrapped(collate(chosen, device))[: len(returns)]  # [N]; of no response 0 of 1
+            values = critic.wrapped(collate(chosen, device))[: len(returns)]  # [N]; an empty batch has one token
             losses, clipped = value_losses(values, old_values, returns)
             loss = losses.sum() / tokens
             (loss * dist.world_size()).backward()  # DDP and FSDP2 divide by it
@@ -206,7 +206,7 @@ def update(critic: Critic, responses: list[Response], config, device: str) -> tu
 
 
 def metrics_of(responses: list[Response], with_kl: bool) -> dict[str, float]:
-    """How good the values were, before the updates, and how far the policy is from its reference. Collective."""
+    """Metrics of the values before the updates, and the KL divergence from the reference policy. Collective."""
     references = [r.ref_logprobs if with_kl else r.rollout_logprobs for r in responses]  # [R] each
     own = [
         torch.stack([r.values, r.returns, ref - r.rollout_logprobs])

@@ -1,6 +1,6 @@
-"""torchrun, DDP and FSDP2: what one process needs to be one of many. With one process each function is the identity.
+"""Helpers for several processes: torchrun, DDP and FSDP2. With one process each of them is the identity.
 
-A function that says "Collective" waits for the other ranks: every rank must call it, in the same order.
+A function marked "Collective" waits for the other ranks: every rank must call it, in the same order.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def check_environment() -> None:
 
 
 def init() -> str:
-    """Join the other processes that torchrun started, if any. Returns this process's device: "cuda" is its own GPU."""
+    """Join the other processes that torchrun started, if any. Returns the device: "cuda" is this process's own GPU."""
     cuda = torch.cuda.is_available()
     if cuda:
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -54,7 +54,7 @@ def init() -> str:
     if (size := os.environ.get("WORLD_SIZE", "1")) != "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
         say(f"WORLD_SIZE={size} in the environment counts only with torchrun; this is one process", warning=True)
     if world_size() > 1:
-        # A rank may sample for long while the others wait. torchrun notices one that has died within seconds.
+        # A long timeout: a rank may sample for long while others wait. torchrun detects a dead rank within seconds.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return "cuda" if cuda else "cpu"
 
@@ -75,7 +75,7 @@ def is_main() -> bool:
 def say(message: str, warning: bool = False) -> None:
     """Print a message from rank 0; a warning goes to stderr. Output that cannot be written never ends a run.
 
-    A full disk, a pipe nobody reads or a closed terminal fail once; from then on the output goes to /dev/null.
+    After the first failure (a full disk, a closed pipe or terminal) the output goes to /dev/null.
     """
     stream = sys.stderr if warning else sys.stdout
     try:
@@ -86,21 +86,21 @@ def say(message: str, warning: bool = False) -> None:
 
 
 def open_streams() -> None:
-    """Closed outputs (`2>&-`) become /dev/null, or the next file that is opened would get what is printed.
+    """Closed outputs (`2>&-`) become /dev/null. Otherwise the next file that is opened would get all printed text.
 
     Characters that a terminal's encoding lacks are printed as escapes.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: the one that was closed
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is that of the closed stream
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
         if name != "stdin":
-            with contextlib.suppress(OSError):  # a stream that was redirected after it was opened
+            with contextlib.suppress(OSError):  # if the stream was redirected after it was opened
                 getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def flush_streams() -> None:
-    """At the end: what a library printed into a closed pipe must not make Python exit with 120."""
+    """Called at the end: text that a library printed into a closed pipe must not make Python exit with 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -120,9 +120,9 @@ def nobody_reads() -> bool:
 
 
 def all_gather(value) -> list:
-    """Every rank's value, in the order of ranks. Collective. Values are pickled among these processes.
+    """Every rank's value, in the order of ranks. Collective. Values are pickled between these processes.
 
-    Tensors must be on the CPU: pickled with its device, a tensor of rank 3 would be on the third GPU everywhere.
+    Tensors must be on the CPU: a tensor is pickled with its device, and would arrive on the sender's GPU everywhere.
     """
     if any(tensor.device.type != "cpu" for tensor in _tensors(value)):
         raise ValueError("all_gather: a tensor is not on the CPU")
@@ -163,28 +163,28 @@ def all_sum(*values: float) -> list[float]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is true on any rank, for decisions that all ranks must take alike. Collective."""
+    """Whether the flag is true on any rank, for decisions that must be the same on all ranks. Collective."""
     return any(all_gather(flag))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Who does what
+# Division of work
 
 
 def round_robin(count: int, ranks_per_engine: int = 1) -> list[int]:
-    """Which of `count` prompts this rank's engine samples. Ranks that share one engine get the same prompts."""
+    """Indices of the prompts, of `count`, that this rank's engine samples. Ranks that share an engine get the same."""
     return list(range(rank() // ranks_per_engine, count, world_size() // ranks_per_engine))
 
 
 def gather_dealt(items: list, ranks_per_engine: int = 1) -> list:
-    """All items in order, on every rank, from the ones of each rank as `round_robin` dealt them. Collective."""
-    is_first = rank() % ranks_per_engine == 0  # of the ranks that share an engine, and have the same items
+    """All items in order, on every rank. items: this rank's, for the indices of `round_robin`. Collective."""
+    is_first = rank() % ranks_per_engine == 0  # of the ranks that share an engine and have the same items
     parts = [part for part in all_gather(items if is_first else None) if part is not None]
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 def largest_first(sizes: list[int], ranks: int) -> list[int]:
-    """The rank of each item, for nearly even loads: the largest item left goes to the rank with the least."""
+    """The rank of each item, for nearly even loads: the largest remaining item goes to the rank with the least load."""
     owners, loads = [0] * len(sizes), [0] * ranks
     for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
         owners[item] = min(range(ranks), key=loads.__getitem__)
@@ -199,8 +199,8 @@ def largest_first(sizes: list[int], ranks: int) -> list[int]:
 def distribute(policy: torch.nn.Module, shard: str, layer_classes: list[str]) -> torch.nn.Module:
     """The policy over all ranks, with its gradients averaged: copied (DDP), or sharded layer by layer (FSDP2).
 
-    shard: no, yes or offload. With offload the shards stay in the host's memory, with gradients and optimizer, and a
-    layer is on the device while it is computed; that is for one process, too.
+    shard: no, yes or offload. With offload the shards, gradients and optimizer stay in the host's memory, and a layer
+    is on the device only while it is computed, also with one process.
 
     Collective. Every rank must then make the same number of forward and backward passes. layer_classes: names of the
     classes that FSDP2 gathers one at a time; embedding, last norm and head stay whole until backward.
@@ -210,7 +210,7 @@ def distribute(policy: torch.nn.Module, shard: str, layer_classes: list[str]) ->
     if shard == "no":
         return DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
     cuda = torch.cuda.is_available()
-    if not dist.is_initialized():  # FSDP2 wants a group, if only of one
+    if not dist.is_initialized():  # FSDP2 needs a group, even with one process
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cuda" if cuda else "cpu", (world_size(),))
     offload = CPUOffloadPolicy(pin_memory=cuda) if shard == "offload" else OffloadPolicy()
@@ -222,12 +222,12 @@ def distribute(policy: torch.nn.Module, shard: str, layer_classes: list[str]) ->
 
 
 def zero_gradients(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Forget the last update's gradients. DDP's are views of its buckets: made anew they would exist twice."""
+    """Clear the last update's gradients. DDP's are views of its buckets, and new ones would need memory again."""
     optimizer.zero_grad(set_to_none=not isinstance(policy, DistributedDataParallel))
 
 
 def no_sync(policy: torch.nn.Module):
-    """A context for all but the last backward pass of an update: DDP then sums over ranks once. FSDP2 always sums."""
+    """A context for all backward passes of an update but the last: DDP then sums over ranks once. FSDP2 always sums."""
     return policy.no_sync() if isinstance(policy, DistributedDataParallel) else contextlib.nullcontext()
 
 
@@ -237,7 +237,7 @@ def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all of it if it is sharded; then collective."""
+    """The tensor, gathered over all ranks if it is sharded, which is collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

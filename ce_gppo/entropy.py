@@ -1,4 +1,4 @@
-"""Entropy, exactly: of every token in one pass over the vocabulary, and which tokens change it.
+"""The exact entropy of every token, in one pass over the vocabulary, and which tokens change it.
 
 The accounting is first order and exact in logit space. Flexible Entropy Control (arXiv 2602.09782), independent work,
 has the same split of tokens (-log p > H) and the same inner product; the theory is in arXiv 2602.03392.
@@ -23,7 +23,7 @@ def token_statistics(
     """Logprob of `targets`, full-vocabulary entropy in nats, and S: [N, D], [V, D], [N] -> three times [N], float32.
 
     All three are of softmax(logits / temperature), the distribution that was sampled from. The first two have
-    gradients. width: how many entries of the vocabulary have their logits in memory at a time. Default: as
+    gradients. width: for how many entries of the vocabulary logits are in memory at a time. Default: as
     TILE_LOGITS allows; matrix products are fastest at round widths.
     """
     if width is None:
@@ -88,17 +88,17 @@ def _tiles(length: int, width: int) -> Iterator[slice]:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The matrix product in float32; on a GPU from bfloat16 factors, and not rounded to bfloat16."""
+    """The matrix product in float32. On a GPU the factors are bfloat16, and the result is not rounded to it."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a @ b
 
 
-# On a GPU each of the next two functions is compiled, so that a tile of logits is read and written as seldom as can be.
+# On a GPU the next two functions are compiled, so that a tile of logits is read and written as few times as possible.
 
 
 def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...], target_logits: Tensor, place: Tensor, temperature: float):
     """Add a tile of logits [N, W] to the sums [N] about their running maximum m [N], and find the targets' logits."""
     z = z if temperature == 1 else z / temperature
-    inside = (place >= 0) & (place < z.shape[1])  # the others' targets are in another tile
+    inside = (place >= 0) & (place < z.shape[1])  # other tokens have their target in another tile
     target_logits = target_logits + z.gather(1, place.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1) * inside
     e, ez, ee, eez = sums
     new_m = torch.maximum(m, z.amax(1))
@@ -106,7 +106,7 @@ def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...], target_logits: Tensor,
     scale = shift.exp()
     z = z - new_m[:, None]
     p = z.exp()
-    pz = z.mul_(p)  # z is gone: on a CPU the first touch of fresh memory costs more than the product
+    pz = z.mul_(p)  # overwrites z: on a CPU the first touch of fresh memory costs more than the product
     sums = (
         e * scale + p.sum(1),
         (ez + shift * e) * scale + pz.sum(1),
@@ -117,9 +117,9 @@ def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...], target_logits: Tensor,
 
 
 def _grad_logits(z, log_z, entropy, grad_logprobs, grad_entropy, place, temperature: float, dtype, compare: bool):
-    """The gradient of a tile of logits [N, W]. All others are [N]; of the two gradients one may be None.
+    """The gradient of a tile of logits z [N, W]. All other tensors are [N]; one of the two gradients may be None.
 
-    compare: find the targets by comparing every column with `place`. In a compiled function that costs nothing; without
+    compare: find the targets by comparing every column with `place`. In a compiled function that costs nothing. Without
     compiling it is a pass over the tile, and one write per token is faster.
     """
     log_p = (z if temperature == 1 else z / temperature) - log_z[:, None]
@@ -153,7 +153,7 @@ QUADRANTS = ("pa_hp", "pa_lp", "na_hp", "na_lp")
 def quadrants(old_logprobs: Tensor, old_entropy: Tensor, advantages: Tensor) -> dict[str, Tensor]:
     """Bool masks by the sign of the advantage (PA, NA) and by probability under the rollout weights (HP, LP).
 
-    LP where log p_a < -H: the token is less probable than the (geometric) average one. HP elsewhere. There is no
+    LP if log p_a < -H: the token is less probable than the (geometric) average one. Otherwise HP. There is no
     threshold to tune. Tokens of advantage 0 are in none of the four. A token keeps its quadrant through all updates.
     """
     low = old_logprobs < -old_entropy
@@ -162,7 +162,7 @@ def quadrants(old_logprobs: Tensor, old_entropy: Tensor, advantages: Tensor) -> 
 
 
 def entropy_velocity(weight: Tensor, logprobs: Tensor, entropy: Tensor, S: Tensor) -> Tensor:
-    """v = g h_a with h_a = S - p_a (log p_a + H): how fast the update moves the entropy of this token, and which way.
+    """v = g h_a with h_a = S - p_a (log p_a + H): the rate and sign at which the update changes this token's entropy.
 
     The step g d log p_a / dz in logit space changes H, to first order, by g h_a: exactly the product of the gradients
     dH/dz_k = -p_k (log p_k + H) and d log p_a / dz_k = [k = a] - p_k, summed over the vocabulary.
@@ -182,7 +182,7 @@ def token_sums(
 ) -> dict[str, Tensor]:
     """Sums over a micro-batch's response tokens, by metric name. All arguments [B, R]; `info` is policy_loss's.
 
-    Sums add up over micro-batches, updates and ranks (`add_sums`). `statistics.sums_to_metrics` makes means of them.
+    The sums can be added over micro-batches, updates and ranks (`add_sums`). `statistics.sums_to_metrics` makes means.
     """
     with torch.no_grad():
         values = {key: value[mask] for key, value in info.items()}  # [N] from here on

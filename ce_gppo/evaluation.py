@@ -1,4 +1,4 @@
-"""avg@k, pass@k and distinct@k of a policy on held-out problems, and what is checked before the first of them."""
+"""avg@k, pass@k and distinct@k of a policy on held-out problems, and checks before the first evaluation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +11,9 @@ from ce_gppo.types import Problem, Response, UserError
 
 
 def check_engine(engine, model, policy, problem: Problem, config, device: str) -> None:
-    """UserError where the engine and the trainer, with the same weights, give two short responses other logprobs.
+    """UserError if engine and trainer, with the same weights, give two short responses different logprobs.
 
-    Before anything is sampled for training: no update can be right then. As in every step, the engine has slept and got
+    Called before training: with such a model no update could be right. As in every step, the engine has slept and got
     the weights of `model` before it samples, and sleeps while the trainer computes. It ends awake. Collective.
     """
     engine.sleep()
@@ -26,9 +26,9 @@ def check_engine(engine, model, policy, problem: Problem, config, device: str) -
     mean = gap / sum(len(r.response_ids) for r in group)
     if not mean <= MAX_MISMATCH:
         raise UserError(
-            f"model '{config.model}': vLLM and the trainer give the tokens of a first response logprobs that differ by "
+            f"model '{config.model}': the logprobs of vLLM and the trainer for the first responses differ by "
             f"{mean:.3g} nats on average, more than {MAX_MISMATCH}: they may compute this architecture differently; "
-            "docs/models.md lists those that train"
+            "docs/models.md lists the families that train"
         )
     engine.wake(named_weights(model))  # it forgets the prompt: what follows is as it would be without this check
 
@@ -36,10 +36,10 @@ def check_engine(engine, model, policy, problem: Problem, config, device: str) -
 def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, **sampling) -> list[list[Response]]:
     """k responses to each problem, with their verdicts; an empty list once `stop` is true.
 
-    engine: a rollout.Engine. score: reward.score. sampling: what engine.generate takes.
+    engine: a rollout.Engine. score: reward.score. sampling: further arguments of engine.generate.
     """
     groups = engine.generate([problem.prompt_ids for problem in problems], k, **sampling)
-    if not all(groups):  # given up; `stop` may be true only on another rank of the engine
+    if not all(groups):  # stopped; `stop` may be true only on another rank of the engine
         return []
     responses = flatten(groups)
     each = [problem for problem in problems for _ in range(k)]
@@ -52,9 +52,9 @@ def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, **samp
 def evaluate_policy(
     engine, problems: list[Problem], config, score: Callable, log, meter, stop: Callable[[], bool], step: int
 ) -> None:
-    """Add eval/* of train.py's policy to the log's row of this step, if it is due and not there. Collective.
+    """Evaluate train.py's policy and log eval/* at this step, if that is due and not done yet. Collective.
 
-    Each engine samples its share of the problems. Once `stop` is true on any rank the evaluation is given up; the
+    Each engine samples its share of the problems. Once `stop` is true on any rank the evaluation is dropped, and the
     resumed run evaluates first.
     """
     due = step % config.eval_every == 0 or step == config.steps
@@ -85,7 +85,7 @@ def evaluate_policy(
 
 
 def warn(groups: list[list[Response]], problems: list[Problem]) -> None:
-    """Warn if over 90 % of the responses are cut or have no box, before hours are spent. Of this rank's share."""
+    """Warn if over 90 % of the responses are cut or have no box, before hours are spent. By this rank's responses."""
     responses = flatten(groups)
     truncated = sum(r.truncated for r in responses) / len(responses)
     boxes = [
@@ -98,7 +98,7 @@ def warn(groups: list[list[Response]], problems: list[Problem]) -> None:
     if truncated > 0.9:
         dist.say(
             f"{truncated:.0%} of the first evaluation's responses are cut at eval_response_tokens: raise it, or look "
-            "at samples.jsonl for responses that do not end, as of a base model or of a wrong end-of-sequence token",
+            "in samples.jsonl for responses that never end, because of a base model or a wrong end-of-sequence token",
             warning=True,
         )
     if unboxed > 0.9:
@@ -112,7 +112,7 @@ def warn(groups: list[list[Response]], problems: list[Problem]) -> None:
 def accuracy(sources: list[str], counts: list[tuple[int, int]], k: int) -> dict[str, float]:
     """avg@k, pass@k and distinct@k by source, from each problem's source and counts.
 
-    counts: of the k samples of a problem the right ones, and the right ones that differ from each other.
+    counts: for each problem, how many of its k samples are right, and how many different right ones there are.
     """
     metrics = {}
     for source in dict.fromkeys(sources):

@@ -38,7 +38,7 @@ class Policy(torch.nn.Module):
 
 
 def hidden_states(body: PreTrainedModel, batch: "Batch") -> Tensor:
-    """What a model's body, without its head, gives for packed tokens: [N, D], in the residual stream's precision."""
+    """Output of a model's body, without its head, for the packed tokens: [N, D], in the residual stream's precision."""
     assert body.config._attn_implementation == "packed"  # any other would attend across sequences
     ids, positions = batch.input_ids[None], batch.position_ids[None]
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
@@ -51,7 +51,7 @@ def compute_old_logprobs(
     policy: torch.nn.Module, responses: list[Response], temperature: float, max_tokens: int, device: str
 ) -> None:
     """Set old_logprobs and entropy, [R] each, of every response under the present weights. Collective."""
-    if device == "cpu":  # so many tokens' activations fit the CPU's cache: 1.6 times as fast as with 16,384 (measured)
+    if device == "cpu":  # the activations then fit the CPU's cache: 1.6 times as fast as with 16,384 (measured)
         max_tokens = min(max_tokens, 2048)
     for indices in even_passes(micro_batches(responses, max_tokens)):
         chosen = [responses[i] for i in indices]
@@ -78,7 +78,7 @@ def accumulate_gradients(
 ) -> tuple[list[float], dict[str, Tensor], float]:
     """Forward and backward over a mini-batch, of which `responses` are this rank's share, perhaps none. Collective.
 
-    batch_loss: (batch, logprobs [B, R], entropy [B, R]) -> (loss, info), as loss.policy_loss has them. The losses of
+    batch_loss: (batch, logprobs [B, R], entropy [B, R]) -> (loss, info), as of loss.policy_loss. The losses of the
     micro-batches add up to the mini-batch's. Returns (loss of each micro-batch, token_sums, share of padding).
     """
     losses, sums, places = [], [], 0
@@ -88,7 +88,7 @@ def accumulate_gradients(
         batch = collate(chosen, device)
         with dist.no_sync(policy) if index < len(passes) else contextlib.nullcontext():
             logprobs, entropy, S = policy(batch, temperature)  # [B, R] each
-            if chosen and chosen[0].entropy is None:  # not measured, as in the first update of a rollout
+            if chosen and chosen[0].entropy is None:  # not measured yet: the first update of a rollout
                 batch.old_entropy = entropy.detach()
             if chosen and chosen[0].old_logprobs is None:
                 set_old_logprobs(chosen, logprobs, entropy, batch.response_mask)
@@ -101,7 +101,7 @@ def accumulate_gradients(
         sums.append(token_sums(info, logprobs, entropy, S, *old, batch.advantages, batch.response_mask))
         follow(responses, chosen, batch, info, logprobs, entropy, S)
     tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in responses)
-    sums = {name: value.cpu() for name, value in add_sums(sums).items()}  # other ranks have another GPU
+    sums = {name: value.cpu() for name, value in add_sums(sums).items()}  # to be gathered over the ranks
     return losses, sums, 1 - tokens / places if places else 0.0
 
 
@@ -139,25 +139,25 @@ def micro_batches(responses: list[Response], max_tokens: int) -> list[list[int]]
 
 
 def even_passes(batches: list[list[int]]) -> list[list[int]]:
-    """The micro-batches, and empty ones up to the number that the rank with the most has. `collate` takes them."""
+    """The micro-batches, and empty ones (see `collate`) up to the number of the rank that has the most."""
     return batches + [[]] * (max(dist.all_gather(len(batches))) - len(batches))
 
 
 @dataclasses.dataclass
 class Packing:
-    """Where packed tokens are in their sequences. Only attention needs it; all other layers work token by token."""
+    """Which packed tokens form which sequence. Only attention needs it; all other layers work token by token."""
 
     order: Tensor  # [L]  packed indices of the sequences' tokens, one sequence after another, shared prompts repeated
-    places: Tensor  # [N]  the inverse: a place in `order` of each packed token
-    as_packed: bool  # both are 0, 1, 2, ...: nothing moves
-    starts: Tensor  # [B + 1]  int32, where the sequences start in `order`
+    places: Tensor  # [N]  the inverse: an index in `order` of each packed token
+    as_packed: bool  # both are 0, 1, 2, ..., so no token has to be moved
+    starts: Tensor  # [B + 1]  int32, the first index of each sequence in `order`, and the end
     longest: int  # tokens
     blocks: list[tuple[int, int]]  # on a CPU: `order` as padded blocks [b, t] of sequences of similar length
 
 
 @dataclasses.dataclass
 class Batch:
-    """Responses one after another, without padding. A prompt that neighbours share is there once."""
+    """Responses one after another, without padding. A prompt shared by neighbouring responses is there once."""
 
     input_ids: Tensor  # [N]
     position_ids: Tensor  # [N]
@@ -177,7 +177,7 @@ class Batch:
 def collate(responses: list[Response], device: str = "cpu") -> Batch:
     """Pack responses. The mask comes from lengths, never from token ids: padding may be the end-of-sequence token.
 
-    An empty list gives a batch that can be computed and has no response tokens, for a rank that has nothing to do.
+    An empty list gives a batch of one token and no response tokens, for a rank that has nothing to compute.
     """
     if not responses:
         batch = collate([Response([0], [0], torch.zeros(1), False, "")], device)
@@ -221,7 +221,7 @@ def collate(responses: list[Response], device: str = "cpu") -> Batch:
 
 
 def pack(sequences: list[list[int]], tokens: int, device: str) -> Packing:
-    """sequences: the packed indices of each sequence's tokens; `tokens` of them are distinct.
+    """sequences: the packed indices of each sequence's tokens. tokens: how many of these are distinct.
 
     On a GPU attention takes sequences of any length. On a CPU it takes blocks, which have some padding.
     """
@@ -243,7 +243,7 @@ def pack(sequences: list[list[int]], tokens: int, device: str) -> Packing:
 
 
 def similar_lengths(lengths: list[int], waste: float = 0.15) -> list[tuple[int, int]]:
-    """Ascending lengths -> blocks (sequences, longest) with at most this share of padding each."""
+    """Ascending lengths -> blocks (number of sequences, longest), each with at most this share of padding."""
     blocks, first, tokens = [], 0, 0
     for i, length in enumerate(lengths):
         if (i - first + 1) * length * (1 - waste) > tokens + length:
@@ -260,7 +260,7 @@ def similar_lengths(lengths: list[int], waste: float = 0.15) -> list[tuple[int, 
 def packed_attention(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packing: Packing, scaling=None, **options
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence, in the form transformers calls: [1, H, N, d] -> [1, N, H, d]."""
+    """Causal attention within each packed sequence, as transformers calls it: [1, H, N, d] -> [1, N, H, d]."""
     if refused := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise UserError(f"{type(module).__name__}: attention with {refused[0]} is not supported")
     window = options.get("sliding_window")
@@ -287,5 +287,5 @@ def packed_attention(
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] along the first dimension; as an embedding, whose backward is fast, and adds up in a fixed order."""
+    """x[index] along the first dimension, by F.embedding: its backward is fast, and adds up in a fixed order."""
     return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])

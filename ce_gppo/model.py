@@ -1,4 +1,4 @@
-"""The trained model: loading it, refusing what would train wrongly, and its weights by their checkpoint names."""
+"""The trained model: loading it, refusing models that would train wrongly, and its weights by checkpoint names."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ from ce_gppo.checkpoint import try_saving
 from ce_gppo.forward import Policy, collate, packed_attention
 from ce_gppo.types import Response, UserError, starting
 
-# Final transformations of the logits that some architectures apply (Gemma 2, Granite, Cohere) and ours does not.
+# Final transformations of the logits in some architectures (Gemma 2, Granite, Cohere). token_statistics has none.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
@@ -36,8 +36,8 @@ def load_model(
     gradient_checkpointing: keep only the input of each layer for backward, which computes the rest again.
     shard: as in dist.distribute. A model that will be sharded stays on the CPU; its shards move to the devices.
 
-    Only safetensors are read and no code of the folder is run. Raises UserError, in one sentence, for what is no model
-    or has a head that `token_statistics` would get wrong.
+    Only safetensors are read, and no code of the folder is run. Raises UserError for a folder that is not a model, and
+    for a head that `token_statistics` would compute wrongly.
     """
     starting(f"model '{path}' cannot be loaded")
     check_model(path)
@@ -50,12 +50,12 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
         if not model._supports_attention_backend:
             raise KeyError("packed")
-    except KeyError as error:  # as Falcon's class raises it
+    except KeyError as error:  # Falcon's class raises this
         if error.args != ("packed",):
             raise
         raise UserError(
             f"model '{path}': transformers cannot replace the attention of this architecture; docs/models.md lists "
-            "those that train"
+            "the families that train"
         ) from None
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
@@ -65,8 +65,8 @@ def load_model(
     check_names(model, path)
     check_packing(model, path)
     check_end(tokenizer, path)
-    for module in model.modules():  # vLLM's transformers backend changes the model's class, for this instance too;
-        module.do_not_compile = True  # this is how the class knows those that it must leave as they are
+    for module in model.modules():  # vLLM's transformers backend changes the model's class, which this model shares;
+        module.do_not_compile = True  # with this attribute the changed class leaves this model as it is
     model = model.to(device)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -83,10 +83,10 @@ def compile_layers(model: PreTrainedModel, **options) -> None:
     """Fuse the element-wise work of each decoder layer: its norms, rotary embedding, SwiGLU and sums. On a GPU only.
 
     In place, so that weights keep their names, and before FSDP2 wraps the layers. All layers and all lengths of
-    micro-batches share the same few graphs. Attention is a call between these: it takes sequences, not tokens.
+    micro-batches share the same few graphs. Attention is called between the graphs, because it needs the sequences.
     options: of torch.compile. TORCH_COMPILE_DISABLE=1 in the environment turns all compiling off.
     """
-    torch._dynamo.config.optimize_ddp = False  # or dynamo cuts each layer's graphs where DDP's buckets of gradients end
+    torch._dynamo.config.optimize_ddp = False  # otherwise dynamo splits the graphs at the ends of DDP's buckets
     for module in model.modules():
         if type(module).__name__ in (model._no_split_modules or []):
             module.compile(dynamic=True, **options)
@@ -98,9 +98,9 @@ def register_attention() -> None:
 
 
 def check_model(path: str) -> PretrainedConfig:
-    """Its configuration; UserError if `path` is no model folder (nor a hub name), or its logits are transformed."""
+    """The model's configuration. UserError if `path` is no model folder or hub name, or its logits are transformed."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"model '{path}': the folder has no config.json, so it is no Hugging Face model")
+        raise UserError(f"model '{path}': the folder has no config.json, so it is not a Hugging Face model")
     if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
         raise UserError(f"model '{path}': no such folder, and not a hub name like 'Qwen/Qwen2.5-1.5B'")
     try:
@@ -116,17 +116,17 @@ def check_model(path: str) -> PretrainedConfig:
 
 
 def context_of(path: str) -> int:
-    """Tokens that prompt and response may have together."""
+    """The largest number of tokens of prompt and response together."""
     return check_model(path).max_position_embeddings
 
 
 def check_names(model: PreTrainedModel, path: str) -> None:
-    """UserError where a weight has another name in the model's files than in the model, as fused experts have.
+    """UserError if a weight has different names in the model's files and in the model, as fused experts have.
 
-    vLLM takes weights over by their names in the files. transformers may leave out or add the body's prefix.
+    vLLM gets new weights by their names in the files. transformers may leave out or add the body's prefix.
     """
     stored = set()
-    for file in Path(path).glob("*.safetensors"):  # of a hub name nothing: its files are the same architecture's
+    for file in Path(path).glob("*.safetensors"):  # not checked for a hub name, which is no local folder
         with safe_open(file, "pt") as opened:
             stored.update(opened.keys())
     prefix = model.base_model_prefix + "."
@@ -135,14 +135,14 @@ def check_names(model: PreTrainedModel, path: str) -> None:
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if stored and missing and not (tied and len(missing) == 1):
         raise UserError(
-            f"model '{path}': {len(missing)} of its weights, such as {missing[0]}, are not in its files by these "
-            "names, so the engine could not take them over; a dense model trains"
+            f"model '{path}': {len(missing)} of its weights, such as {missing[0]}, have other names in its files, so "
+            "they could not be sent to vLLM; a dense model trains"
         )
 
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, path: str) -> None:
-    """UserError where two sequences in one pass change each other's logprobs: layers other than attention mix them."""
+    """UserError if two sequences in one pass change each other's logprobs: layers other than attention mix them."""
     ids = [list(range(1, 8)), list(range(3, 8))]
     responses = [Response(i[:2], i[2:], torch.zeros(len(i) - 2), False, "") for i in ids]
     policy = Policy(model)
@@ -153,20 +153,20 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
         if "packing" not in str(error):
             raise
         raise UserError(
-            f"model '{path}': a {type(model).__name__} does not hand on to its attention where sequences begin; "
-            "docs/models.md lists those that train"
+            f"model '{path}': a {type(model).__name__} does not pass the starts of sequences on to its attention; "
+            "docs/models.md lists the families that train"
         ) from None
     alone = torch.cat([policy(collate([response]), 1.0)[0][0] for response in responses])
     if not alone.std() > 0:  # NaN, or the same everywhere
         raise UserError(
             f"model '{path}': its logprobs are {alone[0].item():.3g} for every token, so its weights are damaged, or "
-            "stored in a way that config.json does not tell"
+            "stored in a format that config.json does not mention"
         )
     difference = (together - alone).abs().max().item()
     if not difference < 1e-4 * alone.std():  # rounding gives 1e-5 at most, a convolution 1e-3 and more
         raise UserError(
             f"model '{path}': the logprobs of a {type(model).__name__} change by {difference:.2g} nats when two "
-            "sequences share a pass; only models whose tokens meet in attention and nowhere else can be trained"
+            "sequences share a pass; only models that mix tokens in attention and nowhere else can be trained"
         )
 
 
@@ -175,7 +175,7 @@ def stop_token_ids(model: str, tokenizer) -> list[int]:
     named = [tokenizer.eos_token_id, AutoConfig.from_pretrained(model, trust_remote_code=False).eos_token_id]
     try:
         named.append(GenerationConfig.from_pretrained(model).eos_token_id)
-    except OSError as error:  # a model need not have one, but one that cannot be read may name another end
+    except OSError as error:  # a missing file is fine, but an unreadable one may name another end token
         if (Path(model) / "generation_config.json").exists():
             raise UserError(f"model '{model}': generation_config.json cannot be read: {error}") from None
     ids: set[int] = set()
@@ -185,9 +185,9 @@ def stop_token_ids(model: str, tokenizer) -> list[int]:
 
 
 def check_end(tokenizer, path: str) -> None:
-    """Warn where the chat template ends an answer with a token that ends no response: all of them would be cut.
+    """Warn if the chat template ends an answer with a token that is no end-of-sequence token.
 
-    UserError for an end-of-sequence token that the model does not have.
+    Responses would then run to the length limit. UserError for an end-of-sequence token beyond the vocabulary.
     """
     vocabulary = check_model(path).vocab_size
     if beyond := [i for i in stop_token_ids(path, tokenizer) if not 0 <= i < vocabulary]:
@@ -199,7 +199,7 @@ def check_end(tokenizer, path: str) -> None:
     try:
         turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # no template, or one that refuses these turns; the problems will show it
+    except Exception:  # no template, or one that refuses these turns; load_problems reports it
         return
     end = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
     if end and not set(end) & set(stop_token_ids(path, tokenizer)):
@@ -212,7 +212,7 @@ def check_end(tokenizer, path: str) -> None:
 
 
 def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Weights, and buffers that checkpoints have, by their names there; each once, one at a time, and whole."""
+    """(name in a checkpoint, tensor) of each weight and of each buffer that checkpoints have; shards are gathered."""
     saved = model.state_dict(keep_vars=True).keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
     for name, tensor in [*model.named_parameters(), *buffers]:

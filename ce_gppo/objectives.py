@@ -67,9 +67,9 @@ def cispo(x, o) -> Tensor:
 
 
 def reinforce(x, o) -> Tensor:
-    """REINFORCE, as RLOO has it (arXiv 2402.14740): - A log pi, without a ratio and a clip.
+    """REINFORCE, as in RLOO (arXiv 2402.14740): - A log pi, without ratio or clip.
 
-    From the second update of a rollout on the samples are another policy's, and nothing corrects for it.
+    From the second update of a rollout on, the samples are those of an older policy, and nothing corrects for that.
     """
     return -x.advantages * x.logprobs
 
@@ -132,7 +132,7 @@ def covariance_in_bounds(old_logprobs: Tensor, old_entropy: Tensor, advantages: 
 def kl_cov(x, o) -> Tensor:
     """KL-Cov, arXiv 2505.22617: - delta A, and + |log delta| for the tokens of the highest covariance.
 
-    There is no clip. The distance is the one of the authors' code, with its coefficient of 1.
+    There is no clip. The distance |log delta| and its coefficient of 1 are those of the authors' code.
     """
     return -x.ratio * x.unit * x.advantages + (x.logprobs - x.old_logprobs).abs() * x.chosen
 

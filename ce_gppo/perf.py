@@ -1,4 +1,4 @@
-"""How fast it runs: seconds of a step's parts, tokens per second, MFU, memory."""
+"""Performance: seconds of a step's parts, tokens per second, MFU, memory."""
 
 import resource
 import time
@@ -32,7 +32,7 @@ class Meter:
         self.seconds[f"time/{part}"] = self.seconds.get(f"time/{part}", 0.0) + self._now() - start
 
     def take(self, groups: list[list[Response]], mini_batches: list[list[Response]]) -> dict[str, float]:
-        """time/* and perf/* of the step: of all that happened since the last `take`."""
+        """time/* and perf/* of the step, that is since the last `take`."""
         now = self._now()
         taken = self.seconds | {"time/step": now - self.start}
         self.seconds, self.start = {}, now
@@ -59,8 +59,8 @@ def flops(model: PreTrainedModel, prompt_and_response: int, response: int, squar
 
 
 def work_of(mini_batches: list[list[Response]]) -> tuple[int, int, int, int]:
-    """What updates on these responses have to compute: (tokens of prompts and responses, the same with the prompt of a
-    group counted once, tokens of responses, sum of squared lengths)."""
+    """The work of updates on these responses: (tokens of prompts and responses, the same with each group's prompt
+    counted once, tokens of responses, sum of squared lengths)."""
     responses = [response for mini_batch in mini_batches for response in mini_batch]
     pairs = [(len(r.prompt_ids), len(r.response_ids)) for r in responses]
     prompts = sum(
@@ -75,8 +75,8 @@ def speed(
 ) -> dict[str, float]:
     """perf/* of a step, from its time/* in `seconds`. rate: `matrix_rate` of one device.
 
-    Update tokens are those of prompts and responses, not padding. mfu counts only work that cannot be avoided: a shared
-    prompt once, no recomputation.
+    Update tokens are those of prompts and responses, without padding. mfu counts only necessary work: a shared prompt
+    once, and no recomputation.
     """
     sampled_tokens = sum(len(r.response_ids) for group in groups for r in group)
     metrics = {
@@ -93,7 +93,7 @@ def speed(
 
 
 def matrix_rate(device: str) -> float:
-    """Floating-point operations a second of one large matrix product, measured: what MFU is a share of."""
+    """Measured floating-point operations per second of one large matrix product; MFU is relative to it."""
     size, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
     a = torch.randn(size, size, dtype=dtype, device=device)
     best = float("inf")
@@ -107,7 +107,7 @@ def matrix_rate(device: str) -> float:
 
 
 def peak_memory_gib(device: str) -> float:
-    """Of this process: resident on a CPU; on a GPU what torch has allocated, without vLLM.
+    """Peak memory of this process: resident on a CPU; allocated by torch on a GPU, without vLLM's.
 
     vLLM's weights, cache and graphs are in pools of their own, all of one size since the start. torch counts them also
     while vLLM sleeps and the memory is the trainer's.

@@ -1,4 +1,4 @@
-"""Problems from JSONL files, as token ids for the engine, and which of them each batch takes."""
+"""Problems from JSONL files, as token ids for the engine, and the problems of each batch."""
 
 import datetime
 import hashlib
@@ -13,13 +13,13 @@ from ce_gppo import dist
 from ce_gppo.types import Problem, UserError, starting
 from ce_gppo.verifier.sources import assign
 
-# Some chat templates print the date. A run that goes on tomorrow must have the same prompts, so each day is this one,
-# which Llama 3.2's template names where it is not told the date.
+# Some chat templates print the date. A run that is resumed tomorrow must have the same prompts, so the date is always
+# this one, the default of Llama 3.2's template.
 TODAY = datetime.date(2024, 7, 26)
 
 
 def check_file(path: str) -> None:
-    """UserError if there is no file of problems at `path`, with the script that makes it."""
+    """UserError if there is no file at `path`. It names the script that makes the file."""
     if not Path(path).is_file():
         script = Path(path).parent / "prepare.py"
         how = "a JSONL file of problems is needed (data/*/prepare.py make them)"
@@ -74,30 +74,30 @@ def _problem_with(row) -> str | None:
     if not row["answer"].strip():
         return "'answer' is empty: no response could ever be right"
     if not row["source"].strip() or not row["source"].isprintable():
-        return f"'source' is {json.dumps(row['source'])[:40]}; it names metrics, so a printable name is needed"
+        return f"'source' is {json.dumps(row['source'])[:40]}; metrics get this name, so it must be printable"
     if not isinstance(row["prompt"], list) or not row["prompt"]:
-        return "'prompt' is no list of messages {role, content}"
+        return "'prompt' is not a list of messages {role, content}"
     for message in row["prompt"]:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             return "a message of 'prompt' lacks a string for 'role' or 'content'"
     texts = [row["answer"], *(message[key] for message in row["prompt"] for key in ("role", "content"))]
     if any("\ud800" <= character <= "\udfff" for character in "".join(texts)):
-        return "it has half of a surrogate pair, which is no text"
+        return "it has half of a surrogate pair, which is not valid text"
     if not row["prompt"][-1]["content"].strip():
         return "the last message of 'prompt' is empty, so there is no problem in it"
     if row["prompt"][-1]["role"] == "assistant":
-        return "the last message of 'prompt' is the assistant's; the policy writes that one"
+        return "the last message of 'prompt' is the assistant's; it must be another role's, as the policy answers it"
     return None
 
 
 def load_problems(
     path: str, tokenizer, max_prompt_tokens: int, system_prompt: str = "", prompt_suffix: str = ""
 ) -> tuple[list[Problem], int]:
-    """The problems, and how many were dropped because their prompt is longer than max_prompt_tokens.
+    """(problems, number of those dropped because their prompt is longer than max_prompt_tokens).
 
-    path may name several files, with commas between them.
-    system_prompt takes the place of a row's own system message; prompt_suffix is one more line of the last message.
-    Empty, as in the authors' runs, they leave the rows as they are.
+    path: one file, or several with commas between them.
+    system_prompt replaces a row's own system message; prompt_suffix adds a line to the last message. If they are empty,
+    as in the authors' runs, the rows are used as they are.
     """
     rows = [row for file in path.split(",") for row in load_rows(file)]
     if tokenizer.chat_template is None:
@@ -114,12 +114,12 @@ def load_problems(
             prompt = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, strftime_now=TODAY.strftime
             )
-        except Exception as error:  # templates are programs; they raise what they like
+        except Exception as error:  # templates are programs, and can raise any error
             raise UserError(f"{path}, problem {number}: the chat template refuses it: {error}") from None
         # The template writes its own beginning-of-sequence token; the tokenizer must not add a second one.
         ids = tokenizer.encode(prompt, add_special_tokens=False)
         if not ids:
-            raise UserError(f"{path}, problem {number}: its prompt has no tokens; the tokenizer's files are not whole")
+            raise UserError(f"{path}, problem {number}: its prompt has no tokens; the tokenizer's files are damaged")
         if len(ids) <= max_prompt_tokens:
             problems.append(Problem(prompt, ids, row["answer"], row["source"], question))
     if len({problem.prompt for problem in problems}) == 1 < len({problem.question for problem in problems}):
@@ -132,9 +132,9 @@ def load_problems(
 def load_sets(
     config, tokenizer, model_config, verifiers: dict[str, Callable]
 ) -> tuple[list[Problem], list[Problem], str]:
-    """(training problems, held-out problems, their numbers and verifiers in words) for train.py's settings.
+    """(training problems, held-out problems, a text with their numbers and verifiers) for train.py's settings.
 
-    model_config: of transformers. verifiers: reward.VERIFIERS. UserError where prompts and responses do not fit the
+    model_config: of transformers. verifiers: reward.VERIFIERS. UserError if prompts and responses do not fit into the
     model's context or its vocabulary, or its tokenizer hides </think>.
     """
     starting(f"problems of {config.train_data} and {config.eval_data} cannot be read")
@@ -170,28 +170,28 @@ def check_vocabulary(problems: list[Problem], size: int) -> None:
 
 
 def check_thinking(tokenizer) -> None:
-    """UserError if a response's text would not show where thinking ends: then every answer would score 0."""
+    """UserError if the text of a response would not have </think>: every answer would then score 0."""
     ids = tokenizer.encode("</think>", add_special_tokens=False)
     if "</think>" not in tokenizer.decode(ids, skip_special_tokens=True):
         raise UserError("thinking: the tokenizer drops </think> as a special token, so no answer could follow it")
 
 
 FILTERS = ("off", "on", "refill")
-REFILL_BATCHES = 3  # of prompts in a step, at most
+REFILL_BATCHES = 3  # batches of prompts in a step, at most
 
 
 def max_batches(config) -> int:
-    """Batches of prompts that a step may sample: more than one only with filter_groups = refill."""
+    """The most batches of prompts that a step samples: more than one only with filter_groups = refill."""
     return REFILL_BATCHES if config.filter_groups == "refill" else 1
 
 
 def updates_of_step(config) -> int:
-    """At most so many: fewer where fewer groups have a signal."""
+    """The most updates of a step. There are fewer if fewer groups have a signal."""
     return config.max_kept_prompts // config.mini_batch_prompts * config.epochs
 
 
 def problems_of_batch(problems: list[Problem], batch: int, count: int, seed: int) -> list[Problem]:
-    """The `count` problems of a run's batch, from 1: a new order every epoch, as a function of seed and batch only."""
+    """The `count` problems of a batch (from 1), a function of seed and batch only. Each epoch has a new order."""
     chosen, order, epoch = [], None, None
     for position in range((batch - 1) * count, batch * count):
         if position // len(problems) != epoch:
@@ -203,6 +203,6 @@ def problems_of_batch(problems: list[Problem], batch: int, count: int, seed: int
 
 
 def seed_of_step(seed: int, step: int, engine: int = 0) -> int:
-    """A seed for this step and engine, in 32 bits: a resumed run samples what the uninterrupted one would have."""
+    """A 32-bit seed for this step and engine, so that a resumed run samples the same as an uninterrupted one."""
     text = f"{seed} {step}" + (f" {engine}" if engine else "")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")

@@ -1,6 +1,6 @@
 """GRPO's frozen reference policy: the model that the run began with, for the KL term of kl_coef.
 
-It takes 4 bytes a parameter on each device (with shard: over all devices), and nothing where kl_coef is 0.
+It takes 4 bytes a parameter on each device (with shard: over all devices). With kl_coef 0 it is not loaded.
 """
 
 import torch
@@ -13,7 +13,7 @@ from ce_gppo.types import Response
 
 
 def load_reference(config, device: str) -> torch.nn.Module | None:
-    """The policy of config.model, also in a resumed run; None without a kl_coef. Collective."""
+    """The policy of config.model, also in a resumed run. None if kl_coef is 0. Collective."""
     if not config.kl_coef:
         return None
     model, _ = load_model(config.model, device, shard=config.shard)
@@ -26,7 +26,7 @@ def load_reference(config, device: str) -> torch.nn.Module | None:
 def set_reference_logprobs(
     reference: torch.nn.Module | None, mini_batches: list[list[Response]], config, meter: Meter
 ) -> None:
-    """Set ref_logprobs, [R], of all responses that this rank trains on, by the head that the policy has. Collective."""
+    """Set ref_logprobs, [R], of all responses that this rank trains on. Collective."""
     if reference is None:
         return
     with meter("old_logprobs"):

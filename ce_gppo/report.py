@@ -1,4 +1,4 @@
-"""What a run writes: metrics, samples and tokens as JSONL, W&B, a bar or lines on a terminal, the table at the end."""
+"""The output of a run: metrics, samples and tokens as JSONL, W&B, a progress bar or lines, the table at the end."""
 
 import contextlib
 import json
@@ -23,17 +23,17 @@ LOGGED_SAMPLES = 4  # responses per step in samples.jsonl and in W&B
 
 
 class Report:
-    """One run's folder and its W&B run. `log` is called once per step; all is on the disk when it returns."""
+    """The files of a run and its W&B run. `log` is called once per step; when it returns, all is on the disk."""
 
     def __init__(self, folder: Path, config, step: int, wandb_id: str, tokenizer=None):
-        """step: the last one that is kept, 0 for a new run. wandb_id: of the run's parts in W&B, which are one run.
+        """step: the last one that is kept, 0 for a new run. wandb_id: one id for all parts of a resumed run in W&B.
 
         tokenizer: for the texts in tokens.jsonl.
         """
         starting(f"the files in {folder} cannot be written")
         self.folder, self.config = folder, config
         self.path = folder / "metrics.jsonl"
-        # Steps after the checkpoint will be done again; without one, the evaluation before the first step too.
+        # Steps after the checkpoint will be done again. Without a checkpoint so will the evaluation before step 1.
         self.history = drop_later_steps(self.path, step or -1)
         drop_later_steps(folder / "samples.jsonl", step or -1)
         drop_later_steps(folder / "tokens.jsonl", step or -1)
@@ -41,14 +41,14 @@ class Report:
         self.samples = (folder / "samples.jsonl").open("a")
         self.tokens = (folder / "tokens.jsonl").open("a")
         self.tokenizer = tokenizer
-        self.incomplete = False  # a write has failed: perhaps the disk is full
+        self.incomplete = False  # True if a write failed, or if the last line is out of date
         self.wandb = start_wandb(folder, config, wandb_id)
         # A bar on a terminal, plain lines in a file.
         self.bar = tqdm(total=config.steps, initial=step, unit="step") if sys.stderr.isatty() else None
         starting("")
 
     def log_step(self, step: int, metrics: dict, groups, mini_batches, problems, extract: Callable) -> None:
-        """Add a step of training, with samples, histograms, and its tokens where they are due. See sample_rows."""
+        """Add a step of training, with samples and histograms, and at some steps with tokens. See sample_rows."""
         samples = sample_rows(groups, problems, extract)
         tokens = []
         if step == 1 or step % self.config.eval_every == 0 or step == self.config.steps:
@@ -58,14 +58,14 @@ class Report:
     def log(
         self, step: int, metrics: dict, samples=(), histograms: dict[str, torch.Tensor] | None = None, tokens=()
     ) -> None:
-        """Add a step, or metrics to the step that is the last one so far.
+        """Add a step, or add metrics to the last step.
 
-        What has no finite value, as the loss of a skipped update, is left out: JSON has no NaN.
+        Metrics that are not finite, such as the loss of a skipped update, are left out: JSON has no NaN.
         """
         row = {"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}}
         if self.history and self.history[-1]["step"] == step:
             self.history[-1] |= row
-            self.incomplete = True  # the line on the disk is not what it should be
+            self.incomplete = True  # the last line on the disk is out of date
         else:
             self.history.append(row)
         self._write(row, samples, tokens)
@@ -73,13 +73,13 @@ class Report:
         if self.wandb:
             try:
                 self._log_wandb(row, samples, histograms)
-            except Exception as error:  # whatever it is, it must not end the run
+            except Exception as error:  # no error of W&B may end the run
                 dist.say(f"W&B has failed and is off now ({error}); {self.path} goes on", warning=True)
                 self.wandb = None
 
     def _write(self, row: dict, samples: list[dict], tokens: list[dict]) -> None:
         try:
-            if self.incomplete:  # all of it again, in a new file
+            if self.incomplete:  # write all rows again, to a new file
                 aside = self.path.with_suffix(".partial")
                 aside.write_text("".join(json.dumps(row) + "\n" for row in self.history))
                 aside.replace(self.path)
@@ -130,13 +130,13 @@ class Report:
         try:
             self.bar.update(row["step"] - self.bar.n)
             self.bar.set_postfix(text)
-        except OSError:  # the terminal is gone
+        except OSError:  # the terminal was closed
             self.bar = None
 
     def close(self, checkpoints: list[Path]) -> None:
-        """The table at the end: what changed, how fast, where the time went, where things are. Then the advice."""
+        """Print the table at the end (accuracy, entropy, speed, time, files), then the advice. Close the files."""
         if self.bar is not None:
-            with contextlib.suppress(OSError):  # the terminal is gone
+            with contextlib.suppress(OSError):  # the terminal was closed
                 self.bar.close()
         rows = []
         for name in self.accuracy_names():
@@ -160,19 +160,19 @@ class Report:
         if self.wandb:
             try:
                 rows.append(finish_wandb(self.wandb))
-            except Exception as error:  # all else is on the disk
+            except Exception as error:  # everything else is on the disk already
                 dist.say(f"W&B has failed at the end ({error})", warning=True)
         width = max(len(name) for name, _ in rows)
         dist.say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
         if sentences := advice(self.history, self.config):
             dist.say("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
         for file in (self.file, self.samples, self.tokens):
-            with contextlib.suppress(OSError):  # a full disk, of which there was a warning
+            with contextlib.suppress(OSError):  # a full disk, reported before
                 file.close()
 
 
 def strict_json(value) -> str:
-    """JSON with null for what is not finite, as in a token's row when the policy has become NaN: JSON has no NaN."""
+    """JSON with null for numbers that are not finite, as in the row of a token with NaN logprobs: JSON has no NaN."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
@@ -198,7 +198,7 @@ def drop_later_steps(path: Path, last_step: int) -> list[dict]:
 
 
 def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: str, step: int) -> str:
-    """The derived sizes, to be read before the first step."""
+    """The text printed before the first step: the run's folder and the sizes that follow from the settings."""
     parameters = sum(p.numel() for p in model.parameters())
     responses = config.prompts_per_step * config.responses_per_prompt
     critic = f", and a critic with learning rate {config.critic_lr:g}" if config.critic_lr else ""
@@ -221,7 +221,7 @@ def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: st
 
 
 def probability_histograms(responses: list[Response]) -> dict[str, torch.Tensor]:
-    """Probabilities of the sampled tokens under the rollout weights, by quadrant, of the responses that have them."""
+    """Probabilities of the sampled tokens under the rollout weights, by quadrant, of responses with old logprobs."""
     responses = [r for r in responses if r.entropy is not None]
     if not responses:
         return {}
@@ -235,7 +235,7 @@ def probability_histograms(responses: list[Response]) -> dict[str, torch.Tensor]
 def sample_rows(
     groups: list[list[Response]], problems: list[Problem], extract: Callable[[str, str], str | None]
 ) -> list[dict]:
-    """The first response to each of the first problems, to be read by people. extract: reward.extract_answer."""
+    """Rows of samples.jsonl: the first response to each of the first problems. extract: reward.extract_answer."""
     return [
         {
             "prompt": problem.prompt,

@@ -1,4 +1,4 @@
-"""The folder of a run: a new one, or one to go on with; and requests to stop."""
+"""The folder of a run, new or resumed, and requests to stop."""
 
 import atexit
 import contextlib
@@ -25,17 +25,17 @@ from ce_gppo.types import Response, RunEnded, Update, UserError, starting
 from ce_gppo.verifier import sources as rewards
 
 ROOT = Path(__file__).parents[1]
-COPIES = re.compile(r"source(-from-step-\d{6,})?")  # a folder with another name is its user's
-WHOLE = 2**28  # bytes: a quarter of a second
+COPIES = re.compile(r"source(-from-step-\d{6,})?")  # folders with other names belong to the user
+WHOLE = 2**28  # bytes of a file that is hashed whole: a quarter of a second
 MAX_SKIPPED_UPDATES = 5  # in a row, before the run ends
 MAX_NO_SIGNAL = 20  # rollouts in a row in which every group has equal rewards, before the run ends
 
 
 def locate(config, resume: str) -> tuple[Path, Path | None]:
-    """(folder, newest checkpoint or None) of the run to start: new, resumed, or interrupted. Makes nothing yet.
+    """(folder, newest checkpoint or None) of the run to start: new, resumed, or interrupted. Creates no file yet.
 
-    UserError where the folder belongs to another run, or where code, data or base model are not those it began with and
-    nobody said that it should go on all the same.
+    UserError if the folder belongs to another run. UserError if code, data or base model have changed since an
+    interrupted run began, unless `resume` names it.
     """
     starting(f"the runs in {config.out} cannot be read")
     folder = Path(resume) if resume else interrupted(config) or new_folder(config)
@@ -48,8 +48,8 @@ def locate(config, resume: str) -> tuple[Path, Path | None]:
         if changed := ", ".join(changes(folder, config)):
             if not resume:
                 raise UserError(
-                    f"{folder} was interrupted and would go on, but these have changed since: {changed}. Go on all the "
-                    f"same with --resume {shlex.quote(str(folder))}, or begin a new run with --run-name NAME"
+                    f"{folder} was interrupted and would be resumed, but these have changed since: {changed}. Resume "
+                    f"it anyway with --resume {shlex.quote(str(folder))}, or begin a new run with --run-name NAME"
                 )
             dist.say(f"changed since the run began: {changed}", warning=True)
         after = f"after {last.name}" if last else "from its start, as there is no checkpoint yet"
@@ -67,9 +67,9 @@ def interrupted(config) -> Path | None:
         finished = (path.parent / f"checkpoint-{config.steps:06d}").exists()
         try:
             same = comparable(json.loads(path.read_text())["config"]) == wanted
-        except (OSError, ValueError, KeyError, TypeError):  # not a run's, or nobody may read it
+        except (OSError, ValueError, KeyError, TypeError):  # not the file of a run, or not readable
             continue
-        with contextlib.suppress(OSError):  # somebody else's folder
+        with contextlib.suppress(OSError):  # a folder of another user, which cannot be locked
             if same and not finished and lock(path.parent, keep=False):
                 return path.parent
     return None
@@ -81,18 +81,18 @@ def comparable(config: dict) -> dict:
 
 
 def changes(folder: Path, config) -> list[str]:
-    """Files that are not what they were when this process's run began or went on: sources, data, base model."""
+    """Sources, data and files of the base model that have changed since the run in `folder` began (or was resumed)."""
     copied = newest_sources(folder)
     before = {path.relative_to(copied): path.read_bytes() for path in copied.rglob("*.py")} if copied else {}
     now = {path.relative_to(ROOT): path.read_bytes() for path in sources()}
     changed = [str(path) for path in sorted(before | now) if before and before.get(path) != now.get(path)]
     recorded = json.loads((folder / "config.json").read_text()).get("inputs", {})
-    current = fingerprints(config)  # a base model that is gone does no harm: the checkpoint has the weights
+    current = fingerprints(config)  # a deleted base model is no change: the checkpoint has the weights
     return changed + [path for path, mark in recorded.items() if current.get(path, mark) != mark]
 
 
 def fingerprints(config) -> dict[str, str]:
-    """A checksum for each file of data, verifiers and base model; of WHOLE bytes or more only of size and both ends."""
+    """A checksum for each file of data, verifiers and base model; of large files (WHOLE) only of size and both ends."""
     paths = [Path(path) for path in f"{config.train_data},{config.eval_data}".split(",")]
     paths += [path for path in rewards.files(config.rewards) if path.resolve() not in sources()]
     if Path(config.model).is_dir():
@@ -138,10 +138,10 @@ def new_folder(config) -> Path:
 
 
 def claim(folder: Path, config, recipe: str, step: int) -> None:
-    """Make the folder and lock it until this process ends. A new run's gets the settings and the sources.
+    """Make the folder and lock it until this process ends. In a new run, write the settings and a copy of the sources.
 
-    It is removed again if the process ends before the run begins, as where its model cannot be trained. One that goes
-    on after `step` with other sources gets those, too, in a folder of their own.
+    A new folder is removed again if the process ends before the run begins, for example because its model cannot be
+    trained. A run that is resumed after `step` with changed sources gets a copy of these in another folder.
 
     UserError if another process trains there, or if the folder cannot be made.
     """
@@ -161,12 +161,12 @@ def claim(folder: Path, config, recipe: str, step: int) -> None:
 
 
 def withdraw(folder: Path) -> None:
-    """Remove what `claim` made for a new run that has not begun: the same command would take it for interrupted."""
+    """Remove the files that `claim` made, if the run has not begun. It would otherwise count as interrupted."""
     if not (folder / "metrics.jsonl").exists():
         shutil.rmtree(folder / "source", ignore_errors=True)
         for name in ("config.json", ".lock"):
             (folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something else is there
+        with contextlib.suppress(OSError):  # the folder has other files
             folder.rmdir()
 
 
@@ -194,7 +194,7 @@ _locks = []  # open as long as the process lives
 
 
 def lock(folder: Path, keep: bool = True) -> bool:
-    """Whether no other process is training in this folder. From now on this one is, if `keep`."""
+    """True if no other process is training in this folder. With `keep` the lock is held until this process ends."""
     file = (folder / ".lock").open("w")
     if not lock_file(file):
         return False
@@ -217,7 +217,7 @@ def lock_file(file: typing.IO) -> bool:
 class StopRequest:
     """Ctrl-C, SIGTERM or a closed terminal: the current rollout is lost, updates finish, and the run is saved.
 
-    Calling it tells whether there was a request. A second one ends the program at once. What the shell had the process
+    Calling it returns True after a request. A second one ends the program at once. What the shell had the process
     ignore, as nohup does with a closed terminal, stays ignored.
     """
 
@@ -240,7 +240,7 @@ class StopRequest:
 def watch_skipped(
     folder: Path, state: checkpoint.State, index: int, responses: list[Response], update: Update, lr: float
 ) -> None:
-    """Keep this rank's part of an update that was skipped, to be looked at with torch.load(..., weights_only=True).
+    """Save this rank's inputs of a skipped update. torch.load(..., weights_only=True) reads them.
 
     RunEnded after MAX_SKIPPED_UPDATES in a row.
     """
@@ -261,10 +261,10 @@ def watch_skipped(
 
 
 def check_signal(state: checkpoint.State, saver: checkpoint.Saver) -> None:
-    """RunEnded after MAX_NO_SIGNAL rollouts from which nothing could be learned, once the checkpoint is written."""
+    """After MAX_NO_SIGNAL rollouts in a row without a signal: finish the checkpoint, then raise RunEnded."""
     if state.no_signal >= MAX_NO_SIGNAL:
         saver.finish(state)
         raise RunEnded(
             f"{state.no_signal} rollouts in a row had no group with unequal rewards; use easier or harder "
-            "problems, or look at samples.jsonl for right answers that the verifier does not find"
+            "problems, or look in samples.jsonl for right answers that score 0"
         )

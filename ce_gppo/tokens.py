@@ -1,8 +1,7 @@
-"""What an update did to every token of a few responses, for tools/view.py.
+"""The effect of updates on every token of a few responses, for tools/view.py.
 
-Of every mini-batch two responses are followed, one right and one wrong: with several processes, of each one's share.
-Some of those that the first process followed are rows of a run's tokens.jsonl, at the first step and when evaluations
-are due.
+In every mini-batch two responses are followed, one right and one wrong; each process follows two of its share. At the
+first step and when evaluations are due, some of those of the first process become rows of the run's tokens.jsonl.
 """
 
 import torch
@@ -11,18 +10,18 @@ from torch import Tensor
 from ce_gppo.entropy import entropy_velocity
 from ce_gppo.types import Response
 
-MAX_UPDATES = 4  # of a step, that have rows: the first, the last, and some between
-MAX_TOKENS = 2000  # of a response; a longer one loses its middle
+MAX_UPDATES = 4  # updates of a step that have rows: the first, the last, and some between
+MAX_TOKENS = 2000  # tokens of a response in a row; the middle of a longer one is left out
 
 
 @torch.no_grad()
 def follow(
     responses: list[Response], chosen: list[Response], batch, info: dict, logprobs: Tensor, entropy: Tensor, S: Tensor
 ) -> None:
-    """Set `changes` of the first right and the first wrong one of a mini-batch's `responses`.
+    """Set `changes` of the first right and the first wrong one of a mini-batch's `responses`, if they are in `chosen`.
 
-    chosen: the micro-batch, in which each of them may be or not. batch, info: its forward.Batch, and what policy_loss
-    says of it. logprobs, entropy, S: [B, R], those of the update. `changes` has [R] tensors by name, see `row`.
+    chosen: the micro-batch. batch, info: its forward.Batch, and the info of loss.policy_loss. logprobs, entropy, S:
+    [B, R], those of the update. `changes` has [R] tensors by name, see `row`.
     """
     for right in (True, False):
         first = next((r for r in responses if (r.verdict > 0) == right), None)
@@ -57,12 +56,12 @@ def token_rows(groups, mini_batches, problems, tokenizer) -> list[dict]:
 
 
 def row(response: Response, problem, tokenizer) -> dict:
-    """One response. The lists have one number for each token that is kept, None for what is not finite:
+    """One response. The lists have a number for each token that is kept, or None if that is not finite:
 
     old_logprobs, entropy    under the weights that sampled it, with old_logprobs = sampler those of the update; nats
     advantage, ratio         of the token; ratio: pi / pi_old in this update
     clipped                  -1 below the clip interval with A < 0, 1 above it with A > 0, 0 elsewhere
-    weight, velocity         the gradient weight, and how fast it raises (or lowers, below 0) the token's entropy
+    weight, velocity         the gradient weight, and how much it raises (above 0) or lowers the token's entropy
     """
     length = len(response.response_ids)
     kept = torch.arange(length)
@@ -82,15 +81,15 @@ def row(response: Response, problem, tokenizer) -> dict:
 
 
 def shorten(x: float) -> float | None:
-    """Five significant digits; None for what JSON has no number for."""
+    """Five significant digits; None if x is not finite."""
     return float(f"{x:.5g}") if abs(x) < float("inf") else None
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token, special tokens included; together, the text of all. [R] -> R strings.
+    """The text of each token, special tokens included. They join to the whole text. [R] -> R strings.
 
-    Tokens that are only a part of a character have an empty text, except for the last one, which has the character.
-    Ids beyond the tokenizer's vocabulary (padded embeddings have them) have an empty text, too.
+    If several tokens form one character, the last one has it, and the others are empty. Ids beyond the tokenizer's
+    vocabulary (padded embeddings have them) are empty as well.
     """
 
     def decode(some: list[int]) -> str:
@@ -98,7 +97,7 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
         return tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     texts: list[str] = []
-    before, pending = [], []  # the token before, as some tokenizers drop a space that begins a text
+    before, pending = [], []  # decoded after the token before, as some tokenizers drop a space at the start of a text
     for token in ids:
         pending.append(token)
         text = decode(before + pending)[len(decode(before)) :]

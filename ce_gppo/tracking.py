@@ -1,4 +1,4 @@
-"""W&B: a run's start there, online or offline, and what the environment says about it."""
+"""W&B: starting a run there, online or offline, and the environment variables for it."""
 
 import dataclasses
 import hashlib
@@ -19,11 +19,11 @@ PROJECT = "ce-gppo"
 
 
 def start_wandb(folder: Path, config, run_id: str):
-    """A W&B run; None where WANDB_MODE=disabled, or W&B fails. Offline without a key: nothing here asks for an account.
+    """A W&B run; None if WANDB_MODE=disabled, or if W&B fails. Without a key it is offline: no account is needed.
 
     It belongs to the project WANDB_PROJECT, by default ce-gppo, of WANDB_ENTITY, by default the key's owner.
 
-    A resumed run has the run_id of before, and goes on in the same W&B run.
+    A resumed run has the same run_id as before, and continues the same W&B run.
     """
     mode = wandb_mode()
     if mode == "disabled":
@@ -39,10 +39,10 @@ def start_wandb(folder: Path, config, run_id: str):
         run = wandb.init(**options, config=dataclasses.asdict(config))
     except Exception as error:  # no network, or a key that is not valid
         dist.say(f"W&B cannot be reached, logging offline ({error})", warning=True)
-        wandb.teardown()  # or the run's id counts as taken
+        wandb.teardown()  # otherwise W&B refuses the run's id as taken
         try:
             run = wandb.init(**options | {"mode": "offline", "resume": None}, config=dataclasses.asdict(config))
-        except Exception as again:  # a full disk, a variable that it cannot read
+        except Exception as again:  # a full disk, an environment variable that it cannot read
             dist.say(f"W&B fails and is off, metrics.jsonl goes on ({again})", warning=True)
             return None
     run.define_metric("step", hidden=True)
@@ -56,19 +56,19 @@ def start_wandb(folder: Path, config, run_id: str):
 
 
 def finish_wandb(run) -> tuple[str, str]:
-    """End the run. Returns what it is, and its address or the command that uploads it."""
+    """End the run. Returns a row of the table at the end: a label, and the run's address or its upload command."""
     offline = run.settings.mode == "offline"
     run.finish()
     if not offline:
         return "W&B", run.url
     command = os.path.relpath(Path(sys.executable).with_name("wandb"))
-    # Each start of a resumed run has left a folder; together, in their order, they are one run.
+    # Each start of a resumed run has left a folder. All folders, in order, make up the run.
     parts = sorted(Path(run.dir).parents[1].glob("offline-run-*"))
     return "W&B, offline; upload with", f"{command} sync --id {run.id} {shlex.join(map(str, parts))}"
 
 
 def group_of(config) -> str:
-    """The same name for runs that differ only in their seed and in where they are written."""
+    """The W&B group: the same for runs that differ only in their seed, name and folder."""
     settings = dataclasses.asdict(config)
     for name in ("seed", "run_name", "out"):
         del settings[name]
@@ -77,9 +77,9 @@ def group_of(config) -> str:
 
 
 def wandb_mode() -> str | None:
-    """WANDB_MODE; offline where that is unset and there is no key; None otherwise, which W&B takes for online."""
+    """WANDB_MODE. If it is unset: offline without a key, and None with one, which means online to W&B."""
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # W&B refuses an empty value; people mean that there is none
+        del os.environ[name]  # W&B refuses an empty value; it means unset
     mode = os.environ.get("WANDB_MODE")
     if mode not in (None, "online", "offline", "shared", "disabled"):
         raise UserError(f"WANDB_MODE={mode}: online, offline, shared or disabled is needed, or none")
@@ -87,7 +87,7 @@ def wandb_mode() -> str | None:
 
 
 def check_wandb() -> None:
-    """UserError for a WANDB_MODE or WANDB_PROJECT that W&B does not take."""
+    """UserError for a WANDB_MODE or WANDB_PROJECT that W&B refuses."""
     if wandb_mode() != "disabled" and (project := os.environ.get("WANDB_PROJECT")):
         import wandb
 

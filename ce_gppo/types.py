@@ -1,4 +1,4 @@
-"""What travels through a step, the errors that people see, and the ranges of settings."""
+"""The data of a step (Problem, Response, Update), the errors that people see, and the ranges of settings."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
-if TYPE_CHECKING:  # the verifier's workers start without torch
+if TYPE_CHECKING:  # the verifier's workers do not import torch
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Problem:
     prompt: str  # the chat template rendered once, for people
-    prompt_ids: list[int]  # what the engine gets; one beginning-of-sequence token at most
+    prompt_ids: list[int]  # for the engine; one beginning-of-sequence token at most
     answer: str
     source: str
-    question: str = ""  # the last message, as the file has it
+    question: str = ""  # the last message, as it is in the file
     verifier: str = "math"  # see reward.py
 
 
 @dataclass
 class Response:
-    """One sampled response, R tokens long. rollout.py fills in the first part, the steps after it the second."""
+    """One sampled response, R tokens long. rollout.py sets the first part, later parts of the step set the second."""
 
     prompt_ids: list[int]
     response_ids: list[int]  # exactly as sampled, the end-of-sequence token included
@@ -33,19 +33,19 @@ class Response:
 
     verdict: float = 0.0  # 1 is right, 0 is wrong
     reward: float = 0.0  # the sum of the verifier's parts, and the penalty for length if there is one
-    advantages: Tensor | None = None  # [R]  of a group they are equal, of a critic each token has its own
+    advantages: Tensor | None = None  # [R]  equal for all tokens, or with a critic one for each token
     old_logprobs: Tensor | None = None  # [R]  the trainer's, under the weights that sampled the response, or vLLM's
-    entropy: Tensor | None = None  # [R]  nats, under those weights; None: not measured, and old_logprobs not either
-    changes: dict[str, Tensor] | None = None  # [R] each, of a few responses: what the update did, see tokens.follow
+    entropy: Tensor | None = None  # [R]  nats, under those weights; None: not measured, and neither is old_logprobs
+    changes: dict[str, Tensor] | None = None  # [R] each, of a few responses: effects of the update, see tokens.follow
     chosen: Tensor | None = None  # [R]  1 where the objective picks the token, see selection.py
     ref_logprobs: Tensor | None = None  # [R]  the reference policy's, where there is one
     values: Tensor | None = None  # [R]  the critic's, before its updates, where there is one
-    returns: Tensor | None = None  # [R]  what it should have said
-    parts: dict[str, float] = field(default_factory=dict)  # of the reward, as the verifier gives them
+    returns: Tensor | None = None  # [R]  the values that the critic should have predicted
+    parts: dict[str, float] = field(default_factory=dict)  # of the reward, from the verifier
 
 
 def with_advantages(groups: list[list[Response]], advantages: Tensor) -> list[list[Response]]:
-    """Copies of the responses, in which all tokens of one have its advantage. advantages: [P, G]"""
+    """Copies of the responses, with each response's advantage at all its tokens. advantages: [P, G]"""
     return [
         [replace(r, advantages=a.repeat(len(r.response_ids))) for r, a in zip(group, own, strict=True)]
         for group, own in zip(groups, advantages, strict=True)
@@ -59,13 +59,13 @@ def has_signal(group: list[Response]) -> bool:
 
 @dataclass
 class Update:
-    """What one optimizer step did. The sums and losses are of this rank's tokens, all else is the same on all ranks."""
+    """The record of one optimizer step. Sums and losses are of this rank's tokens; the rest is equal on all ranks."""
 
     sums: dict[str, Tensor]  # by metric name, see entropy.token_sums
     micro_batch_losses: list[float]
     grad_norm: float  # before clipping
     skipped: bool  # the gradient was not finite
-    padding: float  # share of the places in attention's blocks
+    padding: float  # its share of the tokens in attention's blocks
 
     @property
     def loss(self) -> float:
@@ -73,18 +73,18 @@ class Update:
 
 
 class UserError(Exception):
-    """A mistake of the user's. The message is one sentence that says where it is and what would be right."""
+    """A mistake of the user's. The message is one sentence: where the mistake is and what would be right."""
 
 
 class RunEnded(Exception):
-    """The run cannot go on. The message is for people, and says what to do."""
+    """The run cannot continue. The message says why, and what to do."""
 
 
-STARTING: list[str] = []  # what the program is doing before its first step; empty from then on
+STARTING: list[str] = []  # the problem to report if a library fails during the start; empty after the start
 
 
 def starting(what: str) -> None:
-    """Say what comes next at the start. An unexpected error of a library is then told with it, see config.command.
+    """Set the sentence that is printed if a library raises an unexpected error during the start, see config.command.
 
     Empty: the start is over, and an unexpected error is a fault of this program, shown as a traceback.
     """
@@ -132,7 +132,7 @@ GroupSize = Annotated[int, Range(2)]  # advantages compare the responses of a gr
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
-Temperature = Annotated[float, Range(0.01)]  # vLLM takes a lower one for 0.01, without a word
+Temperature = Annotated[float, Range(0.01)]  # vLLM silently replaces a lower one by 0.01
 GreedyOrTemperature = Annotated[float, Range(0.01, or_zero=True)]  # at 0 it takes the most probable token
 AboveOne = Annotated[float, Range(1, above=True)]
 ZeroToOne = Annotated[float, Range(0, 1)]

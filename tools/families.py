@@ -38,6 +38,13 @@ FAMILIES = {  # the name of the configuration's class without "Config", and what
 }
 
 
+HEAD = """# Models
+
+Made by `python -m tools.families`. Each family is tried with a small model of random weights, on a CPU in float32.
+A number is the largest difference between vLLM's and the trainer's logprobs after the weights have changed, in nats.
+"""
+
+
 @dataclass
 class Config:
     only: str = ""  # one family; empty: all
@@ -93,8 +100,7 @@ def main(config: Config) -> None:
         raise UserError(f"--only {config.only}: unknown; known: {', '.join(FAMILIES)}")
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["transformers", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])  # once
-    print("# Models\n\nMade by `python -m tools.families`: each small, with random weights, on a CPU in float32.")
-    print("A number is the largest difference between vLLM's logprobs and the trainer's after an update, in nats.\n")
+    print(HEAD)
     print("| family | verdict |\n|---|---|", flush=True)
     for name in [config.only] if config.only else FAMILIES:
         ours, theirs = multiprocessing.Pipe(duplex=False)

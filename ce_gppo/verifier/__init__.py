@@ -1,1 +1,1 @@
-"""Verifiers: which one a source has, where an answer stands, whether it is right, and processes for what may hang."""
+"""Verifiers: one for each source, finding the answer in a response, comparing answers, and killable processes."""

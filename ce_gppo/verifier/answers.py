@@ -10,11 +10,11 @@ An answer is brought to one spelling (spelling.py), read as a tree (grammar.py, 
                 is another answer: `4 million`, `4 is wrong`. 50% is 50 and also 1/2; 45^\circ is 45 and also \pi/4.
     list        1,2 or `1 and 2`, in any order, like the set \{1,2\}. \pm 1 is the list 1,-1.
     tuple       (1,2) has an order; [1,2) is an interval. So have the ratio 2:3 and the cells of a matrix.
-    equation    `x = 3`, `f(2) = 3` and `1 + 2 = 3` answer 3: the left side is a name, or equal. `x^2 = 4` does not
-                answer 4. \in is read as =.
+    equation    `x = 3`, `f(2) = 3` and `1 + 2 = 3` are 3: the left side is a name, or equal. `x^2 = 4` is not 4. \in is
+                read as =.
     region      `x < 2 or x > 3` and \{x \mid x < 2 or x > 3\} are (-\infty,2)\cup(3,\infty).
     choice      (C), C. and \textbf{C} are C; `(C) 12` is C and also 12, but neither D nor `(C) 13`.
-    words       are the same whatever their case, spaces and fonts.
+    words       are compared without case, spaces and fonts.
 
 A text of more than LONGEST characters is not read: it equals only itself.
 """
@@ -28,7 +28,7 @@ from ce_gppo.verifier.spelling import LONGEST, normalize
 
 __all__ = ["Undecided", "equal_now", "is_bomb", "normalize", "same", "squeeze"]
 
-MAX_CHARS = 300  # of an answer, unless the truth is long itself
+MAX_CHARS = 300  # of an answer, unless the true answer is long
 MAX_DEPTH = 12  # brackets; math-verify's parser takes 1.5 s for 16, and minutes for a few more
 
 
@@ -48,14 +48,14 @@ def squeeze(text: str) -> str:
 
 
 class Undecided(Exception):
-    """Only math-verify can tell."""
+    """Only math-verify can decide whether these answers are equal."""
 
 
 def equal_now(answer: str | None, truth: str) -> float:
     r"""1.0 if an answer equals the true one, else 0.0. Both may be LaTeX, with $; the truth may be in a \boxed{}.
 
-    An answer that is too long, too deep, or a bomb such as 10^{10^{10}} scores 0. Undecided(answer, truth), both in one
-    spelling, where only math-verify can tell.
+    An answer that is too long, too deep, or a bomb such as 10^{10^{10}} scores 0. Raises Undecided(answer, truth), both
+    normalized, if only math-verify can decide.
     """
     if answer is None or len(answer) > max(MAX_CHARS, 2 * len(truth)):
         return 0.0
@@ -80,7 +80,7 @@ def ask_math_verify(answer: str, truth: str) -> bool:
 
 
 def same(answer: str, truth: str, scalar_equal=ask_math_verify) -> bool:
-    """Whether two normalized answers are equal; what the grammar cannot tell is asked of `scalar_equal`."""
+    """Whether two normalized answers are equal. `scalar_equal` decides where the grammar cannot."""
     if squeeze(answer) == squeeze(truth):
         return True
     if max(len(answer), len(truth)) > LONGEST or max(depths(answer) + depths(truth), default=0) > MAX_DEPTH:
@@ -95,7 +95,7 @@ SET_VALUED = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|setminus|mathbb|emptyset)(?
 
 
 def equal(a: Node, b: Node, ask) -> bool:
-    """a: the answer, b: the truth. `ask` is given two LaTeX strings."""
+    """a: the answer, b: the truth. ask: compares two LaTeX strings, as `scalar_equal` of `same`."""
     kinds = {a.kind, b.kind}
     if not squeeze(a.text) or not squeeze(b.text):
         return False
@@ -132,7 +132,7 @@ def same_unordered(parts: list[Node], others: list[Node], ask) -> bool:
 
 
 def same_choice(a: Node, b: Node, ask) -> bool:
-    """Letters are compared where both have one, and so are values."""
+    """Letters are compared if both have one, and values if both have one."""
     letters = [node.mark if node.kind == "choice" else node.text for node in (a, b)]
     values = [node.parts[0] if node.parts else None for node in (a, b)]
     if a.kind == b.kind:
@@ -155,14 +155,14 @@ def same_equation(a: Node, b: Node, ask) -> bool:
 
 
 def values(node: Node) -> tuple[Node, ...]:
-    """The sides of an equation, without the names of what they are."""
+    """The sides of an equation that are not just a name, or the last side."""
     if node.kind != "equation":
         return (node,)
     return tuple(side for side in node.parts if not is_name(side.text)) or node.parts[-1:]
 
 
 def same_region(a: Node, b: Node, ask) -> bool:
-    """Sets of reals, of which at least one is not a mere interval."""
+    """Two sets of reals, not both of them plain intervals."""
     for node in (a, b):
         if node.kind not in ("region", "tuple") and not (node.kind == "scalar" and SET_VALUED.search(node.text)):
             return False
@@ -231,7 +231,7 @@ def number(text: str) -> Fraction | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What would only cost a worker its life.
+# Inputs that would hang or crash math-verify.
 
 BOMB = re.compile(  # factorials of factorials or large numbers, exponents of 5 digits, towers of 4 storeys
     r"!\W*!|\d{5}\W*!|\\binom.*\d{5}|\^[{(\s+-]*\d{5}|\^\{[^{}^]*\^\{[^{}^]*\^"

@@ -1,4 +1,4 @@
-"""Scoring in a thread of its own, while the rest is still being sampled."""
+"""Scoring in a thread, while other responses are still being sampled."""
 
 import queue
 import threading
@@ -8,13 +8,13 @@ from ce_gppo.types import Problem, Response
 
 
 class BackgroundScorer:
-    """`reward.score` in a thread of its own, which scores each group while others are still being sampled.
+    """`reward.score` in a thread, which scores each group while others are still being sampled.
 
-    Groups that arrive while it is busy are scored as one batch: `budget` then bounds the wait for all of them.
+    Groups that arrive while the thread is busy are scored as one batch, and `budget` bounds the time for all of them.
     """
 
     def __init__(self, score: Callable, problems: list[Problem], **options):
-        """problems: that of each group to come. options: the keyword arguments of `score`."""
+        """problems: one for each group to come. options: the keyword arguments of `score`."""
         self.score, self.problems, self.options = score, problems, options
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()
         self.parts: list[list[dict[str, float]]] = [[] for _ in problems]
@@ -27,7 +27,7 @@ class BackgroundScorer:
         self.waiting.put((index, [response.text for response in group]))
 
     def finish(self) -> list[list[dict[str, float]]]:
-        """What `score` gave for every group, once all are scored. Raises what `score` raised."""
+        """Wait, and return the scores of every group. Raises the error that `score` raised, if any."""
         self.waiting.put(None)
         self.thread.join()
         if self.error:

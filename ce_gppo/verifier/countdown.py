@@ -1,8 +1,8 @@
 """The task `countdown`: an expression that uses each given number exactly once and equals the target.
 
-From 19, 36, 55 and 7 to 65, for example: 55 + 36 - 7 - 19. The expression has whole numbers, + - * / and parentheses,
-and is computed with exact fractions. It is model output: it is read by the grammar below, within bounds, and never by
-Python itself.
+For the numbers 19, 36, 55, 7 and the target 65, for example: 55 + 36 - 7 - 19. The expression has whole numbers,
++ - * / and parentheses, and is computed with exact fractions. As model output it is untrusted: the grammar below reads
+it, within bounds, and Python never evaluates it.
 """
 
 import json
@@ -16,16 +16,16 @@ MAX_CHARS = 200
 MAX_DEPTH = 20  # parentheses and signs
 MAX_DIGITS = 9
 MAX_NUMBERS = 20
-FORMAT = 0.1  # GRPO-Zero's weight of the format; TinyZero gives 0.1 for it, too
+FORMAT = 0.1  # reward for the format in GRPO-Zero and TinyZero
 
-TOKEN = re.compile(r"[0-9]+|[-+*/()]")  # not \d, which takes the digits of every script
+TOKEN = re.compile(r"[0-9]+|[-+*/()]")  # not \d, which matches the digits of every script
 
 
 def score(response: str, answer: str) -> dict[str, float]:
-    """Parts: `correctness`, 1 if the last <answer></answer> solves the task; `format`, 0.1 if the response ends with it
-    and it has an expression that can be read.
+    """Parts: `correctness`, 1 if the last <answer></answer> solves the task; `format`, 0.1 if the response ends with
+    that tag and its expression can be read.
 
-    answer: {"numbers": [19, 36, 55, 7], "target": 65}. UserError for another form.
+    answer: {"numbers": [19, 36, 55, 7], "target": 65}. UserError for any other form.
     """
     numbers, target = read_task(answer)
     expression = last_tag(response)
@@ -52,7 +52,7 @@ def read_task(answer: str) -> tuple[list[int], int]:
 
 
 def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
-    """(value, the numbers in it) of an expression; None if it is none, divides by 0, or is beyond a bound of this file.
+    """(value, its numbers) of an expression. None if it is not valid, divides by 0, or exceeds a bound of this file.
 
     The bounds keep numerator and denominator of every value below MAX_CHARS digits.
 

@@ -1,6 +1,6 @@
 """Verifiers that may hang or break: functions of the user's own, `mine.py:score`, and the scorers of reasoning-gym.
 
-They run in the workers only.
+They run only in worker processes.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from ce_gppo.verifier import gym
 
 
 def as_parts(value, verifier: str) -> dict[str, float]:
-    """What a verifier returned, as named parts; a number is its `correctness`. UserError for anything else."""
+    """A verifier's result as named parts; a number becomes `correctness`. UserError for any other result."""
     parts = value if isinstance(value, dict) else {"correctness": value}
     try:
         numbers = {name: float(part) for name, part in parts.items() if not isinstance(part, str)}
@@ -55,7 +55,7 @@ def load(verifier: str) -> Callable:
     path, name = file_of(verifier), verifier.rpartition(":")[2]
     if not path.is_file():
         raise UserError(f"verifier {verifier}: there is no file {path}")
-    sys.path.append(str(path.parent))  # it may import its neighbours, which must not hide what others import
+    sys.path.append(str(path.parent))  # for imports of files beside it; at the end, so that these hide no library
     spec = importlib.util.spec_from_file_location(f"verifier_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
@@ -70,11 +70,11 @@ def load(verifier: str) -> Callable:
 
 
 def call(verifier: str, response: str, answer: str) -> dict[str, float]:
-    """The parts that a function gives. UserError if it raises, or returns nonsense."""
+    """The parts that a user's function returns. UserError if it raises, or returns anything else."""
     function = load(verifier)
     try:
         value = function(response, answer)
-    except (MemoryError, RecursionError, UserError):  # the first two, by a hostile response, end the worker
+    except (MemoryError, RecursionError, UserError):  # a hostile response can cause the first two; they end the worker
         raise
     except (Exception, SystemExit) as error:
         raise UserError(
@@ -84,7 +84,7 @@ def call(verifier: str, response: str, answer: str) -> dict[str, float]:
 
 
 def told(error: BaseException, path: Path) -> str:
-    """An error in a line, with the last line of the user's file that it went through."""
+    """An error as one line of text, with the number of the last line of the user's file in its traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines = [error.lineno]

@@ -1,7 +1,7 @@
-"""Whether two sympy objects are equal, exactly. Only in a worker: sympy may take any time and memory.
+"""Exact equality of two sympy objects. Only in a worker: sympy may take any amount of time and memory.
 
-math-verify drops differences below its precision: to it 3/2^2023 is 5/2^2023, and e^-1000 is e^-2000. Here rationals
-are compared as rationals, and other numbers to as many digits as their largest and smallest parts lie apart, and more.
+math-verify drops differences below its precision: it finds 3/2^2023 equal to 5/2^2023, and e^-1000 to e^-2000. Here
+rationals are compared as rationals, and other numbers with enough digits to resolve their smallest part.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ from sympy import (
     zoo,
 )
 
-MAX_DIGITS = 40_000  # more are not computed: such numbers differ
+MAX_DIGITS = 40_000  # numbers that need more count as different
 
 
 def equal(truth: Basic | MatrixBase, answer: Basic | MatrixBase) -> bool:
@@ -51,7 +51,7 @@ def equal_values(a: Expr | MatrixBase, b: Expr | MatrixBase) -> bool:
     return equal_coefficients(a, b) or simplify(a - b).is_zero is True
 
 
-# What math-verify compares inside sets, intervals and equations.
+# math-verify calls these inside sets, intervals and equations.
 grader.sympy_numeric_eq = lambda a, b, *_: equal_values(a, b)
 grader.sympy_symbolic_eq = lambda a, b: False
 # It writes all variables in lower case: to it R - r is 0, and 2 \pi R is 2 \pi r.
@@ -63,7 +63,7 @@ def equal_numbers(a: Expr, b: Expr) -> bool:
     if a.is_Rational and b.is_Rational:
         return a == b
     terms = [*Add.make_args(a), *Add.make_args(-b)]
-    for digits in (50, 100 + spread(terms)):  # most differ in the first 50
+    for digits in (50, 100 + spread(terms)):  # most different numbers differ in the first 50
         if digits > MAX_DIGITS:
             return False
         values = [term.evalf(digits, maxn=2 * digits) for term in terms]
@@ -73,7 +73,7 @@ def equal_numbers(a: Expr, b: Expr) -> bool:
 
 
 def spread(terms: list[Expr]) -> int:
-    """Digits that suffice to see the smallest part of a sum, a power or a fraction beside the largest."""
+    """A number of digits that is enough to resolve the smallest part of a sum, power or fraction beside the largest."""
     digits = 0
     for part in (part for term in terms for part in preorder_traversal(term)):
         if isinstance(part, Rational):
@@ -84,7 +84,7 @@ def spread(terms: list[Expr]) -> int:
 
 
 def equal_coefficients(a: Expr, b: Expr) -> bool:
-    """Whether what a and b multiply each product of variables with is equal."""
+    """Whether a and b have equal coefficients for each product of variables."""
     difference = expand(a - b)
     sums: dict[Expr, Expr] = {}
     for term in Add.make_args(difference):

@@ -1,7 +1,7 @@
-r"""Where the answer of a response stands: in the last \boxed{}, in <answer></answer>, after ####, after "answer is".
+r"""Finding the answer in a response: in the last \boxed{}, in <answer></answer>, after ####, after "answer is".
 
-Each function takes a response and returns the answer without white space around it; None if there is none. The time is
-linear in the length.
+Each function takes a response and returns the answer without white space around it, or None if there is none. It takes
+linear time.
 """
 
 import re
@@ -28,26 +28,26 @@ def last_tag(response: str) -> str | None:
 
 
 def after_hashes(response: str) -> str | None:
-    """The rest of the line after the last ####, as in GSM8K; where there is none, the last box."""
+    """The rest of the line after the last ####, as in GSM8K. Without ####: the last box."""
     _, hashes, rest = response.rpartition("####")
     return rest.partition("\n")[0].strip() or None if hashes else last_box(response)
 
 
 def choice_letter(response: str) -> str | None:
-    """What the last box has; where there is none, the capital letter after the last "answer is", "answer:" or ####."""
+    """The content of the last box. Without a box: the capital letter after the last "answer is", "answer:" or ####."""
     letters = re.findall(r"(?:[Aa]nswer(?: is)?:?|ANSWER:?|####)[ \t*]{0,4}\(?([A-Z])(?![A-Za-z])", response)
     return last_box(response) or (letters[-1] if letters else None)
 
 
 def any_answer(response: str) -> str | None:
-    """The last <answer></answer>; where there is none, the last box."""
+    """The content of the last <answer></answer>. Without these tags: the last box."""
     return last_tag(response) or last_box(response)
 
 
 def after_thinking(response: str) -> str:
     """The text after the last </think>; "" if <think> was opened again, or if there is no </think>.
 
-    No </think> is thinking cut short: the prompt may have opened it, as DeepSeek-R1's chat template does.
+    Without </think> the thinking was cut: the prompt may have opened it, as DeepSeek-R1's chat template does.
     """
     _, end, rest = response.rpartition("</think>")
     return rest if end and "<think>" not in rest else ""

@@ -1,9 +1,9 @@
 r"""A grammar of answers: reads a normalized text as a tree of nodes, by recursive descent.
 
 `read` tries one reader after the other, from the loosest binding to the tightest: a choice such as `(C) 12`, a region
-such as `x < 2 or x > 3`, a list, an equation, brackets, a matrix, a ratio. Each returns a node, or None where the text
-is nothing of its kind. The rest is a scalar, with its unit. Readers split a text only outside all brackets. Therefore
-the recursion is as deep as the brackets are nested, which `same` limits.
+such as `x < 2 or x > 3`, a list, an equation, brackets, a matrix, a ratio. Each returns a node, or None if the text is
+not of its kind. Any other text is a scalar, with its unit. Readers split a text only outside all brackets, so the
+recursion is as deep as the brackets are nested, which `same` limits.
 """
 
 import re
@@ -14,7 +14,7 @@ from itertools import accumulate
 from ce_gppo.verifier.spelling import TOKEN
 from ce_gppo.verifier.units import measure
 
-MAX_PARTS = 100  # of a list: comparing two takes a time in the product of their lengths
+MAX_PARTS = 100  # of a list: the time to compare two lists grows with the product of their lengths
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read(text: str) -> Node:
 
 
 def split(text: str, *separators: str) -> list[str]:
-    """The parts between the separators that stand outside all brackets, and every second one a separator."""
+    """The text split at separators outside all brackets: parts and separators in turn."""
     parts, depth = [""], 0
     for token in TOKEN.findall(text):
         depth += (token[-1] in "([{") - (token[-1] in ")]}")
@@ -85,7 +85,7 @@ def read_list(text: str) -> Node | None:
 
 
 def variants(text: str) -> list[str]:
-    """Both readings of \\pm; a set has it read in each element."""
+    """Both readings of a text with \\pm. (A set is not read here, as its elements are read one by one.)"""
     if text.startswith("\\{") or not re.search(r"\\pm(?![a-z])", text):
         return [text]
     return [re.sub(r"\\pm ?(?![a-z])", a, re.sub(r"\\mp ?(?![a-z])", b, text)) for a, b in ("+-", "-+")]
@@ -101,7 +101,7 @@ def read_equation(text: str) -> Node | None:
 
 
 def several(kind: str, text: str, parts: list[str], mark: str = "") -> Node | None:
-    """A node of two or more parts; a single part, if it is less than the text, instead of the text."""
+    """A node of two or more parts. A single part that is shorter than the text is read instead of the text."""
     if len(parts) > MAX_PARTS:
         return Node(kind, "")  # equals nothing
     if len(parts) > 1:
@@ -170,7 +170,7 @@ def read_region(text: str) -> Node | None:
         return region if region and region.mark == match[1] else None
     for separator, joint in ((r"\lor", r"\cup"), (r"\land", r"\cap"), (",", r"\cap")):
         if len(pieces := split(text, separator)[::2]) > 1:
-            # A comma may mean `and` or `or`: only before \ne it is clear.
+            # A comma may mean `and` or `or`. Only before \ne the meaning is clear.
             clear = separator != "," or all(split(piece, r"\ne")[1:] for piece in pieces[1:])
             return join_regions([read_region(piece) or unbounded(piece) for piece in pieces], joint) if clear else None
     sides = split(text, *INTERVALS)
@@ -201,8 +201,8 @@ def unbounded(text: str) -> Node | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Names
 
-# What may stand to the left of `= 3`: x_1, f(2), P(X=3), AB, m\angle ABC, \text{Area}, [ABC], a+b, V_1:V_2, \frac{a}{b}
-# Spaces are taken out first: optional ones all over a pattern make it take exponential time.
+# Left sides of `= 3`: x_1, f(2), P(X=3), AB, m\angle ABC, \text{Area}, [ABC], a+b, V_1:V_2, \frac{a}{b}
+# Spaces are removed first: a pattern with many optional spaces would take exponential time.
 FUNCTION = r"(?:\\lim_\{[^{}]*\}|\\(?:sin|cos|tan) ?\d?(?=[A-Z\\]))?(?:m?\\(?:measured)?angle ?|\\triangle ?)?"
 SYMBOL = (
     r"(?:[a-zA-Z]|[A-Z]{2,4}|\\text\{[^{}]*\}|\([a-z]\\circ ?[a-z]\)|[A-Z]{2}\^2|\\sigma\^2"

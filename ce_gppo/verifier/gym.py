@@ -1,11 +1,11 @@
-"""Tasks of the library reasoning-gym (arXiv 2505.24760), and their scorers, which run in the workers only.
+"""Tasks of the library reasoning-gym (arXiv 2505.24760), and their scorers, which run only in worker processes.
 
 A row's true answer is JSON: {"answer": ..., "metadata": {...}, "config": {...}}, as data/gym/prepare.py writes it. The
-verifier `gym/<task>` gives 1 where the library's score is 1, else 0; `gym_partial/<task>` gives the score itself, which
-is often 0.01 to 0.1 for any answer of the right form.
+verifier `gym/<task>` gives 1 if the library's score is 1, else 0; `gym_partial/<task>` gives the score itself, which is
+often 0.01 to 0.1 for any answer of the right form.
 
-Some of the scorers evaluate the model's text, by eval or by sympy, whose parser does the same. A response could then
-run any code. Such tasks are refused: `evaluates` finds them by reading the syntax trees.
+Some of the scorers evaluate the model's text as code, by eval or by sympy, whose parser calls eval. A response could
+then run any code. Such tasks are refused: `evaluates` finds them by reading the syntax trees.
 """
 
 import ast
@@ -22,7 +22,7 @@ from ce_gppo.verifier.extract import any_answer
 
 KINDS = ("gym/", "gym_partial/")
 INSTALL = "-m pip install --no-deps -r requirements/gym.txt"
-# Functions that run a text as a program, or build what it names.
+# Functions that run a text as code, or build the objects that it names.
 EVALUATES = {"eval", "exec", "compile", "__import__", "literal_eval", "parse_expr", "sympify", "parse_latex"}
 LIBRARIES = {"sympy", "pickle", "subprocess", "importlib"}  # nor any function of these
 
@@ -37,7 +37,7 @@ def tasks() -> dict[str, tuple[type, type]]:
 
 
 def task_of(name: str) -> tuple[type, type]:
-    """The data set and the configuration of a task. UserError where it is unknown, or its scorer evaluates answers."""
+    """The data set and configuration of a task. UserError if it is unknown, or if its scorer evaluates answers."""
     known = tasks()
     if name not in known:
         raise UserError(f"gym/{name}: reasoning-gym has no task '{name}'; it has: {', '.join(sorted(known))}")
@@ -82,11 +82,11 @@ def data_set(name: str, config: str):
 
 
 def evaluates(Data: type) -> str:
-    """What the scorer of a data set would evaluate text with, "" if nothing.
+    """The function by which the scorer of a data set would evaluate text as code, "" if there is none.
 
     From score_answer on, every name is followed to its definition in the library: in the same file, in the files of the
-    classes that the data set inherits from, and through imports. A name that cannot be followed counts by what it is
-    called. This errs on the side of refusing: whether the text that is evaluated is the model's is not asked.
+    classes that the data set inherits from, and through imports. A name that cannot be followed is compared with
+    EVALUATES. This refuses too much rather than too little: it does not matter whose text would be evaluated.
     """
     package = Data.__module__.partition(".")[0]
     files = [cls.__module__ for cls in Data.__mro__ if cls.__module__.partition(".")[0] == package]

@@ -1,4 +1,4 @@
-"""Which verifier each problem has: by the setting `rewards`, by the name of its source, or else `math`."""
+"""The verifier of each problem: by the setting `rewards`, by the name of its source, or else `math`."""
 
 import itertools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ EVERY = ""  # stands for every source that has no entry of its own
 
 
 def read_rewards(rewards: str) -> dict[str, str]:
-    """{source: verifier} of "source=verifier,source2=mine.py:score". An entry without a source is for all others."""
+    """{source: verifier} from "source=verifier,source2=mine.py:score". An entry without a source is for all others."""
     chosen = {}
     for entry in filter(None, map(str.strip, rewards.split(","))):
         source, equals, verifier = entry.rpartition("=")
@@ -34,9 +34,9 @@ def files(rewards: str) -> list[Path]:
 
 
 def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -> tuple[str, list[list[Problem]]]:
-    """(which verifier each source has, in words; the sets of problems, each problem with its verifier).
+    """(a text with the verifier of each source; the sets of problems, each problem with its verifier).
 
-    verifiers: reward.VERIFIERS. UserError, now and not after hours, for an unknown source or verifier, for a function
+    verifiers: reward.VERIFIERS. UserError, before the run starts, for an unknown source or verifier, for a function
     that cannot be imported, or that raises or returns nonsense for an empty response, and for a true answer that its
     verifier cannot read, or that no response could give.
     """
@@ -61,14 +61,14 @@ def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -
 
 
 def by_name(source: str, verifiers: dict[str, Callable]) -> str:
-    """The verifier of a source that `rewards` does not name. Any name may stand for mathematics: aime24, mine."""
-    if source == "gym/countdown":  # the library's own evaluates the answer
+    """The verifier of a source that `rewards` does not name. Unknown names such as aime24 have `math`."""
+    if source == "gym/countdown":  # the library's own scorer evaluates the answer as code
         return "countdown"
     return "gym" if source.startswith("gym/") else source if source in verifiers else "math"
 
 
 def outside(name: str, source: str, verifiers: dict[str, Callable]) -> str:
-    """The full name of a verifier that runs in the workers: the path of the user's own file, or the task of the gym."""
+    """The full name of a verifier that runs in workers: <path of the user's file>:<function>, or gym/<task>."""
     if path := custom.file_of(name):
         return f"{path.resolve()}:{name.rpartition(':')[2]}"
     if name in ("gym", "gym_partial") and source.startswith("gym/"):

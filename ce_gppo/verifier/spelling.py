@@ -1,7 +1,8 @@
-r"""One spelling for what people and models write in many ways: the first stage of reading an answer.
+r"""The first stage of reading an answer: many ways to write the same thing become one spelling.
 
-\dfrac12, ½, 0.5 written 1/2, x**2 and x², 1,\!234, 8.7e8, 37_8, 0.\dot3, \textbf{(C)}: Unicode first, then token for
-token (SPELLING), then what takes more than one token (AFTER_TOKENS). To teach it a new spelling, add a pair to a table.
+Examples: \dfrac12 and ½, x**2 and x², 1,\!234, 8.7e8, 37_8, 0.\dot3, \textbf{(C)}. First Unicode is replaced
+(BEFORE_TOKENS), then single tokens (SPELLING), then patterns of several tokens (AFTER_TOKENS). A new spelling is a new
+pair in one of these tables.
 """
 
 import re
@@ -9,7 +10,7 @@ import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 
-LONGEST = 1_000  # characters that are read
+LONGEST = 1_000  # characters; longer texts are not read
 
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+|[a-zA-Z]+|.", re.DOTALL)
 
@@ -97,13 +98,13 @@ BASED = r"(?<![\w.^\\])([A-Z]*\d[\dA-Z]*)(?:\.(\d+))?_(?:(\d)|\{ ?(?:base )?(\w+
 
 
 def text_or_not(match: re.Match) -> str:
-    r"""\text stays around words and units; what else people put there is read as if it stood outside."""
+    r"""\text stays around words and units; other content is read as if it were outside."""
     words = re.fullmatch(r"[a-zA-Z .'/-]*", match[1]) and not re.fullmatch(r" ?[A-J][.:] ?", match[1])
     return match[0] if words and match[1].strip() or re.fullmatch("[a-zA-Z]", match[1]) else match[1]
 
 
 def based(match: re.Match) -> str:
-    """The value of a numeral in a base from 2 to 36, as it stands where it is none."""
+    """The value of a numeral in a base from 2 to 36. Any other text is left as it is."""
     whole, part, base = match[1], match[2] or "", match[3] or match[4]
     base = int(base) if re.fullmatch("[0-9]{1,2}", base) else NUMERALS.get(base.lower(), 0)
     try:
@@ -135,7 +136,7 @@ BEFORE_TOKENS = [  # in this order
     (r"\\(?:begin|end) ?\{(?:aligned|align\*?|equation\*?|gathered|split)\}", ""),
     (r"\\(?:rm|bf|it|sf|tt) ?\{", r"\\text{"),
     (r"\{ ?\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])", r"\\text{"),
-    # Thousands, and what keyboards, calculators and Python write
+    # Thousands, and spellings of keyboards, calculators and Python
     (r"(?<=\d)(?:, ?\\! ?|\{,\} ?)(?=\d{3}(?!\d))", ""),
     (r"^ ?(\*\*|[\"'`])(.*)\1 ?$", r"\2"),
     (r"\*\*", "^"),
@@ -211,7 +212,7 @@ def rewrite(text: str) -> str:
 
 
 def to_ascii(char: str) -> str:
-    """Fractions, full-width forms, and what a keyboard writes instead of a command."""
+    """The ASCII or LaTeX spelling of fractions, full-width forms and other Unicode characters."""
     if char in SPELLING:
         return spell(char)
     if unicodedata.category(char) == "Cf":  # zero-width spaces and the like

@@ -1,8 +1,8 @@
-r"""What follows a number: 60 \text{ km/h} has a unit, `4 \text{ is wrong}` has none.
+r"""Units after numbers: 60 \text{ km/h} has a unit, `4 \text{ is wrong}` has none.
 
-A unit is made of the words below (km/h, cm^2, square feet, dollars per hour), or it is the one plain plural noun that
-the number counts: 5 apples, 12 people. Nothing else is a unit: no number word (million, dozens, thirds), no verb, no
-other words. Outside \text a single letter is a variable, and 5m a product.
+A unit is made of the words below (km/h, cm^2, square feet, dollars per hour), or it is one plain plural noun that the
+number counts: 5 apples, 12 people. Nothing else is a unit: no number word (million, dozens, thirds), no verb, no other
+words. Outside \text a single letter is a variable, and 5m a product.
 """
 
 import re
@@ -19,7 +19,7 @@ ABBREVIATIONS = {"mph": "mile/hour", "mpg": "mile/gallon", "kph": "km/h", "kmph"
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 BARE = {"%", "mm", "cm", "km", "in", "ft", "yd", "mi", "kg", "lb", "oz", "ml", "mL", "hr"}  # other pairs are products
 
-UNITS = {"unit": ""}  # word -> its unit; `units` says as much as nothing
+UNITS = {"unit": ""}  # word -> its unit; the word `units` itself is no unit
 for names in WORDS.split(";"):
     UNITS |= dict.fromkeys(names.split(), names.split()[0])
 for names in METRIC.split(";"):
@@ -43,7 +43,7 @@ CELSIUS = re.compile(r"(.*)\^\\circ ?(?:\\text ?\{)? ?([CF]?) ?\}?")
 
 
 def measure(text: str) -> tuple[str, str]:
-    """(value, unit), the unit "" where there is none."""
+    """(value, unit); the unit is "" if there is none."""
     text = text.strip()
     if (match := CELSIUS.fullmatch(text)) and not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
         return match[1].strip(), "degree" + match[2]
@@ -55,7 +55,7 @@ def measure(text: str) -> tuple[str, str]:
 
 
 def read_unit(text: str, counts: bool) -> str | None:
-    """The unit as a product of powers in one order; None if it is none. counts: what stands before it is a number."""
+    """The unit as a product of powers in a fixed order, or None. counts: the text before it is a number."""
     plain = TEXT.sub(r" \1 ", text).replace("\\cdot", " ").replace(".", "")
     plain = re.sub(r"[a-zA-Z]+", lambda word: ABBREVIATIONS.get(word[0], word[0]), plain)
     words = re.findall(r"[a-zA-Z]+|\^\{?-?\d\}?|[%/]", plain)

@@ -20,7 +20,7 @@ ANSWER = re.compile(r"(0|[1-9][0-9]?) to (0|[1-9][0-9]?)")
 
 
 def after(move: str, number: int) -> int:
-    """The number that a move leads to. It may be out of range."""
+    """The number after a move. It may be out of range."""
     operand = int(move[1:])
     return {"+": number + operand, "-": number - operand, "*": number * operand}[move[0]]
 
@@ -31,9 +31,10 @@ def legal_moves(number: int) -> list[str]:
 
 
 def score(response: str, answer: str) -> float:
-    """1.0 if every line is a legal move with its right result, there are at most six, and the last reaches the target.
+    """1.0 if there are at most six lines, each a legal move with its right result, and the last reaches the target.
 
-    Else 0.0. answer: "17 to 30", start and target. UserError for another form. Blanks around the response are ignored.
+    Else 0.0. Spaces and newlines around the response are ignored. answer: "17 to 30", start and target. UserError for
+    any other form.
     """
     numbers = [int(number) for number in match.groups()] if (match := ANSWER.fullmatch(answer)) else []
     if not numbers or max(numbers) > LARGEST:

@@ -1,7 +1,7 @@
-"""What may hang, in processes that can be killed: math-verify, and verifiers that are not this project's.
+"""Processes, which can be killed, for verifiers that may hang: math-verify, users' own functions and reasoning-gym.
 
-math-verify hangs on some answers, and its own time limit does not help: that is signal.alarm, which fails outside the
-main thread and does not interrupt C (Math-Verify#50, #55).
+math-verify hangs on some answers. Its own time limit does not help: signal.alarm fails outside the main thread, and
+does not interrupt C (Math-Verify#50, #55).
 """
 
 import atexit
@@ -28,7 +28,7 @@ from ce_gppo.verifier.answers import same
 MAX_MEMORY = 4 * 2**30  # bytes of address space per worker
 MAX_CACHED = 100_000  # verdicts
 STARTUP_SECONDS = 60.0  # a worker needs about 1 s on an idle machine, most of it for sympy
-MATH = "math"  # the verifier that is math-verify; the name of any other says what custom.load runs
+MATH = "math"  # the name for math-verify; all other names are those of custom.load
 
 Job = tuple[str, str, str]  # verifier, response (of math only its answer), true answer
 Parts = dict[str, float]
@@ -52,7 +52,7 @@ class Worker:
                 COMMAND,
                 cwd=Path(__file__).parents[2],
                 bufsize=0,
-                stdin=subprocess.PIPE,  # ends when we end, however we end, and the worker with it
+                stdin=subprocess.PIPE,  # closes when this process ends in any way, and the worker then ends
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is meant for the main process only
@@ -66,11 +66,11 @@ class Worker:
         return self.process.stdout.readline() if wait([self.process.stdout], timeout) else None
 
     def ask(self, job: Job, timeout: float) -> Parts | None:
-        """The parts that the job's verifier gives; None if it takes more than `timeout` seconds, or dies of it twice.
+        """The parts that the job's verifier gives. None if it takes more than `timeout` seconds, or crashes twice.
 
-        UserError with what a user's verifier does wrong.
+        UserError for a mistake in a user's verifier.
         """
-        for _ in range(2):  # what killed the worker may have been somebody else, not this answer
+        for _ in range(2):  # perhaps something else than this answer killed the worker
             self.load(job[0])
             died, reply = self.request([*job, timeout], timeout)
             if not died:
@@ -78,7 +78,7 @@ class Worker:
         return None
 
     def load(self, verifier: str) -> None:
-        """Start, and import this verifier, which may take longer than a response. UserError if that fails."""
+        """Start, and import this verifier, which may take longer than to score a response. UserError if that fails."""
         for _ in range(2):  # as in `ask`
             self.start()
             if verifier in self.loaded:
@@ -91,7 +91,7 @@ class Worker:
         self.loaded.add(verifier)
 
     def request(self, line: list, timeout: float) -> tuple[bool, Parts | None]:
-        """(whether the worker died of it, its reply). It is killed, and the reply None, after `timeout` seconds."""
+        """(whether the worker died, its reply). After `timeout` seconds it is killed, and the reply is None."""
         try:
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
             reply = self.read(timeout)
@@ -108,7 +108,7 @@ class Worker:
     def kill(self):
         if self.process:
             with self.process, contextlib.suppress(ProcessLookupError):  # closes the pipes, and waits
-                os.killpg(self.process.pid, signal.SIGKILL)  # and what a verifier may have started
+                os.killpg(self.process.pid, signal.SIGKILL)  # with all processes that a verifier has started
             self.process = None
 
 
@@ -134,14 +134,14 @@ def check(verifiers: set[str]) -> None:
 
 
 def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> dict[Job, Parts | None]:
-    """What the verifiers give for distinct jobs: None where one took too long or died, which counts as wrong.
+    """The verdicts on distinct jobs. None, which counts as wrong, if a verifier took too long or crashed.
 
-    A job that the budget left no time for is missing. UserError with what a user's verifier does wrong.
+    Jobs that were not reached within the budget are missing. UserError for a mistake in a user's verifier.
     """
     with _lock:
         verdicts = {job: _cache.pop(job) for job in jobs if job in _cache}
         waiting = [job for job in jobs if job not in verdicts]
-        waiting.sort(key=lambda job: -abs(len(job[1]) - len(job[2])))  # first popped: what looks like its truth
+        waiting.sort(key=lambda job: -abs(len(job[1]) - len(job[2])))  # popped first: lengths like the true answer's
 
         verifiers = sorted({job[0] for job in waiting})
 
@@ -163,8 +163,8 @@ def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> d
                 try:
                     list(threads.map(work, _workers[:num_workers]))
                 finally:
-                    waiting.clear()  # after an exception too: no thread may go on
-        _cache.update({job: parts for job, parts in verdicts.items() if job[0] == MATH})  # others have whole responses
+                    waiting.clear()  # also after an exception, so that no thread continues
+        _cache.update({job: parts for job, parts in verdicts.items() if job[0] == MATH})  # other jobs are too large
         for job in list(_cache)[: max(0, len(_cache) - MAX_CACHED)]:
             del _cache[job]
         return verdicts
@@ -173,10 +173,10 @@ def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> d
 def sympy_equal(answer: str, truth: str) -> bool:
     r"""math-verify on two scalars. Only in a worker.
 
-    Its pitfalls, and the remedies: it compares floats to 6 places and drops small differences (decimals become
-    fractions, and exact.py compares). It strips one-letter variables as units, takes any number out of text that it
-    cannot parse, and then compares the raw strings (all off). It has no imaginary unit i, and reads I^2 as I (i becomes
-    the root of -1). It drops primes and the base of 101_2 (such answers are not equal).
+    Its pitfalls, and in brackets the remedies: it compares floats to 6 places and drops small differences (decimals
+    become fractions, and exact.py compares). It strips one-letter variables as units, takes any number out of text that
+    it cannot parse, and then compares the raw strings (all turned off). It has no imaginary unit i, and reads I^2 as I
+    (i becomes the root of -1). It drops primes and the base of 101_2 (such answers count as different).
     """
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
@@ -209,13 +209,13 @@ def serve():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1):  # nothing that a library reads is a request, and nothing that it prints a reply
+    for stream in (0, 1):  # so that a library cannot read requests or print into the replies
         os.dup2(nothing, stream)
     logging.disable()
     print("ready", file=replies, flush=True)
     for line in requests:
         verifier, response, answer, seconds = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # should our parent be gone, the kernel ends us
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # without a parent to kill it, the kernel ends this process
         reply = answer_to(verifier, response, answer)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(reply), file=replies, flush=True)
@@ -228,7 +228,7 @@ def answer_to(verifier: str, response: str | None, answer: str) -> Parts | str:
     if verifier == MATH:
         try:
             return {"correctness": float(same(response, answer, sympy_equal))}
-        except Exception:  # sympy raises what it likes: here it means "not equal"
+        except Exception:  # sympy can raise any error: the answers then count as different
             return {"correctness": 0.0}
     try:
         if response is not None:
