@@ -58,8 +58,8 @@ def test_a_resumed_run_without_a_setting_says_that_it_has_the_default(tmp_path, 
 @pytest.mark.parametrize(
     "row, message",
     [
-        (ROW | {"source": ""}, "a printable name is needed"),
-        (ROW | {"source": "a\nb"}, "a printable name is needed"),
+        (ROW | {"source": ""}, "it must be printable"),
+        (ROW | {"source": "a\nb"}, "it must be printable"),
         (ROW | {"answer": "\ud800"}, "half of a surrogate pair"),
         (ROW | {"prompt": [{"role": "\ud800", "content": "x"}]}, "half of a surrogate pair"),
         ("[" * 100_000, "line 1: not JSON"),
