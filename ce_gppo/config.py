@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import tomllib
@@ -41,9 +42,7 @@ def command(main: Callable, Config: type | None = None, description: str | None 
             dist.check_environment()
             if Config is None:
                 return main()
-            import tyro  # not at the top: bench.gpu runs without it
-
-            config = tyro.cli(Config, description=description)
+            config = cli(Config, description=description)
             check_ranges(config)
             main(config)
         except (UserError, RunEnded) as error:
@@ -68,6 +67,15 @@ def command(main: Callable, Config: type | None = None, description: str | None 
 
     # With `record` torchrun shows the error of the rank that failed.
     record(run)() if "TORCHELASTIC_RUN_ID" in os.environ else run()
+
+
+def cli(Config: type, **options):
+    """The settings on the command line. The help has 40 columns at least: with three or fewer tyro never ends it."""
+    import tyro  # not at the top: bench.gpu runs without it
+
+    if shutil.get_terminal_size().columns < 40:
+        os.environ["COLUMNS"] = "40"
+    return tyro.cli(Config, **options)
 
 
 def unexpected(error: Exception) -> str:
@@ -114,8 +122,6 @@ def parse(Config: type, arguments: list[str]) -> tuple[typing.Any, str, str]:
     The settings of --resume are those of its folder. An unknown setting is a UserError that lists the known ones; so is
     what W&B cannot use in the environment.
     """
-    import tyro
-
     check_wandb()
     space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
     if space and not re.fullmatch("[1-9][0-9]{0,4}", space):
@@ -141,7 +147,7 @@ def parse(Config: type, arguments: list[str]) -> tuple[typing.Any, str, str]:
             raise UserError("--resume continues a run with its own settings; give no others")
         return resolve(saved_config(Config, start.resume)), "", start.resume
     defaults = Config(**read_recipe(Config, start.recipe)) if start.recipe else Config()
-    return resolve(tyro.cli(Config, args=arguments, default=defaults)), start.recipe or "", ""
+    return resolve(cli(Config, args=arguments, default=defaults)), start.recipe or "", ""
 
 
 def resolve(config):

@@ -161,13 +161,17 @@ def test_differences_are_paired_and_have_students_interval(tmp_path):
     for i, effect in enumerate(effects):
         rows += [row(0, i, "grpo", float(i)), row(0, i, "(0, 1)", i + effect), row(0, i, branches.OWN, float(i))]
     rows += [row(1, 0, "(0, 1)", 99.0)]  # a branch without its baseline
+    rows += [row(2, 0, "grpo", 1.0), row(2, 0, "(0, 1)", 1.0115)]  # another run, which keeps the mean
+    effects.append(0.0115)
     values = branches.paired(rows, "(0, 1)", "delta/rollout")
     assert values == pytest.approx(effects)
     mean, width = branches.interval(values)
     expected = stats.ttest_1samp(effects, 0).confidence_interval(0.95)
     assert (mean - width, mean + width) == pytest.approx((expected.low, expected.high))
     text = branches.table(rows)
-    assert "| (0, 1) | +115.00 ± 20.54 | +0.00 ± 0.00 | +115.00 ± 20.54 | -115.00 ± 20.54 | 100%, 0% |" in text
+    change = f"115.00 ± {1e4 * width:.2f}"
+    assert f"| (0, 1) | +{change} | +0.00 ± 0.00 | +{change} | -{change} | 100%, 0% |" in text
+    assert "| (0, 1) | +115.00 ± 20.54 |  | +115.00 |" in text, "by run: of four branches, of none, of one"
     assert "| velocity, over the branches | -1.00 |" in text and "| first order, over the branches | +1.00 |" in text
     assert branches.rank(values, -values) == "-1.00" and branches.rank(values[:3], values[:3]) == ""
     assert "| (0, 1) | +0.00 ± 0.00 |" in text, "the prediction is what was measured"

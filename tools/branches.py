@@ -65,10 +65,10 @@ def agreement(predicted: np.ndarray, measured: np.ndarray) -> str:
 def table(rows: list[dict]) -> str:
     """Markdown: paired differences to the baseline, and how well the predictions rank what was measured."""
     settings = [BASELINE, *others(rows)]
-    seeds = len({row["seed"] for row in rows})
+    runs = sorted({row["seed"] for row in rows})
     about = ", ".join(f"{name} {rows[0][name]}" for name in SAME)
     lines = [
-        f"{count(rows)} branches of {seeds} runs ({about}). Entropy: change over one step, in 1e-4 nats per token, "
+        f"{count(rows)} branches of {len(runs)} runs ({about}). Entropy: change over one step, in 1e-4 nats per token, "
         f"less {BASELINE}'s from the same state and rollout. Mean and 95 % interval over branches.",
         "",
         "| setting | on the rollout | of it on clipped tokens | to first order in the weights | velocity | same sign: "
@@ -99,6 +99,12 @@ def table(rows: list[dict]) -> str:
             for quadrant in ("pa_lp", "na_hp", "pa_hp", "na_lp")
         )
         lines.append(f"| {name}{' (itself)' if name == BASELINE else ''} | {' | '.join(parts)} |")
+    if len(runs) > 1:
+        lines += ["", f"| less {BASELINE}'s, on the rollout | {' | '.join(f'seed {seed}' for seed in runs)} |"]
+        lines.append("|---|" + "---|" * len(runs))
+        for name in settings[1:]:
+            each = (paired([row for row in rows if row["seed"] == seed], name, "delta/rollout") for seed in runs)
+            lines.append(f"| {name} | {' | '.join(map(text, each))} |")
     lines += ["", f"| less {BASELINE}'s | measured - first order | its rank correlation with KL |", "|---|---|---|"]
     for name in settings[1:]:
         beyond = paired(rows, name, "delta/rollout") - paired(rows, name, "linear/rollout")
