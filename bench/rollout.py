@@ -6,8 +6,7 @@
 Run it from the repository root. Bare is `vllm.LLM.generate` on the same engine, in turn with ours: the same prompts,
 seed and sampling settings give the same tokens, and the prefix cache is emptied before each. The difference is
 everything that rollout.py adds. Bare runs with vLLM's own detokenization, as usual: once with the logprobs of the
-sampled tokens, which training needs, and once without. Without a GPU one generator serves all requests; a row has ours
-with a seed by request, as on a GPU.
+sampled tokens, which training needs, and once without.
 """
 
 import json
@@ -85,8 +84,7 @@ def generation(engine: Engine, prompts: list[list[int]], config: Config) -> dict
     inputs = [{"prompt_token_ids": ids} for ids in prompts]
     half_complete = []
 
-    def ours(seed: int, by_request: bool = engine.cuda) -> int:
-        engine.cuda, on_gpu = by_request, engine.cuda  # `generate` looks there whether each request has its own seed
+    def ours(seed: int) -> int:
         start, complete = time.perf_counter(), []
         groups = engine.generate(
             prompts,
@@ -96,7 +94,6 @@ def generation(engine: Engine, prompts: list[list[int]], config: Config) -> dict
             seed=seed,
             on_group=lambda *_: complete.append(time.perf_counter() - start),
         )
-        engine.cuda = on_gpu
         half_complete.append(complete[len(complete) // 2] / complete[-1])
         return sum(len(response.response_ids) for group in groups for response in group)
 
@@ -117,7 +114,6 @@ def generation(engine: Engine, prompts: list[list[int]], config: Config) -> dict
         "bare_with_logprobs": lambda seed: bare(seed, logprobs=0),
         "bare": bare,
         "bare_without_text": lambda seed: bare(seed, detokenize=False),
-        "engine_with_a_seed_by_request": lambda seed: ours(seed, by_request=True),
     }
     rates = {name: [] for name in variants}
     for seed in range(config.rounds + 1):
@@ -127,14 +123,11 @@ def generation(engine: Engine, prompts: list[list[int]], config: Config) -> dict
             start = time.perf_counter()
             tokens = variant(seed)
             taken = time.perf_counter() - start
-            if name != "engine_with_a_seed_by_request":  # which samples other tokens without a GPU
-                counts.add(tokens)
+            counts.add(tokens)
             if seed:  # the first round warms up
                 rates[name].append(tokens / taken)
         assert len(counts) == 1, f"the variants sampled different numbers of tokens: {counts}"
     medians = {f"{name}/tokens_per_s": statistics.median(values) for name, values in rates.items()}
-    pairs = zip(rates["engine"], rates["engine_with_a_seed_by_request"], strict=True)
-    medians["one_generator_over_seeds"] = statistics.median(one / each for one, each in pairs)
     return medians | {"half_of_groups_complete_at": statistics.median(half_complete)}
 
 
@@ -200,7 +193,6 @@ def main(config: Config) -> None:
     bars = [
         ("tokens/s, Engine.generate over bare with logprobs", result["engine_over_bare_with_logprobs"], ">= 0.97"),
         ("tokens/s, Engine.generate over bare", result["engine_over_bare"], ""),
-        ("tokens/s, one generator over a seed by request", result["one_generator_over_seeds"], ""),
         ("half of the groups are complete at this share of the rollout", result["half_of_groups_complete_at"], ""),
         (
             "share of a step outside rollout and update",

@@ -110,7 +110,7 @@ def test_update(result):
 @pytest.mark.parametrize("result", ["rollout"], indirect=True)
 def test_rollout(result):
     assert result["engine/tokens_per_s"] > 0 and result["bare/tokens_per_s"] > 0
-    assert {"engine_over_bare_with_logprobs", "engine_over_bare", "one_generator_over_seeds"} <= result.keys()
+    assert {"engine_over_bare_with_logprobs", "engine_over_bare"} <= result.keys()
     assert [sync["parameters"] for sync in result["sync"]] == [888_192] and result["sync"][0]["seconds"] > 0
     expected = {"rollout": 0.5, "update": 0.4, "reward": 0.01, "old_logprobs": 0.02, "sync": 0.03, "rest": 0.04}
     assert {part: result[f"share/{part}"] for part in expected} == pytest.approx(expected)
