@@ -18,6 +18,7 @@ CPU_CACHE_GIB = 1  # vLLM's cache without a GPU, unless vLLM's variable VLLM_CPU
 def prepare_environment() -> None:
     """Set the environment variables that vLLM and torch read. Call it first, before vLLM is imported."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: weights are passed in memory
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would send them to its authors
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if torch.cuda.is_available() else "ERROR")
     if not torch.cuda.is_available():  # otherwise vLLM pins torch to one thread, and the trainer with it
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
