@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -137,9 +138,9 @@ def _run_as_main(script: str, arguments: list[str], variables: dict[str, str], o
 
 @functools.cache
 def scratch() -> str:
-    folder = tempfile.TemporaryDirectory(prefix="ce-gppo-tests-")
-    atexit.register(folder.cleanup)
-    return folder.name
+    folder = tempfile.mkdtemp(prefix="ce-gppo-tests-")  # a TemporaryDirectory would also end with a fork (in_a_fork)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
