@@ -111,7 +111,7 @@ OBJECTIVES = {
     # The interval of its authors' scripts.
     "clip_cov": Spec(other.clip_cov, {"eps_low": 1.0, "eps_high": 1.0}, picks=other.covariance_in_bounds),
     "kl_cov": Spec(other.kl_cov, ignores=("eps_low", "eps_high"), picks=other.highest_covariance),
-    "sapo": Spec(other.sapo, ignores=("eps_low", "eps_high")),
+    "sapo": Spec(other.sapo, ignores=CLIPS),
 }
 
 
