@@ -96,7 +96,7 @@ SWEEPS = {
         steps=150,
     ),
     "walk-32": Sweep(
-        "walk", WALK | {"mini_batch_prompts": 2}, ("grpo", *CE[1:3], "gppo", "lp_only (1, 1)"), seeds=3, steps=100
+        "walk", WALK | {"mini_batch_prompts": 2}, ("grpo", *CE[:3], "gppo", "lp_only (1, 1)"), seeds=3, steps=100
     ),
     "arithmetic": Sweep(
         "arithmetic",
