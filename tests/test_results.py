@@ -169,9 +169,9 @@ def test_part_of_a_sweep(tmp_path):
         code, output = script("claims", results, *options)
         assert code == 0, output
         assert f"| grpo | {runs} |" in (tmp_path / f"results{stem}.md").read_text()
-    for steps in ("0", "21"):
+    for steps, why in (("0", "steps = 0: must be at least 1"), ("21", "not evaluated there, only at [20, 50]")):
         code, output = script("claims", results, "--steps", steps)
-        assert code == 2 and "not evaluated there, only at [20, 50]" in output
+        assert code == 2 and why in output
     results.write_text(json.dumps(rows[1]) + "\n")  # seed 1, which idles
     code, output = script("claims", results, "--without-idle")
     assert code == 2 and "no such runs there" in output

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import loss
-from bench import gpu, rollout, update
+from bench import rollout, update
 from ce_gppo import config, dist, runs, tracking
 from ce_gppo.problems import check_vocabulary, load_sets
 from ce_gppo.report import Report
@@ -130,7 +129,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
             runs.locate(settings, resume)
     (tmp_path / "mine" / "checkpoint-000002" / "manifest.json").touch()
     with pytest.raises(UserError, match=f"this is a checkpoint; name the folder of its run, {tmp_path}/mine"):
-        config.parse(Config, ["--resume", str(tmp_path / "mine" / "checkpoint-000002")], loss.PUBLISHED)
+        config.parse(Config, ["--resume", str(tmp_path / "mine" / "checkpoint-000002")])
 
 
 def test_what_a_users_verifier_imports_is_compared_too(tmp_path):
@@ -298,16 +297,3 @@ def test_what_is_missing_is_told_before_anything_is_measured(tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", ["prepare", "--out", str(tmp_path), "--held-out", "397"])
     with pytest.raises(UserError, match="--held-out 397: there are 397 problems"):
         words.main()
-
-
-def test_the_settings_of_the_bench_for_gpus_are_settings(monkeypatch):
-    class Enough(Exception):
-        pass
-
-    def run_train(*arguments):
-        config.parse(Config, list(arguments), loss.PUBLISHED)
-        raise Enough
-
-    monkeypatch.setattr(gpu, "run_train", run_train)
-    with pytest.raises(Enough):
-        gpu.run_part(types.SimpleNamespace(device="cpu", train="--lr 1e-5"))
