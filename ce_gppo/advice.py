@@ -131,7 +131,7 @@ def useless_critic(steps: list[dict], config) -> str | None:
     return (
         "At the end the critic was further from the returns than a constant would be (value/explained_variance "
         f"{explained:.2f}): change critic_lr ({config.critic_lr:g}), or raise warmup_steps ({config.warmup_steps}), in "
-        "which it learns alone."
+        "which only the critic learns."
     )
 
 

@@ -256,7 +256,7 @@ def release(policy: torch.nn.Module) -> None:
 def host_threads():
     """A context with all of torch's threads, for work on the host such as an offloaded optimizer's.
 
-    On a GPU vLLM leaves one thread to its process. What it has compiled counts on that, so it gets it back.
+    On a GPU vLLM sets its process to one thread, and its compiled code relies on that. So the number is restored.
     """
     if not torch.cuda.is_available():
         yield

@@ -67,7 +67,7 @@ def equal_now(answer: str | None, truth: str) -> float:
 
 
 def can_be_given(truth: str) -> bool:
-    """False for a true answer that no response can equal: one that is empty but for LaTeX, or has a brace too many."""
+    """False for a true answer that no response can equal: empty except for LaTeX, or with an extra brace."""
     text = last_box(truth) or truth.strip()
     if re.search(r"\w", re.sub(r"\\[a-zA-Z]+", "", text)) and last_box(rf"\boxed{{{text}}}") == text:
         return True
