@@ -61,7 +61,7 @@ reproduce: setup walk  ## the sweep of docs/evidence.md, 55 runs: three hours on
 test: setup data  ## run the tests, in two processes
 	@.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-fast: setup data  ## run the tests that need no vLLM and are fast: a minute and a half
+test-fast: setup data  ## run the tests that need no vLLM and are fast: about a minute
 	@.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 torture: setup data  ## twelve steps killed twenty times are twelve steps: takes five minutes
