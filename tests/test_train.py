@@ -51,7 +51,8 @@ def test_every_metric_is_there_finite_and_sane(finished):
             assert sum(bool(metric.pattern().fullmatch(name)) for metric in metrics.ALL) == 1, f"{name} has no line"
         assert all(math.isfinite(value) for value in row.values())
         assert sum(row[f"tokens/{q}"] for q in QUADRANTS) == pytest.approx(1)
-        assert sum(row[f"velocity/{q}"] for q in QUADRANTS) == pytest.approx(row["velocity/total"], abs=1e-9)
+        parts = [row[f"velocity/{q}"] for q in QUADRANTS]  # float32 sums, which nearly cancel
+        assert sum(parts) == pytest.approx(row["velocity/total"], rel=0, abs=1e-6 * sum(map(abs, parts)))
         assert row["update_1/clip_low"] == row["update_1/clip_high"] == 0, "the first update is at ratio 1"
         assert row["update_1/ratio_max"] == pytest.approx(1, abs=1e-4)
         assert row["entropy/p10"] <= row["entropy/mean"] <= row["entropy/p90"]
