@@ -3,14 +3,14 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && { echo $$p; break; }; done)
 PLATFORM := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
-# Setup does not compile what it installs. Each module is compiled when it is first imported, and kept.
+# Setup does not compile the installed packages. Python compiles a module at its first import and keeps the result.
 export PYTHONDONTWRITEBYTECODE :=
 LOCK := requirements/$(PLATFORM).txt
 TORCH := $(shell grep '^torch==' $(LOCK))
 CHECK_PYTHON = test -n "$(PYTHON)" || \
-	{ echo "make: no Python 3.11 to 3.14 found; install one, or say make PYTHON=/path/to/python3" >&2; exit 2; }
+	{ echo "make: no Python 3.11 to 3.14 found; install one, or run make PYTHON=/path/to/python3" >&2; exit 2; }
 CHECK_GPU = .venv/bin/python -c 'import torch; torch.cuda.is_available() or exit("make: torch cannot use the GPU; CUDA 13.0 of requirements/cuda.txt needs driver 580 or newer, and nvidia-smi shows yours")'
-# So that `.venv/bin/python tools/evaluate.py` works as `-m tools.evaluate` does.
+# Puts the repository root on Python's path: `.venv/bin/python tools/evaluate.py` then works like `-m tools.evaluate`.
 FIND_PROJECT = echo "$(CURDIR)" > "$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/this-project.pth"
 DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
@@ -32,10 +32,10 @@ eval: setup $(if $(and $(MODEL),$(BENCH)),,data)  ## evaluate: MODEL=out/<run>/c
 figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 	@.venv/bin/python -m tools.figures $(RUNS) $(ARGS)
 
-view: setup  ## show what training did to single tokens, as one HTML file: RUN=out/<run>
+view: setup  ## write an HTML page that shows a run's effect on single tokens: RUN=out/<run>
 	@.venv/bin/python -m tools.view $(RUN) $(ARGS)
 
-branch: setup $(if $(RUN),,$(if $(RECIPE),$(filter walk,$(RECIPE)),data))  ## what settings do to entropy, from one state: RUN=out/<run> BRANCHES=10 EVERY=5
+branch: setup $(if $(RUN),,$(if $(RECIPE),$(filter walk,$(RECIPE)),data))  ## measure how each setting changes entropy in one step: RUN=out/<run> BRANCHES=10 EVERY=5
 	@.venv/bin/python -m tools.branch $(if $(RUN),--run $(RUN)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(BRANCHES),--branches $(BRANCHES)) \
 		$(if $(EVERY),--every $(EVERY)) $(ARGS)
 
@@ -64,7 +64,7 @@ test: setup data  ## run the tests, in two processes
 test-fast: setup data  ## run the tests that need no vLLM and are fast: about a minute
 	@.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-torture: setup data  ## twelve steps killed twenty times are twelve steps: takes five minutes
+torture: setup data  ## kill a run of twelve steps twenty times, and compare it with an undisturbed one: five minutes
 	@KILLS=20 .venv/bin/python -m pytest tests/test_faults.py -k torture -s $(ARGS)
 
 lint: setup  ## check style
@@ -88,15 +88,15 @@ $(WALK_BASE): data/walk/base.py data/walk/prepare.py ce_gppo/verifier/walk.py da
 
 setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 
-# torch comes first and alone: its CPU build from PyTorch's own index where that can be reached, otherwise from wherever
-# pip finds it in the next step. The rest is locked, hence --no-deps. --no-compile saves a minute and a half on a
-# slow core: few of the files are ever imported.
+# torch is installed first, its CPU build from PyTorch's own index. If that cannot be reached, the next step installs it
+# from pip's default index. All versions are locked, hence --no-deps. --no-compile saves a minute and a half on a slow
+# core: few of the files are ever imported.
 .venv/installed-cpu: requirements/cpu.txt
 	@$(CHECK_PYTHON)
 	@echo "installing into .venv, without a GPU: a few minutes and 4 GB, once"
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install --quiet --no-deps --no-compile --retries 0 --timeout 15 $(TORCH) \
-		--index-url https://download.pytorch.org/whl/cpu 2>/dev/null || echo "PyTorch's index cannot be reached; going on without it"
+		--index-url https://download.pytorch.org/whl/cpu 2>/dev/null || echo "PyTorch's index cannot be reached; continuing without it"
 	@.venv/bin/python -m pip install --quiet --no-deps --no-compile -r $<
 	@$(FIND_PROJECT)
 	@touch $@
