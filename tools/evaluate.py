@@ -1,8 +1,8 @@
-"""avg@k, pass@k and majority@k of a model, with every response and its verdict on the disk.
+"""avg@k, pass@k and majority@k of a model, and a file of all responses with their verdicts.
 
 python -m tools.evaluate --model out/<run>/checkpoint-000040                          the arithmetic problems
 python -m tools.evaluate --model <folder or hub name> --bench aime24,aime25 --k 32    data/benchmarks/<name>.jsonl each
-python -m tools.evaluate --compare out/eval/a.jsonl out/eval/b.jsonl                  problem by problem
+python -m tools.evaluate --compare out/eval/a.jsonl out/eval/b.jsonl                  two results, problem by problem
 
 The same command continues a stopped evaluation, which ends with the same responses.
 """
@@ -35,8 +35,8 @@ from tools.tables import compare, print_table, read_results
 @dataclass
 class Config:
     model: str = "data/arithmetic/base"  # folder or hub name
-    bench: str = "data/arithmetic/eval.jsonl"  # with commas: names of data/benchmarks/<name>.jsonl, or JSONL files
-    k: t.Count = 8  # samples a problem [AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
+    bench: str = "data/arithmetic/eval.jsonl"  # with commas: names as in data/benchmarks/<name>.jsonl, or JSONL files
+    k: t.Count = 8  # samples per problem [AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
     temperature: t.GreedyOrTemperature = 0.6  # the paper's; `make train` evaluates its small model at 1.0
     top_p: t.Share = 0.95  # the paper's; 1.0 turns it off
     max_prompt_tokens: t.Count = 4096  # problems with longer prompts are dropped, and counted
@@ -49,7 +49,7 @@ class Config:
     write_every: t.Count = 512  # responses sampled between two writes: a killed run loses at most these
     gpu_memory_utilization: t.Share = 0.9  # share of the GPU's memory for vLLM
     seed: t.Seed = 0
-    compare: tuple[str, str] | None = None  # two result files: where the second is better and worse than the first
+    compare: tuple[str, str] | None = None  # two result files: the problems on which the second is better or worse
 
 
 def main(config: Config) -> None:
@@ -78,13 +78,13 @@ def main(config: Config) -> None:
     settings = asdict(config) | {"max_response_tokens": max_tokens, "weights": fingerprint(config.model)}
     data = json.dumps([[p.prompt, p.answer] for p in problems]).encode()
     settings["data"] = hashlib.sha256(data + b"".join(path.read_bytes() for path in files(config.rewards))).hexdigest()
-    for name in ("out", "compare", "gpu_memory_utilization"):  # they change no response
+    for name in ("out", "compare", "gpu_memory_utilization"):  # these change no response
         del settings[name]
     path = Path(config.out or default_out(config, problems))
-    size = max(1, config.write_every // config.k)  # problems a chunk; each has a seed of its own, so it can be redone
+    size = max(1, config.write_every // config.k)  # problems per chunk; each has its own seed, so it can be redone
     chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
     if path.exists():
-        lock(path.open())  # closed at once: it only looks
+        lock(path.open())  # an early error if another evaluation has it; closed at once
     rows = resumed(path, settings, [len(chunk) * config.k for chunk in chunks])
     done = len({row["problem"] for row in rows})
     print(
@@ -125,7 +125,7 @@ def main(config: Config) -> None:
 
 
 def lock(file: TextIO) -> TextIO:
-    """The open file, locked until it is closed. UserError if another evaluation writes it."""
+    """The open file, locked until it is closed. UserError if another evaluation has locked it."""
     if not lock_file(file):
         raise UserError(f"{file.name}: another evaluation is writing it; wait for it, or name another file with --out")
     return file
@@ -152,7 +152,7 @@ def rows_of(problems: list[Problem], groups: list[list[Response]], first: int, t
 
 
 def fingerprint(model: str) -> str:
-    """Tells other weights in the same folder: sizes, and the first and last MiB of each file. Empty for a hub name."""
+    """A hash of the weights in a folder, from size, first and last MiB of each file. Empty for a hub name."""
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*.safetensors")):
         with path.open("rb") as file:
@@ -170,7 +170,7 @@ def default_out(config: Config, problems: list[Problem]) -> str:
 
 
 def resumed(path: Path, settings: dict, chunk_rows: list[int]) -> list[dict]:
-    """The rows of the whole chunks in the file, which keeps only them. UserError if it was made with other settings."""
+    """The rows of the complete chunks; cuts the file after them. UserError if it was made with other settings."""
     if not path.exists() or path.stat().st_size == 0:
         return []
     header, rows = read_results(path)

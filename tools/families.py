@@ -1,10 +1,10 @@
-"""Which model families train here: each is built small with random weights, and goes the way of a training.
+"""Which model families can be trained: each is tried with a small model of random weights.
 
     python -m tools.families                     all of them, as a page of Markdown
     python -m tools.families --only Olmo2        one
 
-A family trains if it loads, if vLLM serves it, and if after an update both give the same logprobs: the largest
-difference over 64 sampled tokens is in the table. Everything runs on the CPU in float32.
+A family trains if it loads, if vLLM serves it, and if both give the same logprobs after a change of the weights. The
+table has the largest difference over up to 64 sampled tokens. Everything runs on the CPU in float32.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ from data.arithmetic.base import make_tokenizer
 from rollout import Engine, prepare_environment
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-FAMILIES = {  # the name of the configuration's class without "Config", and what it needs beside the common sizes
+FAMILIES = {  # the name of the configuration's class without "Config", and its settings beside the common sizes
     **dict.fromkeys(("Qwen2", "Llama", "Mistral", "Phi3", "Olmo", "Olmo2", "Olmo3", "SmolLM3", "Granite", "Glm"), {}),
     **dict.fromkeys(
         ("Glm4", "Starcoder2", "StableLm", "Phi", "SeedOss", "Exaone4", "Ernie4_5", "Apertus", "Arcee"), {}
@@ -65,11 +65,11 @@ def build(folder: str, name: str) -> str:
 
 
 def difference(folder: str) -> float:
-    """Largest difference of vLLM's logprobs and the trainer's after the trainer's weights have changed, nats."""
+    """Largest difference between vLLM's and the trainer's logprobs after the weights have changed, in nats."""
     model, tokenizer = load_model(folder)
     engine = Engine(folder, tokenizer, context=64, cpu_kv_cache_gib=0.05, max_sequences=8)
     with torch.no_grad():
-        for parameter in model.parameters():  # a weight that does not arrive shows
+        for parameter in model.parameters():  # all weights change: one that vLLM does not get makes a difference
             parameter += 0.1 * torch.randn_like(parameter) * parameter.std().nan_to_num()
     engine.load_weights(named_weights(model))
     prompts = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]]
@@ -81,7 +81,7 @@ def difference(folder: str) -> float:
 
 
 def verdict(name: str, answer) -> None:
-    """Send the verdict on a family through a pipe; in a process of its own, as an engine stays until that ends."""
+    """Send the verdict on a family through a pipe. In its own process: an engine lives until its process ends."""
     prepare_environment()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -90,7 +90,7 @@ def verdict(name: str, answer) -> None:
             answer.send(f"trains, {gap:.0e}" if gap < 1e-4 else f"differs by {gap:.2g} nats, more than rounding does")
         except UserError as error:
             answer.send("refused: " + str(error).partition("': ")[2])
-        except Exception as error:  # of a library: train.py tells it as a sentence, too
+        except Exception as error:  # of a library; train.py prints it as a sentence, too
             answer.send(f"refused: {type(error).__name__}, {str(error).strip().splitlines()[0][:150]}")
 
 
@@ -108,11 +108,11 @@ def main(config: Config) -> None:
         process.start()
         theirs.close()
         try:
-            said = ours.recv()
+            outcome = ours.recv()
         except EOFError:
-            said = "refused: it ends the process"
+            outcome = "refused: it ends the process"
         process.join()
-        print(f"| {name} | {said} |", flush=True)
+        print(f"| {name} | {outcome} |", flush=True)
 
 
 if __name__ == "__main__":

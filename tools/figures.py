@@ -60,14 +60,14 @@ def group_runs(runs: list[tuple[dict, list[dict]]]) -> dict[str, list[list[dict]
 
 
 def series(runs: list[list[dict]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps [K], values [runs, K]) of a metric, where all the runs have it."""
+    """(steps [K], values [runs, K]) of a metric, at the steps at which all runs have it."""
     values = [{row["step"]: row[name] for row in rows if name in row} for rows in runs]
     steps = sorted(set.intersection(*(set(v) for v in values)))
     return np.array(steps), np.array([[v[step] for step in steps] for v in values])
 
 
 def draw(axis, runs: list[list[dict]], name: str, **style) -> None:
-    """The mean of the runs as a thick line, and each run as a thin one where there are several."""
+    """The mean of the runs as a thick line, and each of several runs as a thin one."""
     steps, values = series(runs, name)
     if len(steps) == 0:
         return
@@ -77,13 +77,13 @@ def draw(axis, runs: list[list[dict]], name: str, **style) -> None:
 
 
 def draw_velocity(axis, runs: list[list[dict]]) -> None:
-    """The quadrants, stacked: what raises entropy above the line, what lowers it below. Black is the sum."""
+    """The quadrants' velocities, stacked: positive ones above the axis, negative ones below. Black is the sum."""
     steps, _ = series(runs, "velocity/total")
     if len(steps) == 0:
         return
     means = {quadrant: series(runs, f"velocity/{quadrant}")[1].mean(0) for quadrant in QUADRANTS}
     for sign in (1, -1):
-        # A quadrant keeps its place in the stack; where it has the other sign, it has no height here.
+        # A quadrant keeps its place in the stack; its height is 0 at steps at which it has the other sign.
         heights = [np.maximum(sign * mean, 0) for mean in means.values()]
         tops = sign * np.cumsum(heights, axis=0)
         for quadrant, height, top in zip(means, heights, tops, strict=True):

@@ -1,4 +1,4 @@
-"""One step of a run, trained under several settings from the same state, and what each changed on the same tokens."""
+"""One step of a run, trained under several settings from the same state, and the changes on the same tokens."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -36,7 +36,7 @@ class Step:
 
     def learn(self, config: train.Config, lr_factor: float = 1.0) -> dict[str, float]:
         """The step's updates, from the present state; their metrics."""
-        groups, mini_batches = train.select(self.rollout, config)  # copies, as each setting needs its own
+        groups, mini_batches = train.select(self.rollout, config)  # copies: each setting sets their old logprobs
         lr = lr_factor * lr_of_step(config, self.step)
         objective = train.objective_of_step(config, self.step, self.control)
         trained = groups, mini_batches, objective, lr, State(wandb_id="")
@@ -44,7 +44,7 @@ class Step:
         return step_metrics(groups, mini_batches, updates, None)
 
     def coast(self) -> dict[str, float]:
-        """As many optimizer steps, with gradients of zero: what momentum and weight decay do."""
+        """As many optimizer steps with gradients of 0: the effect of momentum and weight decay."""
         lr = lr_of_step(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -60,18 +60,18 @@ class Step:
     ) -> list[dict]:
         """A row for each setting, and three controls: the run's own, that at lr / 10, and momentum without a gradient.
 
-        The state stays as it is.
+        Afterwards the state is as before.
 
         delta/*       change of mean entropy, nats: of all tokens of the rollout, of its trained tokens by quadrant, of
                       the tokens of held-out problems' responses
-        delta/clipped delta/others   the parts of delta/rollout from the tokens that grpo took out of the clip interval,
-                      and from all others
+        delta/clipped delta/others   the parts of delta/rollout from the tokens that the first setting moved out of
+                      the clip interval, and from all others
         linear/*      delta/*, predicted to first order from the step in the weights: <gradient of entropy, step>
         logprob/*     change of mean logprob, nats per token, of right and of wrong held-out responses
         kl/*          of the old policy to the new one, nats per token (k3)
         predicted/*   the updates' own velocity/*, clip/* and kl/old, as a run logs them
-        rank/tokens   rank correlation over the trained tokens: of the entropy velocity that each would have in a first
-                      update, with the change of its entropy
+        rank/tokens   rank correlation, over the trained tokens, of their entropy velocity in a first update with the
+                      change of their entropy
         reward/mean entropy/mean   of the rollout
         """
         snapshot = deepcopy((self.policy.state_dict(), self.optimizer.state_dict()))
@@ -102,7 +102,7 @@ class Step:
         return rows
 
     def measured(self, responses: list[Response]) -> dict[str, torch.Tensor]:
-        """Of all tokens under the present weights, [N] each, in float64."""
+        """Logprobs, entropy, advantages and verdicts of all tokens under the present weights: [N] each, float64."""
         copies = [replace(r, old_logprobs=None, entropy=None) for r in responses]
         passes = self.config.temperature, self.config.max_micro_batch_tokens, self.meter.device
         compute_old_logprobs(self.policy, copies, *passes)
@@ -116,7 +116,7 @@ class Step:
         }
 
     def entropy_gradient(self, responses: list[Response]) -> list[torch.Tensor]:
-        """Of the mean entropy of the responses' tokens, by the weights."""
+        """The gradient of the mean entropy of the responses' tokens with respect to the weights."""
         tokens = sum(len(r.response_ids) for r in responses)
         self.policy.zero_grad()
         for batch in self.batches(responses):
@@ -142,7 +142,7 @@ class Step:
 
 def restore(policy: torch.nn.Module, optimizer: torch.optim.Optimizer, snapshot: tuple[dict, dict]) -> None:
     """Weights and moments as they were, bit by bit."""
-    weights, moments = deepcopy(snapshot)  # the optimizer goes on to write into what it is given
+    weights, moments = deepcopy(snapshot)  # the optimizer would write into the snapshot
     policy.load_state_dict(weights)
     optimizer.load_state_dict(moments)
 
@@ -167,7 +167,7 @@ def changes(before: dict[str, dict], after: dict[str, dict], velocity: torch.Ten
 
 
 def out_of_clip(before: dict, after: dict) -> torch.Tensor:
-    """The tokens that PPO-clip would give no gradient in a next update: bool, [N]."""
+    """The tokens to which PPO-clip would give no gradient in a next update: bool, [N]."""
     ratio = (after["logprobs"] - before["logprobs"]).exp()
     low, high = loss.out_of_clip(ratio, before["advantages"], loss.Objective())
     return low | high

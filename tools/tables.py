@@ -1,4 +1,4 @@
-"""From the responses that tools/evaluate.py writes to a table, and to what differs between two evaluations."""
+"""The table of an evaluation, and the differences between two, from the files that tools/evaluate.py writes."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from reward import score
 def read_results(path: Path) -> tuple[dict, list[dict]]:
     """(header, rows) of a result file; a half-written line at its end is left out."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; evaluate.py writes such files, and says where")
+        raise UserError(f"{path}: no such file; evaluate.py writes such files, and prints their paths")
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         try:
@@ -29,7 +29,7 @@ def read_results(path: Path) -> tuple[dict, list[dict]]:
 def by_problem(rows: list[dict]) -> dict[str, dict[tuple[str, int], list[dict]]]:
     """source -> problem -> its samples, in the order of the file. A problem is (question, count of earlier equal ones).
 
-    The question is only the last message: several problems may have the same.
+    A question is only the last message, so several problems may have the same one.
     """
     groups: dict[str, dict[tuple[str, int], list[dict]]] = {}
     keys: dict[int, tuple[str, int]] = {}
@@ -46,9 +46,9 @@ def rate(samples: list[dict]) -> float:
 
 
 def majority(samples: list[dict]) -> bool:
-    """Whether the most frequent answer is right. Equal answers in different spellings vote together, the right ones and
-    wrong ones that the verifier finds equal. Of equally frequent ones the first seen wins. No box, no vote."""
-    votes: dict[str | bool, int] = {}  # the right answer is True, a wrong one counts for all that equal it
+    """Whether the most frequent answer is right. All right answers count as one, and so do wrong answers that the
+    verifier finds equal. Of equally frequent answers the first counts. Responses without an answer are left out."""
+    votes: dict[str | bool, int] = {}  # the key True: all right answers; a text: all wrong answers equal to it
     for sample in samples:
         answer = True if sample["correct"] else sample["extracted"]
         if answer is None:
@@ -64,7 +64,7 @@ def majority(samples: list[dict]) -> bool:
 def bootstrap(values: list[float], resamples: int = 10_000) -> tuple[float, float]:
     """The 95 % interval of the mean of `values`, one per problem, over problems drawn again with replacement."""
     values, generator = np.array(values), np.random.default_rng(0)
-    size = 100, len(values)  # at a time: all 10,000 of a large benchmark would take gigabytes
+    size = 100, len(values)  # 100 at a time: all 10,000 of a large benchmark would take gigabytes
     means = [values[generator.integers(len(values), size=size)].mean(-1) for _ in range(resamples // 100)]
     return tuple(np.quantile(np.concatenate(means), [0.025, 0.975]).tolist())
 
@@ -104,7 +104,7 @@ def print_columns(lines: list[tuple[str, ...]]) -> None:
 
 
 def compare(first: str, second: str) -> None:
-    """How two result files differ, by benchmark and by problem. Both must have the same problems."""
+    """Print the differences between two result files, by benchmark and by problem. Both must have the same problems."""
     results = []
     for path in (first, second):
         header, rows = read_results(Path(path))

@@ -2,7 +2,7 @@
 
     python -m tools.view out/<run>        or: make view RUN=out/<run>
 
-It needs no server and nothing from outside. Every token is coloured by its entropy, its entropy velocity, the side on
+The page needs no server and loads nothing. Every token is coloured by its entropy, its entropy velocity, the side on
 which it was clipped, its probability or its advantage. view.html beside this file is the page without its data.
 """
 
@@ -25,12 +25,12 @@ MAX_TOKENS = 60_000  # in a page: about 4 MB
 @dataclass
 class Config:
     run: Annotated[Path, tyro.conf.Positional]  # folder of a run
-    steps: tuple[int, ...] = ()  # the ones to show; empty: as many as fit into a page, spread over the run
+    steps: tuple[int, ...] = ()  # steps to show; empty: as many as fit into a page, spread over the run
     out: Path | None = None  # file to write; None: tokens.html in the run's folder
 
 
 def load(run: Path) -> dict[int, list[dict]]:
-    """step -> its rows of tokens.jsonl. UserError where the run has none, or a row is not what training wrote."""
+    """step -> its rows of tokens.jsonl. UserError if there are none, or if training did not write a row so."""
     path = run / "tokens.jsonl"
     if not path.exists():
         raise UserError(f"{run}: no tokens.jsonl there, so it is not the folder of a run, or an older one; train again")
@@ -69,7 +69,7 @@ def choose(steps: dict[int, list[dict]], wanted: tuple[int, ...]) -> list[int]:
 def page(run: Path, steps: dict[int, list[dict]]) -> str:
     """The HTML. Tokens are text that a model wrote: the page gets them as JSON, and shows them as text only."""
     data = json.dumps({"run": run.resolve().name, "steps": [{"step": step, "rows": steps[step]} for step in steps]})
-    for character in "<>&":  # so that no token can end the script element, or begin a comment in it
+    for character in "<>&":  # a token must not end the script element or begin a comment in it
         data = data.replace(character, f"\\u{ord(character):04x}")
     before, _, after = TEMPLATE.read_text().partition("{{DATA}}")
     return before + data + after
