@@ -1,10 +1,10 @@
-"""The cost of the entropy accounting: the trainer's work in a step with all of it, over the same with only the mean.
+"""The cost of the entropy accounting: time of the trainer's part of a step with it, over that with only mean entropy.
 
     .venv/bin/python -m bench.attribution --model data/arithmetic/base --repeats 15
 
 Run it from the repository root. It measures train.learn (old logprobs and updates) and the step's metrics. Rollouts are
 left out: they cost the same in both variants, which makes the share of a whole step smaller than the printed ratio.
-The variants run in turn, on the same responses. It also prints what the pass that computes old logprobs takes, as a
+The variants run in turn, on the same responses. It also prints the time of the pass that computes old logprobs, as a
 share of the updates' time.
 """
 
@@ -68,7 +68,7 @@ def fold_without_s(z, m, sums, target_logits, place, temperature: float):
 
 
 def set_accounting(everything: bool, originals=(entropy._fold, forward.token_sums)) -> None:
-    """Switch the accounting on, or replace its parts by ones that compute nothing but logprobs and entropy."""
+    """Switch the accounting on, or replace its parts by functions that compute only logprobs and entropy."""
     without = fold_without_s, lambda info, *_: {"tokens": info["ratio"].sum()}
     entropy._fold, forward.token_sums = originals if everything else without
 
@@ -107,7 +107,7 @@ def main(config: Config) -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = medians | {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
     result |= {"bench": "attribution", "device": device, "model": config.model, "repeats": config.repeats}
-    # Forward over all mini-batches but the first, against forward and backward over all.
+    # Forward over all mini-batches except the first, against forward and backward over all.
     result["old_logprobs_over_update"] = meter.seconds["time/old_logprobs"] / meter.seconds["time/update"]
     rows = [*medians.items(), ("ratio, median of the pairs", result["ratio"])]
     rows.append(("old logprobs over update, both variants", result["old_logprobs_over_update"]))

@@ -1,4 +1,4 @@
-"""What bfloat16 does to logprobs: vLLM's and the trainer's arithmetic on a GPU, emulated on a CPU.
+"""The error of logprobs in bfloat16: vLLM's and the trainer's arithmetic on a GPU, emulated on a CPU.
 
     .venv/bin/python -m bench.bfloat16                                          the base policy of the default task
     .venv/bin/python -m bench.bfloat16 --model out/<run>/checkpoint-000050
@@ -6,7 +6,8 @@
 Run it from the repository root. vLLM samples responses in float32. Their logprobs are then computed with the same
 weights in four ways: in float32; as vLLM does on a GPU, with bfloat16 weights and activations, and logits in bfloat16
 (its default) or in float32 (head_dtype, as rollout.py sets it); and as the trainer does there, with bfloat16 products
-over float32 weights. Kernels of a GPU add up in another order than these, which changes single tokens, not the scale.
+over float32 weights. A GPU's kernels add in another order: the errors of single tokens change,
+but not their scale.
 """
 
 import time
@@ -29,8 +30,8 @@ from rollout import Engine, prepare_environment
 
 WAYS = ("float32", "vllm, bfloat16 head", "vllm, float32 head", "trainer")
 PAIRS = (
-    ("vllm, float32 head", "trainer"),  # what the mismatch of a run on a GPU is
-    ("vllm, bfloat16 head", "trainer"),  # what it was without head_dtype
+    ("vllm, float32 head", "trainer"),  # the mismatch of a run on a GPU
+    ("vllm, bfloat16 head", "trainer"),  # the same without head_dtype
     ("vllm, float32 head", "float32"),
     ("vllm, bfloat16 head", "float32"),
     ("trainer", "float32"),

@@ -61,11 +61,11 @@ def seconds(function: Callable[[], object], repeats: int = 5, cuda: bool = False
 def head_seconds(
     hidden: Tensor, weight: Tensor, targets: Tensor, repeats: int = 5, width: int | None = None
 ) -> tuple[float, float]:
-    """Median seconds of token_statistics with backward, and of the four matrix products that it needs at least.
+    """Median seconds of token_statistics with backward, and of the four matrix products that it cannot avoid.
 
     hidden [N, D], weight [V, D], targets [N], in the dtypes that the update uses; width as in token_statistics. The
     four products are one in forward, its recomputation, and two in backward. They are in bfloat16 on a GPU and in
-    float32 on a CPU, and they write into memory that is allocated before.
+    float32 on a CPU, and they write into memory that is already allocated.
     """
     cuda, dtype = hidden.is_cuda, torch.bfloat16 if hidden.is_cuda else torch.float32
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""The first ten minutes on a GPU: does a run work from end to end, and how fast is an update at full size.
+"""To run first on a GPU: a short run from end to end, and the speed of an update at full size.
 
     .venv/bin/python -m bench.gpu                        all parts, one JSON line each; one that fails stops no other
     .venv/bin/python -m bench.gpu --part update          one part
@@ -11,12 +11,12 @@ Run it from the repository root. Each part runs in a process of its own, for --m
              the checkpoint of the first: seconds by part, vLLM against trainer, how many responses are the same again
     update   forward and backward of train.update, without the optimizer's step, in bfloat16 over float32 weights, which
              are random: model flops utilization, peak memory against bench.scaling's, the head against its matrix
-             products. A case is one micro-batch of about --tokens tokens, in sequences of one length, or of all
+             products. A case is one micro-batch of about --tokens tokens, in sequences of one length or of all lengths
     layers   forward and backward of the same model's decoder layers, compiled as model.py does on a GPU and not, and
              the seconds of the first pass of each case, in which they are compiled
     head     token_statistics over its matrix products by width of a tile, and the memory on top of its arguments
 
-All but `run` need torch and transformers, but not vLLM, W&B, tyro or scipy; therefore argparse.
+All parts except `run` need torch and transformers, but not vLLM, W&B, tyro or scipy. Options are therefore argparse's.
 """
 
 import argparse
@@ -54,7 +54,7 @@ WIDTHS = (1024, 2048, 4096, 8192, 16384)  # of tiles, for `head`
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, help="only this one")
-    parser.add_argument("--minutes", type=float, default=15.0, help="of a part, which then counts as failed")
+    parser.add_argument("--minutes", type=float, default=15.0, help="time limit of a part")
     parser.add_argument("--train", default="", help="more settings for the two steps of `run`")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--lengths", type=positive, nargs="+", default=[4096, 8192, 17408], help="tokens of a sequence")
@@ -89,7 +89,7 @@ def run_part(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as out:
         settings = ["--steps", "2", "--checkpoint-every", "1", "--eval-every", "2", "--eval-samples", "1"]
         whole, again = Path(out) / "whole", Path(out) / "again"
-        minutes = 0.45 * options.minutes  # so that train.py ends before this process would be ended without it
+        minutes = 0.45 * options.minutes  # train.py must end before the time limit of this process
         run_train(minutes, *settings, "--out", out, "--run-name", "whole", *shlex.split(options.train))
         shutil.copytree(whole, again)
         shutil.rmtree(again / "checkpoint-000002")
@@ -101,20 +101,21 @@ def run_part(options: argparse.Namespace) -> None:
 
 def run_train(minutes: float, *words: str) -> None:
     options = {"cwd": ROOT, "env": os.environ | {"WANDB_MODE": "disabled"}, "text": True, "timeout": 60 * minutes}
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         try:
-            code = subprocess.run([sys.executable, "train.py", *words], stdout=said, stderr=said, **options).returncode
+            train_py = [sys.executable, "train.py", *words]
+            code = subprocess.run(train_py, stdout=output, stderr=output, **options).returncode
         except subprocess.TimeoutExpired:
             code = "no result in time"
-        said.seek(0)
+        output.seek(0)
         if code:
-            raise RuntimeError(f"train.py {shlex.join(words)} ended with {code}: {said.read().strip()[-2000:]}")
+            raise RuntimeError(f"train.py {shlex.join(words)} ended with {code}: {output.read().strip()[-2000:]}")
 
 
 def summary(whole: Path, again: Path) -> dict:
-    """Of the second step, in which everything is warm; and how much of it a resumed run does again.
+    """Metrics of the second step, in which everything is warm, and how much of it a resumed run repeats.
 
-    Tokens need not be the same on a GPU: vLLM's products depend on which requests share a batch.
+    On a GPU the tokens may differ: vLLM's results depend on the requests that share a batch.
     """
     last, resumed = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (whole, again))
     wanted = ("time/", "perf/", "mismatch/", "entropy/mean", "reward/mean", "optim/updates", "kl/old")
@@ -169,7 +170,7 @@ def make_responses(lengths: list[int], options: argparse.Namespace) -> list[Resp
 
 def update(policy: Policy, responses: list[Response], device: str) -> None:
     """The passes of train.update over one micro-batch, as in the first update of a rollout: ratio 1."""
-    responses = [replace(r) for r in responses]  # copies, as they get old logprobs here
+    responses = [replace(r) for r in responses]  # copies: this pass gives them old logprobs
     tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in responses)
     accumulate_gradients(policy, responses, train.loss_of(responses, Objective()), 1.0, tokens, device)
 
@@ -217,7 +218,7 @@ def measure(policy: Policy, lengths: list[int], options: argparse.Namespace, rat
 
 
 def expected_gib(options: argparse.Namespace, tokens: int) -> float | None:
-    """Peak memory by the model of costs, without AdamW's moments; None without tyro."""
+    """Peak memory as bench.scaling estimates it, without AdamW's moments; None without tyro."""
     try:
         from bench import scaling
     except ImportError:
@@ -314,7 +315,7 @@ def main() -> None:
     if options.part:
         return globals()[f"{options.part}_part"](options)
     failed = []
-    for part in PARTS:  # each in a process of its own: its memory is free for the next, even where it crashes
+    for part in PARTS:  # each in its own process: its memory is then free for the next, even after a crash
         command = [sys.executable, "-m", "bench.gpu", "--part", part, *sys.argv[1:]]
         try:
             code = subprocess.run(command, cwd=ROOT, timeout=60 * options.minutes).returncode
@@ -324,7 +325,7 @@ def main() -> None:
             print(json.dumps({"bench": "gpu", "part": part, "failed": code}), flush=True)
             failed.append(part)
     if failed:
-        raise RunEnded(f"failed: {', '.join(failed)}; what they said is above")
+        raise RunEnded(f"failed: {', '.join(failed)}; their output is above")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-r"""The verifier: answers/s against bare math-verify on plain and on LaTeX answers, and the delay by hostile answers.
+r"""The verifier: answers/s against bare math-verify on plain and LaTeX answers, and the delay by hostile answers.
 
     .venv/bin/python -m bench.reward
 
 Run it from the repository root. Bare is `verify(parse(truth), parse(response))` in the main thread, after a call that
-warms up. All answers differ, and therefore no verdict comes from a cache. Half of them are right. Ours may use several
+warms up. All answers differ, so no verdict comes from a cache. Half of them are right. Ours may use several
 processes, and starts none for most plain answers.
 
 Only ours gets hostile answers: each in a batch with harmless ones, then all of them in one batch. The delay is the time

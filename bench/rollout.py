@@ -51,7 +51,7 @@ class Config:
     vocabulary: t.Count = 49152  # of these models
     train_steps: t.Count = 6  # of a short run with the default settings, for the parts of a step
     metrics: str = ""  # metrics.jsonl of a run, instead of the short run
-    only_sync: bool = False  # time only the weight sync of --model; the script starts itself so, one engine per process
+    only_sync: bool = False  # only the weight sync of --model: this script starts itself so, one engine per process
 
 
 def random_model(folder: str, shape: str, vocabulary: int) -> None:
@@ -168,11 +168,11 @@ def short_run(steps: int, folder: str) -> Path:
 
 
 def shares(path: Path) -> dict[str, float]:
-    """The parts' shares of the steps' time, which is without evaluation.
+    """The parts' shares of the steps' time, without evaluation.
 
-    `rest` is advantages, metrics, logging and checkpoints. `outside` is all but vLLM and the model's own passes. One of
-    these passes computes old logprobs: forward over all responses except the first mini-batch's. It includes those of
-    dropped groups, for their entropy.
+    `rest` is advantages, metrics, logging and checkpoints. `outside` is everything except vLLM and the model's passes.
+    One of these passes computes old logprobs, of all mini-batches except the first, and entropy, of some responses of
+    dropped groups.
     """
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -7,7 +7,7 @@
 Run it from the repository root. It counts the bytes and the floating-point operations of the code, and divides them by
 rates. The settings are those of recipes/r1-distill-1.5b.toml, the constants those of the code. Rates marked `measured`
 were measured with torch on one H200. The others are from datasheets or guesses, and are marked so. The result was never
-compared with a run on a GPU: trust its order of magnitude, and which term is largest.
+compared with a run on a GPU: trust only its order of magnitude and the order of its terms.
 """
 
 import functools
@@ -100,8 +100,8 @@ def memory(name: str, gpus: int, shard: str, tensor_parallel: int, config: Confi
 def imbalance(ranks: int, responses: int, mean: int, longest: int) -> dict[str, float]:
     """The most tokens of a rank over the mean, for mini-batches of long-tailed lengths: simulated, the mean of 50.
 
-    dealt: by dist.largest_first, as the code does. round_robin: groups dealt in turn. least: no deal can be better, as
-    one response may be longer than the mean of the ranks. The lengths are log-normal, cut at the limit.
+    dealt: by dist.largest_first, as the code does. round_robin: groups dealt in turn. least: a lower bound,
+    above 1 if a response is longer than the mean of the ranks. The lengths are log-normal, cut at the limit.
     """
     generator = torch.Generator().manual_seed(0)
     found = {"dealt": 0.0, "round_robin": 0.0, "least": 0.0}
@@ -121,7 +121,7 @@ def imbalance(ranks: int, responses: int, mean: int, longest: int) -> dict[str, 
 
 
 def rollout_seconds(name: str, gpus: int, shard: str, tensor_parallel: int, responses: int, config: Config) -> float:
-    """For each token decoding reads the weights and the cache of every running sequence once."""
+    """Decoding reads, for each token, the weights and the cache of every running sequence once."""
     layers, hidden, _, heads, key_heads, _ = SHAPES[name]
     total, *_ = parameters(name)
     engines = gpus // tensor_parallel
@@ -134,7 +134,7 @@ def rollout_seconds(name: str, gpus: int, shard: str, tensor_parallel: int, resp
     read = 2 * total + running * config.mean_length / 2 * cache_of_token
     token = read / (tensor_parallel * rate * DECODE_SHARE)
     waves = max(1.0, math.ceil(responses / engines) / max(running, 1e-9))
-    # At least one response runs to the limit, at the end with no other beside it.
+    # At least one response runs to the limit; at the end it is the only one.
     last = max(0, config.max_length - config.mean_length * waves) * 2 * total / (tensor_parallel * rate)
     return waves * config.mean_length * token + last / DECODE_SHARE
 
@@ -148,7 +148,7 @@ def seconds(name: str, gpus: int, shard: str, tensor_parallel: int, config: Conf
     updates = config.kept_prompts / config.mini_batch_prompts
 
     # Old logprobs: forward over what is trained on, except the first mini-batch. Update: forward, recomputation and
-    # backward. Of more GPUs than a mini-batch has responses, some are idle.
+    # backward. GPUs beyond the number of responses in a mini-batch are idle.
     length = config.prompt_tokens + config.mean_length
     forward = 2 * (in_layers * length + head * config.mean_length) + 2 * layers * hidden * length**2
     mini_batch = int(trained / updates)

@@ -45,7 +45,7 @@ class Config:
     equal: bool = False  # responses of one length; the total number of tokens stays
     shared_prompt: bool = False  # one prompt for all responses, which are then one group; else one prompt each
     rounds: t.Count = 2  # of all contestants, in turn
-    without_trl: bool = False  # only ours and the plain loop
+    without_trl: bool = False  # only `ours` and `plain`
     against: str = ""  # a git revision, checked out into a temporary folder, whose update runs in turn with the others
     trl_gradient_checkpointing: bool = False  # TRL's own default is true, which is slower and takes less memory
     threads: t.Count = 2
@@ -62,7 +62,7 @@ class Config:
 
 
 def trl_python() -> Path:
-    """The interpreter of TRL's environment, installed on first use. torch is first, or pip would fetch CUDA's."""
+    """The interpreter of TRL's environment, installed on first use. torch is first, else pip takes CUDA's build."""
     done = TRL_ENVIRONMENT / "installed"
     python = TRL_ENVIRONMENT / "bin" / "python"
     torch_pin = f"torch=={version('torch').partition('+')[0]}"
@@ -117,7 +117,7 @@ def checked_out(revision: str) -> Iterator[Path]:
 
 
 def run(contestant: str, folder: Path, threads: int, before: Path) -> dict[str, float]:
-    """before: the root of another revision, whose contestant `ours` is the contestant `before`."""
+    """The numbers that a contestant prints. `before` is the contestant `ours` of the revision at the root `before`."""
     python = trl_python() if contestant == "trl" else sys.executable
     name, root = ("ours", before) if contestant == "before" else (contestant, ROOT)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
