@@ -1,11 +1,11 @@
-"""Table, verdicts and figures from the runs of a sweep.
+"""Table, verdicts and figures of a sweep.
 
     .venv/bin/python -m results.claims results/reproduction-walk.jsonl    writes reproduction-walk.md and figures
-    .venv/bin/python -m results.claims results/reproduction-walk.jsonl --steps 50    of the first 50 steps only
+    .venv/bin/python -m results.claims results/reproduction-walk.jsonl --steps 50    only of the first 50 steps
 
-Start it from the repository root. Most claims are decided by 95 % intervals over seeds: Student's t, of differences
-between runs of the same seed, which share the order of the problems. Each part of a claim says that a difference is
-above 0. Checked in this order:
+Run it from the repository root. Most claims are decided by 95 % intervals over seeds (Student's t) of differences
+between runs of the same seed, which have the problems in the same order. Each part of a claim says that a difference is
+above 0. Its verdict is the first of these that applies:
 
     no difference   the interval lies inside the margin: 5 % of the base policy's entropy, 2 points of accuracy
     held            the whole interval is above 0
@@ -32,10 +32,10 @@ from results.sweep import CE, read
 from tools import branches
 from tools.figures import QUADRANTS
 
-IDLE = 0.05  # a run is idle from this share of responses that are cut at the limit, at its end
+IDLE = 0.05  # a run is idle if, at its end, this share of responses or more is cut at the limit
 ENTROPY_MARGIN = 0.05  # of the base policy's entropy: smaller differences count as none
-MARGIN = 0.02  # of accuracy and of pass@k; "at least" allows for so much less
-UNLEARNED = 0.05  # a run has unlearned if its last accuracy is so far below its best
+MARGIN = 0.02  # of accuracy and of pass@k; "at least" allows this much less
+UNLEARNED = 0.05  # a run has unlearned if its last accuracy is this far below its best
 LOW_BETA, DEFAULT = "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)"
 LP_ONLY = "lp_only (1, 1)"
 BONUSES = (("grpo, bonus 0.001", "grpo, bonus 0.003"), ("grpo, bonus 0.01", "grpo, bonus 0.03"))  # of walk, arithmetic
@@ -45,9 +45,9 @@ SIGNS = {"pa_lp": 1, "na_hp": 1, "pa_hp": -1, "na_lp": -1}  # of the velocities,
 @dataclass
 class Config:
     results: Annotated[Path, tyro.conf.Positional]  # JSONL file that results.sweep made
-    steps: t.Count | None = None  # use only so many, as if the runs had ended there; None: all
-    without_idle: bool = False  # without the runs that stopped to end their responses
-    branches: Path | None = None  # JSONL file that tools/branch.py made: beside the curves in a third figure
+    steps: t.Count | None = None  # use only this many, as if the runs had ended there; None: all
+    without_idle: bool = False  # leave out runs that no longer end their responses
+    branches: Path | None = None  # JSONL file that tools/branch.py made: drawn beside the curves in a third figure
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def decide(*verdicts: str) -> str:
 
 
 def claims(runs: Runs) -> list[tuple[str, str, str]]:
-    """(claim, verdict, numbers) in the order of docs/evidence.md, without claims whose runs are missing."""
+    """(claim, verdict, numbers) in the order of docs/evidence.md, without the claims whose runs are missing."""
     found = []
     nats = ENTROPY_MARGIN * runs.base_entropy()
     bonuses = next((pair for pair in BONUSES if set(pair) <= set(runs.settings)), BONUSES[0])
@@ -127,7 +127,7 @@ def claims(runs: Runs) -> list[tuple[str, str, str]]:
         return verdict, f"different right answers among 8, {numbers}"
 
     def sensitive():
-        # Log entropy by log coefficient: makes a threefold bonus and a beta1 of 1.5 times comparable.
+        # d ln entropy / d ln coefficient: the bonus is tripled, beta1 is multiplied by 1.5.
         def slope(a, b, factor):
             return {s: abs(np.log(a[s] / b[s])) / np.log(factor) for s in a if s in b}
 
@@ -135,7 +135,7 @@ def claims(runs: Runs) -> list[tuple[str, str, str]]:
         bonus = slope(runs.entropy_end(strong), runs.entropy_end(weak), 3)
         beta = slope(runs.entropy_end(DEFAULT), runs.entropy_end(LOW_BETA), 1.5)
         ends = "; ".join(f"{name} {text(runs.entropy_end(name), 4)}" for name in (weak, strong, LOW_BETA, DEFAULT))
-        # A factor of 1.5 then makes 5 % of entropy where the slopes differ by so much.
+        # The margin: with this difference of the slopes, a factor of 1.5 changes entropy by 5 %.
         return compare(difference(bonus, beta), 0, np.log(1 + ENTROPY_MARGIN) / np.log(1.5)), (
             f"at the end {ends}; size of d ln entropy / d ln coefficient: bonus {text(bonus, 2)}, beta1 {text(beta, 2)}"
         )
@@ -204,8 +204,8 @@ def table(runs: Runs) -> str:
     """Means and 95 % intervals over seeds, in Markdown.
 
     over grpo: differences between runs of the same seed. of clipped tokens, their %: their part of the velocity, and
-    their share of all tokens, each below and above the clip interval. cut: if it is not 0, runs have forgotten how to
-    end a response, and their entropy is mostly that of the repetition.
+    their share of all tokens, each below and above the clip interval. cut: responses cut at the limit. Such responses
+    do not end, and their entropy is mostly that of repeated text.
     """
     lines = [
         "| setting | runs | entropy at the end | over grpo | accuracy, avg@8 | over grpo | pass@8 | distinct@8 "
@@ -228,7 +228,7 @@ def table(runs: Runs) -> str:
 
 
 def begin(run: dict, steps: int) -> dict:
-    """The row of a run that ended after so many steps. (No setting of the sweep depends on the number of steps.)"""
+    """The row of a run as if it had ended after `steps` steps, on which no setting of a sweep depends."""
     eval_steps = [step for step in run["eval_steps"] if step <= steps]
     series = {n: v[: len(eval_steps) if n.startswith("eval/") else steps] for n, v in run["series"].items()}
     return run | {"eval_steps": eval_steps, "series": series}

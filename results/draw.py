@@ -36,7 +36,7 @@ SUMMARY = ("grpo", "ce_gppo (0.5, 1)", "gppo", "lp_only (1, 1)")
 
 
 def curves(groups: dict[str, list[dict]], source: str) -> plt.Figure:
-    """Entropy and accuracy: a row each for the objectives, for the betas, and for the other ways to more entropy."""
+    """Entropy and accuracy: a row for the objectives, one for the betas, and one for bonuses and targets."""
     rows = {title: [name for name in names if name in groups] for title, names in ROWS.items()}
     rows = {title: names for title, names in rows.items() if set(names) - {"grpo"}} or {"objectives": list(groups)}
     fig, axes = plt.subplots(
@@ -50,9 +50,9 @@ def curves(groups: dict[str, list[dict]], source: str) -> plt.Figure:
 
 
 def summary(groups: dict[str, list[dict]], source: str, rows: list[dict]) -> plt.Figure:
-    """Four settings at a glance: entropy, accuracy, and what one step of each does to entropy.
+    """Four settings: entropy, accuracy, and the change of entropy in one step of each.
 
-    rows: branches, as tools/branch.py writes them; without any there is no third panel.
+    rows: branches, as tools/branch.py writes them; without rows there is no third panel.
     """
     columns = 3 if rows else 2
     fig, (left, right, *last) = plt.subplots(1, columns, figsize=(4.2 * columns, 3.6), layout="constrained")
@@ -111,7 +111,7 @@ def rows_of(run: dict) -> list[dict]:
 
 
 def finish(fig: plt.Figure, groups: dict[str, list[dict]] | None = None) -> plt.Figure:
-    """groups: of a figure whose title says how many seeds it shows."""
+    """Remove frames; with groups, also write the number of seeds above the panels."""
     for axis in fig.axes:
         axis.spines[["top", "right"]].set_visible(False)
     if groups:

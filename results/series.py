@@ -15,7 +15,7 @@ class Runs:
     def __init__(self, rows: list[dict]):
         self.rows = {(row["setting"], row["seed"]): row for row in rows}
         self.settings = [name for name in SETTINGS if any(name == other for other, _ in self.rows)]
-        self.source = rows[0].get("source", "arithmetic")  # the first sweep did not say it
+        self.source = rows[0].get("source", "arithmetic")  # the first sweep did not write it
 
     def of(self, setting: str, function) -> dict[int, float]:
         return {seed: function(row["series"]) for (name, seed), row in self.rows.items() if name == setting}
@@ -33,7 +33,7 @@ class Runs:
         return self.of(setting, lambda s: np.mean(s["entropy/mean"][:EARLY]))
 
     def entropy_spread(self, setting: str) -> dict[int, float]:
-        """Standard deviation around a cubic fitted to the run: a steady fall is then not variation."""
+        """Standard deviation around a cubic fitted to the run: a steady fall does not count as variation."""
         return self.of(setting, lambda s: np.std(residual(s["entropy/mean"])))
 
     def entropy_extremes(self, setting: str) -> tuple[float, float]:
@@ -42,7 +42,7 @@ class Runs:
         return min(map(np.min, shares)), max(map(np.max, shares))
 
     def evaluations(self, setting: str, metric: str = "avg_at_k") -> dict[int, list[float]]:
-        """{seed: the metric at each evaluation}; empty where the runs were made before it was kept."""
+        """{seed: the metric at each evaluation}, without runs that were made before it was kept."""
         found = self.of(setting, lambda s: s.get(f"eval/{self.source}/{metric}"))
         return {seed: values for seed, values in found.items() if values}
 

@@ -4,8 +4,8 @@
     .venv/bin/python -m results.sweep --quick            11 runs of 5 steps: a few minutes
     .venv/bin/python -m results.sweep --sweep walk-32    32 updates per rollout; or arithmetic, the older sweep
 
-Start it from the repository root. Every core (or GPU) has one run at a time. A run that ends adds a line to the results
-at once. The same command again continues the sweep: it does the missing runs, and resumes interrupted ones.
+Run it from the repository root. Every core (or GPU) has one run at a time. Each run adds a line to the results when it
+ends. The same command again continues the sweep: it starts the missing runs, and resumes interrupted ones.
 results/claims.py makes figures and tables of the results.
 """
 
@@ -33,11 +33,11 @@ REPOSITORY = HERE.parent
 
 @dataclass(frozen=True)
 class Sweep:
-    """What all runs of a sweep share, and the settings that it compares. Everything else is train.py's default."""
+    """The settings that all runs of a sweep share, and those that it compares. All others are train.py's defaults."""
 
     source: str  # of the held-out problems
     common: dict[str, object]
-    settings: tuple[str, ...]  # of SETTINGS; others are run where --settings names them
+    settings: tuple[str, ...]  # names in SETTINGS; --settings runs others
     seeds: int
     steps: int
 
@@ -112,18 +112,18 @@ SWEEPS = {
 
 
 def series_of(source: str) -> list[str]:
-    """The metrics that are kept of metrics.jsonl, as lists by step, in five significant digits: 20 kB a run."""
+    """The metrics of metrics.jsonl that are kept, as lists by step with five significant digits: 20 kB per run."""
     return [name.replace("<source>", source) for metric in ALL if metric.swept for name in metric.each()]
 
 
 @dataclass
 class Config:
     sweep: Literal["walk", "walk-32", "arithmetic"] = "walk"
-    quick: bool = False  # one seed and 5 steps: shows that it works, not which claims hold
+    quick: bool = False  # one seed and 5 steps: a test of the sweep itself, too short for verdicts
     results: str = ""  # file that the runs are added to; empty: results/reproduction-<sweep>.jsonl, or quick.jsonl
     seeds: t.Count | None = None  # runs of each setting, from seed 0; None: the sweep's, quick: 1
     steps: t.Count | None = None  # of each run; None: the sweep's, quick: 5
-    settings: tuple[str, ...] = ()  # the ones to run; none given: the sweep's
+    settings: tuple[str, ...] = ()  # settings to run; empty: the sweep's
     out: Path = REPOSITORY / "out" / "reproduce"  # folder of the runs themselves
     lanes: t.Count | None = None  # runs at a time; None: one per GPU, or one per core and 5 GiB of memory
 
@@ -168,7 +168,7 @@ def main(config: Config) -> None:
                     failed.append(run)
                     bar.write(f"{run.setting} seed {run.seed} FAILED: see {run.log}", file=sys.stderr)
     except KeyboardInterrupt:
-        for run in running.values():  # Ctrl-C reached them too: they save, and can be resumed
+        for run in running.values():  # they got Ctrl-C, too, and save a checkpoint
             run.process.wait()
         sys.exit("\nstopped; start again to continue")
     finally:
@@ -194,7 +194,7 @@ class Run:
         if kind == "gpu":
             environment["CUDA_VISIBLE_DEVICES"] = str(index)
         else:
-            environment["OMP_NUM_THREADS"] = "1"  # processes that share cores slow each other down many times
+            environment["OMP_NUM_THREADS"] = "1"  # more threads than cores would slow each other down many times
         finished = (self.folder / f"checkpoint-{steps:06d}").exists()  # the sweep was killed before it wrote the row
         place = ["--out", str(out.resolve()), "--run-name", name]
         training = [sys.executable, "train.py", *self.arguments.split(), *place]
@@ -227,7 +227,7 @@ class Run:
 
 
 def seconds(row: dict) -> float:
-    """Of a row of metrics.jsonl: its step, its evaluation, or both."""
+    """Seconds of the step, the evaluation, or both, that a row of metrics.jsonl is about."""
     return row.get("time/step", 0.0) + row.get("time/eval", 0.0)
 
 
