@@ -1,8 +1,8 @@
-"""What the small base policies of the data sets share: tokenizer, model, and supervised learning that stops early.
+"""Shared by the small base policies of the data sets: tokenizer, model, and supervised learning that stops early.
 
-A base policy imitates right responses, of which each problem has many, until it has a part of the skill. When to stop
-is read from the loss. Every batch has new problems, so its loss is that of unseen ones; and the mean over the last
-batches is steadier than any share of right samples that could be drawn in the same time.
+A base policy imitates right responses, of which each problem has many, until it is right in a part of its samples. The
+loss decides when to stop. Every batch is drawn anew, so its loss is that of unseen examples, and its mean over the last
+batches has less noise than an accuracy that could be measured in the same time.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(words: tuple[str, ...] = ("\\boxed{",)) -> PreTrainedTokenizerFast:
-    """One token a byte, one for each role, one for the end of a turn, one for padding, and one for each of `words`."""
+    """A token for each byte, each role, the end of a turn, padding, and each of `words`."""
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,7 +40,7 @@ def make_tokenizer(words: tuple[str, ...] = ("\\boxed{",)) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
-        unk_token="<|pad|>",  # bytes need none, but Qwen2's tokenizer class would add one past the model's vocabulary
+        unk_token="<|pad|>",  # unused; without it Qwen2's tokenizer class adds a token beyond the vocabulary
         eos_token="<|end|>",
         extra_special_tokens=special[2:],
         chat_template=CHAT_TEMPLATE,
@@ -58,7 +58,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_l
             num_attention_heads=hidden_size // 32,
             num_key_value_heads=hidden_size // 32,
             max_position_embeddings=512,
-            initializer_range=hidden_size**-0.5,  # at the usual 0.02, meant for wide models, learning starts late
+            initializer_range=hidden_size**-0.5,  # with the usual 0.02, meant for wide models, learning starts late
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -75,15 +75,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_l
 class Example:
     prompt: list[dict[str, str]]
     response: str
-    least: float  # nats that this response costs whoever knows how the examples are drawn
+    least: float  # least possible loss: minus the log of the response's probability when examples are drawn, nats
 
 
 def add_arguments(parser: argparse.ArgumentParser, excess: float, max_steps: int, batch_size: int) -> None:
     """The options of `imitate`, with a data set's defaults."""
-    excess_help = "stop at so many nats a response above the least loss"
+    excess_help = "stop at this many nats per response above the least possible loss"
     parser.add_argument("--excess", type=above_zero, default=excess, help=excess_help)
-    parser.add_argument("--max-steps", type=positive, default=max_steps, help="the learning rate is 0 then: give up")
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help="examples a step")
+    parser.add_argument("--max-steps", type=positive, default=max_steps, help="then the learning rate is 0: give up")
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help="examples per step")
 
 
 def above_zero(text: str) -> float:
@@ -94,7 +94,7 @@ def above_zero(text: str) -> float:
 
 
 def make_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
-    """Make the folder now, before minutes are spent."""
+    """Make the folder, early: an error would otherwise come after minutes of training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,7 +108,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: list[dict[str, str]])
 
 
 def batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and labels, [B, T] each; -100 where there is nothing to imitate."""
+    """input_ids and labels, [B, T] each; -100 at tokens that are not imitated."""
     prompts = [prompt_ids(tokenizer, example.prompt) for example in examples]
     responses = [[*tokenizer.encode(example.response), tokenizer.eos_token_id] for example in examples]
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -130,15 +130,15 @@ def imitate(
 ) -> int:
     """Train on examples that `draw` makes, until the loss is near the least possible. Returns the number of steps.
 
-    excess_wanted: nats a response above the least loss, mean over the last 32 batches. UserError if max_steps steps
+    excess_wanted: nats per response above the least loss, mean over the last 32 batches. UserError if max_steps steps
     do not reach it.
     """
     disable_progress_bar()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), fused=True)
     # Muon needs half as many steps, but works in bfloat16: without AVX512-BF16 each takes six times as long.
-    # The falling learning rate flattens the curve where it stops: a few steps more or less change little.
+    # The learning rate falls, so near the end a few steps more or less change little.
     schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=max_steps)
-    recent: deque[float] = deque(maxlen=32)  # excess of the last batches, nats a response
+    recent: deque[float] = deque(maxlen=32)  # excess of the last batches, nats per response
     excess, progress = math.inf, tqdm(range(max_steps), desc="base policy", unit="step", disable=None)
     for step in progress:
         examples = draw(batch_size)
@@ -165,7 +165,7 @@ def imitate(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the policy then does
+# Evaluation
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def read(raw: Iterable[dict], where: str) -> Iterator[Task]:
 
 
 def split(tasks: Iterable[Task], train: int, held_out: int) -> tuple[list[Task], list[Task]]:
-    """(training, held-out) tasks, the held-out ones last, as in TinyZero. The order of numbers makes no other task."""
+    """(training, held-out) tasks, the last ones held out, as in TinyZero. The order of numbers does not count."""
     distinct: dict[Task, Task] = {}
     for numbers, target in tasks:
         distinct.setdefault((tuple(sorted(numbers)), target), (numbers, target))

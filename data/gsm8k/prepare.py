@@ -3,8 +3,8 @@
     .venv/bin/python -m data.gsm8k.prepare                                              from the hub
     .venv/bin/python -m data.gsm8k.prepare --train train.parquet --test test.parquet    local copies: .parquet, .jsonl
 
-Run it from the repository root. Writes train.jsonl and eval.jsonl beside this file. `gsm8k` in reward.py reads what
-follows the last ####, which the prompt asks for.
+Run it from the repository root. Writes train.jsonl and eval.jsonl beside this file. `gsm8k` in reward.py reads the
+text after the last ####, which the prompt asks for.
 """
 
 import argparse

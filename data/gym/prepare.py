@@ -36,13 +36,13 @@ def install() -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(LOCK)]
     if subprocess.run(pip).returncode:
         raise UserError(
-            "reasoning-gym cannot be installed; pip's own words are above (pycosat, one of its packages, needs a C "
+            "reasoning-gym cannot be installed; pip's output is above (pycosat, one of its packages, needs a C "
             f"compiler). The command: {' '.join(pip)}"
         )
 
 
 def settings(task: str, given: list[str]) -> dict:
-    """The task's configuration from NAME=VALUE, the values in JSON. UserError for a name or value that it has not."""
+    """The task's configuration from NAME=VALUE, the values in JSON. UserError for an unknown name."""
     Config = gym.task_of(task)[1] if task != "countdown" else gym.tasks()[task][1]
     names = {field.name for field in dataclasses.fields(Config)} - {"seed", "size"}
     config = {}
@@ -62,8 +62,8 @@ def settings(task: str, given: list[str]) -> dict:
 def make(task: str, config: dict, seed: int, count: int, seen: set[str]) -> list[dict]:
     """Up to `count` rows whose question is not in `seen`, which grows by them. The same arguments give the same rows.
 
-    A problem that the library fails to make is left out, and counted. UserError where it makes none, where it refuses
-    the configuration, or where its scorer is wrong: about its own answers, or about a response that says nothing.
+    A problem that the library fails to make is left out, and counted. UserError if it makes none, if it refuses the
+    configuration, or if its scorer is wrong: about all of its own answers, or about a response without an answer.
     """
     ours = task == "countdown"
     Data, Config = gym.tasks()[task] if ours else gym.task_of(task)
@@ -78,7 +78,7 @@ def make(task: str, config: dict, seed: int, count: int, seen: set[str]) -> list
             break
         try:
             entry = data[index]
-        except Exception:  # it draws at random, and gives up: on one maze in 5,000, say
+        except Exception:  # it gives up after some random tries: on one maze in 5,000, say
             unmade += 1
             continue
         if entry["question"] in seen:

@@ -2,9 +2,9 @@
 
     python -m data.walk.base           writes the folder base/ beside this file, in about four minutes on one slow core
 
-It imitates traces that head for the target in 70 % of their moves, and move at random in the others. A heading move is
-any one that ends nearer to the target. Many traces do not arrive within six moves: there is much to improve, in many
-ways, and a choice among many moves at every step. It never sees a held-out problem.
+It imitates traces that head for the target in 70 % of their moves, and move at random in the others. A move heads
+for the target if it ends nearer to it. Many traces do not arrive within six moves, so there is much for reinforcement
+learning to improve. It never sees a held-out problem.
 """
 
 import math

@@ -30,7 +30,7 @@ def prompt(start: int, target: int) -> list[dict[str, str]]:
 
 
 def answer(start: int, target: int) -> str:
-    """What ce_gppo/verifier/walk.py needs to know of the problem."""
+    """The problem, in the form that ce_gppo/verifier/walk.py reads."""
     return f"{start} to {target}"
 
 
