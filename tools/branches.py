@@ -64,62 +64,89 @@ def agreement(predicted: np.ndarray, measured: np.ndarray) -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown: paired differences to the baseline, and how well the predictions rank the measured changes."""
-    settings = [BASELINE, *others(rows)]
-    runs = sorted({row["seed"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
     about = ", ".join(f"{name} {rows[0][name]}" for name in SAME)
+    coast, own = (text(paired(rows, name, "delta/rollout", None)) for name in (COAST, OWN))
     lines = [
-        f"{count(rows)} branches of {len(runs)} runs ({about}). Entropy: change over one step, in 1e-4 nats per token, "
-        f"less {BASELINE}'s from the same state and rollout. Mean and 95 % interval over branches.",
-        "",
+        f"{count(rows)} branches of {len(seeds)} runs ({about}). Entropy: change over one step, in 1e-4 nats per "
+        f"token, less {BASELINE}'s from the same state and rollout. Mean and 95 % interval over branches.",
+        *("", *by_setting(rows)),
+        *("", f"The run's own setting: {own}. As many optimizer steps without a gradient, by momentum: {coast}."),
+        *("", *by_quadrant(rows)),
+        *(("", *by_seed(rows, seeds)) if len(seeds) > 1 else ()),
+        *("", *beyond_first_order(rows)),
+        *("", *ranks(rows)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def by_setting(rows: list[dict]) -> list[str]:
+    """A line for each setting: changes of entropy and logprobs, their predictions, and clipped tokens."""
+    lines = [
         "| setting | on the rollout | of it on clipped tokens | to first order in the weights | velocity | same sign: "
         "first order, velocity | on held-out tokens | log p of right | of wrong | KL "
         "| clipped below, above, % (their probability) |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in settings:
-        columns = {
-            key: paired(rows, name, key, None if name == BASELINE else BASELINE)
-            for key in (
-                *("delta/rollout", "delta/clipped", "linear/rollout", "predicted/velocity/total", "delta/held_out"),
-                *("logprob/right", "logprob/wrong", "kl/rollout"),
-            )
-        }
-        measured, own, linear, velocity, held_out, right, wrong, kl = columns.values()
+    keys = (
+        *("delta/rollout", "delta/clipped", "linear/rollout", "predicted/velocity/total", "delta/held_out"),
+        *("logprob/right", "logprob/wrong", "kl/rollout"),
+    )
+    for name in [BASELINE, *others(rows)]:
+        columns = [paired(rows, name, key, baseline_of(name)) for key in keys]
+        measured, own, linear, velocity, held_out, right, wrong, kl = columns
         clipped = ", ".join(clipped_text(rows, name, side) for side in ("low", "high"))
         signs = f"{agreement(linear, measured)}, {agreement(velocity, measured)}"
         cells = [*map(text, (measured, own, linear, velocity)), signs, *map(text, (held_out, right, wrong, kl))]
-        label = f"{name} (itself)" if name == BASELINE else name
-        lines.append(f"| {label} | {' | '.join(cells)} | {clipped} |")
-    coast, own = (text(paired(rows, name, "delta/rollout", None)) for name in (COAST, OWN))
-    lines += ["", f"The run's own setting: {own}. As many optimizer steps without a gradient, by momentum: {coast}."]
-    lines += ["", "| by quadrant | PA&LP | NA&HP | PA&HP | NA&LP |", "|---|---|---|---|---|"]
-    for name in settings:
-        parts = (
-            text(paired(rows, name, f"delta/{quadrant}", None if name == BASELINE else BASELINE))
-            for quadrant in ("pa_lp", "na_hp", "pa_hp", "na_lp")
-        )
-        lines.append(f"| {name}{' (itself)' if name == BASELINE else ''} | {' | '.join(parts)} |")
-    if len(runs) > 1:
-        lines += ["", f"| less {BASELINE}'s, on the rollout | {' | '.join(f'seed {seed}' for seed in runs)} |"]
-        lines.append("|---|" + "---|" * len(runs))
-        for name in settings[1:]:
-            each = (paired([row for row in rows if row["seed"] == seed], name, "delta/rollout") for seed in runs)
-            lines.append(f"| {name} | {' | '.join(map(text, each))} |")
-    lines += ["", f"| less {BASELINE}'s | measured - first order | its rank correlation with KL |", "|---|---|---|"]
-    for name in settings[1:]:
+        lines.append(f"| {label(name)} | {' | '.join(cells)} | {clipped} |")
+    return lines
+
+
+def by_quadrant(rows: list[dict]) -> list[str]:
+    lines = ["| by quadrant | PA&LP | NA&HP | PA&HP | NA&LP |", "|---|---|---|---|---|"]
+    for name in [BASELINE, *others(rows)]:
+        quadrants = ("pa_lp", "na_hp", "pa_hp", "na_lp")
+        cells = (text(paired(rows, name, f"delta/{quadrant}", baseline_of(name))) for quadrant in quadrants)
+        lines.append(f"| {label(name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def by_seed(rows: list[dict], seeds: list[int]) -> list[str]:
+    lines = [f"| less {BASELINE}'s, on the rollout | {' | '.join(f'seed {seed}' for seed in seeds)} |"]
+    lines.append("|---|" + "---|" * len(seeds))
+    for name in others(rows):
+        each = (paired([row for row in rows if row["seed"] == seed], name, "delta/rollout") for seed in seeds)
+        lines.append(f"| {name} | {' | '.join(map(text, each))} |")
+    return lines
+
+
+def beyond_first_order(rows: list[dict]) -> list[str]:
+    """The part of each change that its first order in the weights does not predict."""
+    lines = [f"| less {BASELINE}'s | measured - first order | its rank correlation with KL |", "|---|---|---|"]
+    for name in others(rows):
         beyond = paired(rows, name, "delta/rollout") - paired(rows, name, "linear/rollout")
         lines.append(f"| {name} | {text(beyond)} | {rank(beyond, paired(rows, name, 'kl/rollout'))} |")
-    lines += [
-        "",
-        "| rank correlation with the measured change | at the run's step | at a tenth of it |",
-        "|---|---|---|",
-    ]
+    return lines
+
+
+def ranks(rows: list[dict]) -> list[str]:
+    """Rank correlations of the predictions with the measured changes, at the run's step and at a tenth of it."""
+    lines = ["| rank correlation with the measured change | at the run's step | at a tenth of it |", "|---|---|---|"]
     tokens = (text(paired(rows, name, "rank/tokens", None), 1.0) for name in (OWN, SMALL))
     lines.append(f"| velocity, over the tokens of a rollout, mean | {' | '.join(tokens)} |")
-    for label, key in (("velocity", "predicted/velocity/total"), ("first order", "linear/rollout")):
-        cells = (over_branches(rows, name, key) for name in (OWN, SMALL))
-        lines.append(f"| {label}, over the branches | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    for name, key in (("velocity", "predicted/velocity/total"), ("first order", "linear/rollout")):
+        cells = (over_branches(rows, setting, key) for setting in (OWN, SMALL))
+        lines.append(f"| {name}, over the branches | {' | '.join(cells)} |")
+    return lines
+
+
+def baseline_of(setting: str) -> str | None:
+    """The setting that is subtracted: none from the baseline itself."""
+    return None if setting == BASELINE else BASELINE
+
+
+def label(setting: str) -> str:
+    return f"{setting} (itself)" if setting == BASELINE else setting
 
 
 def over_branches(rows: list[dict], setting: str, key: str) -> str:
