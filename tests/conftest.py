@@ -1,4 +1,4 @@
-"""A tiny policy and tiny data for the tests: made here in a second, nothing is downloaded."""
+"""A tiny policy and tiny data for the tests: made here in a second, without a download."""
 
 import json
 import os
@@ -10,13 +10,13 @@ import pytest
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{Path(__file__).parent}"  # for preloaded.py
 
-# Tests run in two processes (pytest-xdist). Threads of two processes that share cores wait for each other in loops.
+# Tests run in two processes (pytest-xdist). With more threads than cores, they would wait for each other in busy loops.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
 
 def pytest_sessionstart(session):
-    """Import train.py before any test file imports something, and keep what that does for `import_of_train`.
+    """Import train.py before any test file imports something, and keep the effects for `import_of_train`.
 
     The first of pytest-xdist's processes runs no test: the others wait for it, so it starts without torch.
     """
@@ -62,7 +62,7 @@ def tiny_model(tokenizer):
 
 @pytest.fixture
 def tiny_folder(tiny_model, tokenizer, tmp_path):
-    """The same as a Hugging Face folder."""
+    """The tiny model and its tokenizer as a Hugging Face folder."""
     folder = tmp_path / "tiny"
     tiny_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -82,7 +82,7 @@ def write_rows(tmp_path):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of the finished run are slow, too."""
+    """Tests that use the finished run are slow."""
     for item in items:
         if "finished" in item.fixturenames:
             item.add_marker("slow")
@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A finished run of four steps, with W&B offline: (folder, what it printed)."""
+    """A finished run of four steps, with W&B offline: (folder, its output)."""
     from helpers import SMALL, run
 
     out = tmp_path_factory.mktemp("out")

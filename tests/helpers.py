@@ -1,4 +1,4 @@
-"""What several test files share: random responses, and whole runs of train.py in processes of their own."""
+"""Helpers of several test files: random responses, and whole runs of train.py in their own processes."""
 
 import atexit
 import contextlib
@@ -31,7 +31,7 @@ DATA = str(ROOT / "data" / "arithmetic" / "eval.jsonl")
 SMALL = [
     *("--steps", "4", "--prompts-per-step", "8", "--max-kept-prompts", "8", "--mini-batch-prompts", "2"),
     *("--eval-every", "2", "--eval-samples", "2", "--checkpoint-every", "2", "--max-micro-batch-tokens", "2048"),
-    *("--entropy-target", "0.2", "--filter-groups", "refill"),  # every test of a run is one of these, too
+    *("--entropy-target", "0.2", "--filter-groups", "refill"),  # all tests of a run also test these
 ]
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
@@ -47,12 +47,12 @@ def score(responses: list[str], answers: list[str], *verifiers, **options) -> li
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """That of a child process, which finds the project whatever its script."""
+    """The environment of a child process: any script in it can import the project."""
     return os.environ | {"WANDB_MODE": "disabled", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | variables
 
 
 def run_here(script: str, *arguments) -> subprocess.CompletedProcess:
-    """A script in this process, which has done the imports: its exit code and what it printed."""
+    """Run a script in this process, which has done the imports: its exit code and output."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
     words, code = [script, *map(str, arguments)], 0
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
@@ -66,14 +66,14 @@ def run_here(script: str, *arguments) -> subprocess.CompletedProcess:
 
 
 def in_a_fork(function: Callable, *arguments) -> int:
-    """Call it in a fork of this process, with what it registers for the exit. The fork's exit code."""
+    """Call it in a fork of this process, then the functions it registered with atexit. The fork's exit code."""
 
     def call():
         atexit._clear()  # this process's own
         try:
             function(*arguments)
         finally:
-            atexit._run_exitfuncs()  # multiprocessing leaves them out
+            atexit._run_exitfuncs()  # multiprocessing does not run them
 
     process = multiprocessing.get_context("fork").Process(target=call)
     process.start()
@@ -88,7 +88,7 @@ FORKING.set_forkserver_preload(["preloaded"])
 class Forked:
     """train.py, or another script or module, in a process forked from one that has done the imports (preloaded.py).
 
-    It has the methods of subprocess.Popen that tests use. output: file of stdout and stderr.
+    It has the methods of subprocess.Popen that the tests use. output: file for stdout and stderr.
     """
 
     def __init__(self, script: str, *arguments: str, output: str | Path = "", **variables: str):
@@ -99,7 +99,7 @@ class Forked:
         call = script, [str(argument) for argument in arguments], environment(**variables), str(output)
         self.process = FORKING.Process(target=_run_as_main, args=call)
         self.process.start()
-        atexit.register(self.process.kill)  # of a test that failed
+        atexit.register(self.process.kill)  # it may still run if a test failed
         self.kill, self.terminate = self.process.kill, self.process.terminate
 
     def poll(self) -> int | None:
@@ -133,19 +133,19 @@ def _run_as_main(script: str, arguments: list[str], variables: dict[str, str], o
             script, run_name="__main__", alter_sys=True
         )
     finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves them out
+        atexit._run_exitfuncs()  # multiprocessing does not run them
 
 
 @functools.cache
 def scratch() -> str:
-    folder = tempfile.mkdtemp(prefix="ce-gppo-tests-")  # a TemporaryDirectory would also end with a fork (in_a_fork)
+    folder = tempfile.mkdtemp(prefix="ce-gppo-tests-")  # a fork that ends would remove a TemporaryDirectory (in_a_fork)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 @functools.cache
 def rows_of(name: str, count: int) -> str:
-    """A file with the first rows of a file of the default data: 8,192 problems take a second to read."""
+    """A file with the first rows of train or eval of the default data: reading all 8,192 problems takes a second."""
     path = Path(scratch()) / f"{name}-{count}.jsonl"
     rows = (ROOT / "data" / "arithmetic" / f"{name}.jsonl").read_text().splitlines(keepends=True)
     path.write_text("".join(rows[:count]))
@@ -181,14 +181,14 @@ def ranks(processes: int, script: str, *arguments: str) -> list[Forked]:
 
 
 def outputs_of(processes: list[Forked], timeout: float) -> str:
-    """What all of them printed, once they have ended well."""
+    """The output of all processes, after they have ended without an error."""
     outputs = [process.communicate(timeout)[0] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(outputs)
     return "\n".join(outputs)
 
 
 def by_ranks(folder: Path, code: str, cases: dict[str, tuple], timeout: float) -> dict[str, dict]:
-    """{name: what the script `code` wrote to result-<name>.pt}, run by as many processes as the case says.
+    """{name: content of result-<name>.pt}, which the script `code` writes, run once for each case.
 
     cases: {name: (processes, argument, ...)}. The script gets the folder, in which `tiny` is a model of two layers,
     then these arguments and the name.

@@ -1,4 +1,4 @@
-"""The imports of a run of train.py, vLLM included: half of a short run. helpers.Forked does them once."""
+"""The imports of a run of train.py, with vLLM: half of a short run's time. helpers.Forked does them once."""
 
 import gc
 import importlib
@@ -17,6 +17,6 @@ for name in (
     "vllm.v1.worker.cpu_worker",
 ):
     importlib.import_module(name)
-rollout.CPU_CACHE_GIB = 0.1  # one takes a second to be filled with zeros
+rollout.CPU_CACHE_GIB = 0.1  # filling a GiB with zeros takes a second
 gc.collect()
 gc.freeze()  # a forked run then collects only its own objects

@@ -11,7 +11,7 @@ from ce_gppo.advice import CALM, advice
 from helpers import ROOT, resolved
 
 CASES = [json.loads(line) for line in (ROOT / "tests/cases/advice.jsonl").read_text().splitlines()]
-EXPECTED = {  # what each sentence has to contain, in its order
+EXPECTED = {  # a pattern for each sentence, in order
     "calm": ["No metric", "Entropy fell by 60%, from 0.225 to 0.090 .* 0.303 to 0.912"],
     "calm, betas (0, 1)": [
         "No metric",
@@ -54,8 +54,8 @@ def test_a_stored_run_gets_its_sentences(case):
     assert (CALM in sentences) == case["name"].startswith("calm")
 
 
-def test_groups_without_a_signal_are_a_fault_only_where_nothing_is_learned_from_them():
-    """A critic learns from every response; and where right answers differ in other parts, most responses are used."""
+def test_groups_without_a_signal_are_named_only_if_nothing_is_learned_from_them():
+    """A critic learns from every response. If right answers differ in other parts of the reward, most are used."""
     case = next(case for case in CASES if case["name"] == "no signal")
     used = [row | {"rollout/unused": 0.2} for row in case["history"]]
     for history, settings in ((used, {}), (case["history"], {"advantages": "gae", "filter_groups": "on"})):
@@ -65,8 +65,8 @@ def test_groups_without_a_signal_are_a_fault_only_where_nothing_is_learned_from_
 
 
 @pytest.mark.parametrize("objective", loss.OBJECTIVES)
-def test_what_it_tells_to_change_can_be_changed(objective):
-    """Every `name (value)` is a setting with its value, and one that the objective does not ignore."""
+def test_the_settings_that_it_names_can_be_changed(objective):
+    """Every `name (value)` is a setting with its value that the objective does not ignore."""
     named = set()
     for case in CASES[: len(CASES) if objective == "ppo" else -1]:  # the last one is a critic's
         settings = case["settings"] | {"objective": objective}
@@ -99,12 +99,12 @@ def test_sentences_that_depend_on_other_settings():
     assert "the betas were still moving; raise steps (80)" in first("missed target", entropy_target=0.05)
 
 
-def test_every_kind_is_stored():
+def test_every_kind_of_run_is_stored():
     assert [case["name"] for case in CASES] == list(EXPECTED)
 
 
 def test_a_history_with_holes_gets_sentences_or_none():
-    """A run that ends early, or metrics without a finite value, must not break the end of a run."""
+    """Missing metrics, and runs of two steps, must not raise an error at the end of a run."""
     assert advice([], resolved()) == [] == advice([{"step": 0, "eval/x/avg_at_k": 0.5}], resolved())
     for case in CASES:
         config = resolved(**case["settings"])
@@ -114,7 +114,7 @@ def test_a_history_with_holes_gets_sentences_or_none():
         assert 1 <= len(advice(case["history"][:2], config)) <= 4
 
 
-def test_what_it_reads_are_metrics():
+def test_the_names_that_it_reads_are_metrics():
     read = re.findall(r'"([a-z]+/[a-z_{}]+)"', (ROOT / "ce_gppo/advice.py").read_text())
     patterns = [metric.pattern() for metric in metrics.ALL]
     assert len(read) > 8

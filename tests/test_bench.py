@@ -1,4 +1,4 @@
-"""Every bench at a tiny size: it runs, and its JSON line has the recorded values. Timings mean nothing here."""
+"""Every bench at a tiny size: it runs, and its JSON line is complete. Its timings are not tested."""
 
 import json
 import subprocess
@@ -40,8 +40,8 @@ def run_without(modules: list[str], module: str) -> list[str]:
     return ["-c", code + f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)"]
 
 
-def test_trl_s_environment_needs_none_of_our_modules(tmp_path):
-    """The contestants' file is loaded there before TRL is; here TRL is missing, and nothing before it."""
+def test_the_contestant_trl_imports_none_of_our_modules(tmp_path):
+    """TRL's environment has only its own packages. TRL's `datasets` is the first import to fail here."""
     (tmp_path / "batch.json").write_text(json.dumps({"threads": 1}))
     ours = ["ce_gppo", "train", "loss", "reward", "rollout", "vllm", "wandb", "tyro", "scipy", "datasets"]
     command = [sys.executable, *run_without(ours, "bench.contestants"), "trl", tmp_path]
@@ -127,7 +127,7 @@ def test_reward(result):
 
 @pytest.mark.parametrize("result", ["gpu"], indirect=True)
 def test_gpu(result):
-    """It ran with torch and transformers, and what these need."""
+    """It ran in an environment with only torch, transformers and their requirements."""
     assert {"device", "matrix_tflops", "weights_and_gradients_gib", "parameters"} <= result.keys()
     for case, tokens in (("32", 128), ("64", 128), ("mixed", 96)):
         assert result[f"{case}/tokens"] == tokens and result[f"{case}/mfu"] > 0
@@ -162,7 +162,7 @@ def test_another_revision_is_checked_out_and_removed():
 
 
 def test_gpu_compares_a_resumed_step(tmp_path):
-    """Equal responses are counted, and only the second step is looked at."""
+    """Equal responses are counted, and only the second step is read."""
     for name, second in (("whole", "b"), ("again", "c")):
         (tmp_path / name).mkdir()
         rows = [{"step": step, "entropy/mean": 0.5 * step, "time/rollout": 1.0, "optim/lr": 1.0} for step in (1, 2)]
@@ -179,8 +179,8 @@ def test_gpu_compares_a_resumed_step(tmp_path):
     assert found == expected
 
 
-def test_gpu_goes_on_after_a_part_that_fails(monkeypatch, capsys):
-    """Each part is a process of its own, with the options given; the one that failed has a line, and is named."""
+def test_gpu_continues_after_a_part_that_fails(monkeypatch, capsys):
+    """Each part is its own process, with the options given; one that fails has a line, and is named."""
     commands = []
 
     def run(command, timeout, **_):
@@ -199,8 +199,8 @@ def test_gpu_goes_on_after_a_part_that_fails(monkeypatch, capsys):
     assert lines == [{"bench": "gpu", "part": part, "failed": code} for part, code in failed.items()]
 
 
-def test_gpu_s_run_has_settings_that_train_py_knows(monkeypatch, capsys):
-    """Two steps with a checkpoint after each; the second one again from the first one's."""
+def test_gpu_s_run_has_valid_settings_and_resumes(monkeypatch, capsys):
+    """Two steps with a checkpoint after each, and the second step again from the first checkpoint."""
     configs, resumed = [], []
 
     def run_train(minutes, *words):
@@ -219,7 +219,7 @@ def test_gpu_s_run_has_settings_that_train_py_knows(monkeypatch, capsys):
     assert resumed == [["checkpoint-000001"]] and '"part": "run"' in capsys.readouterr().out
 
 
-def test_gpu_shows_what_train_py_said_before_it_failed(monkeypatch, tmp_path):
+def test_gpu_shows_the_output_of_a_failed_run(monkeypatch, tmp_path):
     (tmp_path / "train.py").write_text("import sys, time; print(sys.argv[1], flush=True); time.sleep(60)")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     with pytest.raises(RuntimeError, match=r"^train.py --lr 1 ended with no result in time: (--lr)?$"):
@@ -231,18 +231,18 @@ def test_gpu_shows_what_train_py_said_before_it_failed(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("result", ["attribution"], indirect=True)
 def test_attribution(result):
-    assert 0.2 < result["ratio_min"] <= result["ratio"] <= result["ratio_max"] < 5
+    assert 0 < result["ratio_min"] <= result["ratio"] <= result["ratio_max"]
     assert result["everything"] > 0 and result["entropy only"] > 0
-    assert result["old_logprobs_over_update"] < 0.5, "there is one mini-batch, which needs no pass"
+    assert result["old_logprobs_over_update"] < 0.1, "there is one mini-batch, which needs no such pass"
 
 
 def test_without_the_accounting_logprobs_and_entropy_are_the_same(monkeypatch):
-    """The accounting is switched off by other functions; these must leave the training itself as it is."""
+    """The functions that replace the accounting must leave logprobs, entropy and gradients as they are."""
     hidden, weight = torch.randn(40, 8).requires_grad_(), torch.randn(1000, 8).requires_grad_()
     targets = torch.randint(1000, (40,))
     found = {}
     for everything in (True, False):
-        monkeypatch.setattr(entropy, "_fold", entropy._fold)  # put back at the end, as the next one
+        monkeypatch.setattr(entropy, "_fold", entropy._fold)  # restored at the end, as is the next one
         monkeypatch.setattr(forward, "token_sums", forward.token_sums)
         attribution.set_accounting(everything)
         logprobs, H, S = entropy.token_statistics(hidden, weight, targets, width=256)
@@ -256,10 +256,10 @@ def test_without_the_accounting_logprobs_and_entropy_are_the_same(monkeypatch):
 
 @pytest.mark.parametrize("result", ["scaling"], indirect=True)
 def test_scaling(result):
-    """More GPUs are never slower, larger models need more; 1.5B trains on one GPU, 32B does not fit there."""
+    """More GPUs take less time; 1.5B fits on one GPU, and 32B does not."""
     rows = {(row["model"], row["gpus"]): row for row in result["rows"]}
     seconds = {key: row["seconds"] and row["seconds"]["step"] for key, row in rows.items()}
     assert seconds["1.5B", 1] > seconds["1.5B", 8] > seconds["1.5B", 64] and seconds["32B", 1] is None
     assert (rows["1.5B", 8]["shard"], rows["7B", 8]["shard"]) == ("no", "yes")
-    for deal in result["imbalance"].values():  # where one response is longer than the mean of the ranks, that is it
+    for deal in result["imbalance"].values():  # least: above 1 if one response is longer than the mean
         assert deal["dealt"] < 1.02 * deal["least"] < deal["round_robin"]

@@ -1,4 +1,4 @@
-"""Branches with a tiny model and given responses: exact states, and what is measured, against float64."""
+"""Branches with a tiny model and given responses: states are exact, and measurements agree with float64."""
 
 import copy
 import json
@@ -47,14 +47,14 @@ def state_of(step: Step) -> list[torch.Tensor]:
     return [*step.policy.state_dict().values(), *(value for one in moments.values() for value in one.values())]
 
 
-def test_a_branch_leaves_the_state_and_the_responses_bit_by_bit(step, given):
+def test_a_branch_changes_neither_state_nor_responses(step, given):
     before, responses = copy.deepcopy(state_of(step)), repr(given)
     step.branch(SETTINGS, given[1])
     assert len(before) > 30 and all(torch.equal(a, b) for a, b in zip(before, state_of(step), strict=True))
     assert repr(given) == responses
 
 
-def test_the_same_setting_has_the_same_effect_and_another_one_has_not(step, given):
+def test_equal_settings_have_equal_effects_and_others_differ(step, given):
     rows = step.branch(SETTINGS | {"again": SETTINGS["grpo"]}, given[1])
     rows = {row.pop("setting"): row for row in rows}
     assert rows["grpo"] == rows["again"] == rows[branches.OWN]
@@ -64,8 +64,8 @@ def test_the_same_setting_has_the_same_effect_and_another_one_has_not(step, give
     assert abs(rows[branches.SMALL]["delta/rollout"]) < abs(rows["grpo"]["delta/rollout"])
 
 
-def test_going_on_is_what_the_branch_of_the_own_setting_did(step, given):
-    """The weights after `learn` are those that the row was measured with."""
+def test_learn_does_the_same_as_the_branch_of_the_runs_own_setting(step, given):
+    """Entropy changes by the same amount, and the metrics are the same."""
     own = step.branch({}, given[1])[0]
     before = step.measured(given[1])
     metrics = step.learn(CONFIG)
@@ -74,7 +74,7 @@ def test_going_on_is_what_the_branch_of_the_own_setting_did(step, given):
     assert own["predicted/velocity/total"] == metrics["velocity/total"]
 
 
-def test_what_is_measured(step, given):
+def test_measurements_against_float64(step, given):
     """Entropy, logprobs and their parts, with the whole vocabulary in float64 and each sequence by itself."""
 
     def truth(responses):
@@ -114,7 +114,7 @@ def test_first_order_in_the_weights_is_exact_for_small_steps(step, given):
         assert small[f"linear/{tokens}"] == pytest.approx(small[f"delta/{tokens}"], rel=0.1)
 
 
-def test_without_a_gradient_the_weights_coast(step, given):
+def test_without_a_gradient_momentum_moves_the_weights(step, given):
     """Against Adam's equations: m decays by 0.9 and v by 0.999 in each step, and weights decay."""
     p, state = next((p, state) for p, state in step.optimizer.state.items() if p.ndim == 2)
     weights, m, v, steps = p.double(), state["exp_avg"].double(), state["exp_avg_sq"].double(), int(state["step"])
@@ -126,7 +126,7 @@ def test_without_a_gradient_the_weights_coast(step, given):
     torch.testing.assert_close(p.double(), weights, rtol=1e-4, atol=1e-6)
 
 
-def test_a_setting_has_the_values_of_its_paper_whatever_the_run_has():
+def test_a_setting_has_the_values_of_its_paper_instead_of_the_runs():
     run = resolved(beta1=0.3, eps_high=0.5, aggregation="seq-mean-token-mean", dual_clip=10.0, entropy_target=0.2)
     assert branch.variant(run, {"objective": "dapo"}).eps_high == 0.28
     cispo = branch.variant(run, {"objective": "cispo"})
@@ -155,7 +155,7 @@ def row(seed: int, step: int, setting: str, delta: float) -> dict:
 
 
 def test_differences_are_paired_and_have_students_interval(tmp_path):
-    """Branches that differ much, and a setting that adds nearly the same to each."""
+    """The branches differ much, and a setting adds nearly the same to each."""
     effects = [0.010, 0.012, 0.011, 0.013]
     rows = []
     for i, effect in enumerate(effects):
@@ -174,12 +174,12 @@ def test_differences_are_paired_and_have_students_interval(tmp_path):
     assert "| (0, 1) | +115.00 ± 20.54 |  | +115.00 |" in text, "by run: of four branches, of none, of one"
     assert "| velocity, over the branches | -1.00 |" in text and "| first order, over the branches | +1.00 |" in text
     assert branches.rank(values, -values) == "-1.00" and branches.rank(values[:3], values[:3]) == ""
-    assert "| (0, 1) | +0.00 ± 0.00 |" in text, "the prediction is what was measured"
+    assert "| (0, 1) | +0.00 ± 0.00 |" in text, "prediction and measurement are equal"
     branches.figure(rows).savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
-def test_results_that_are_none(tmp_path):
+def test_results_files(tmp_path):
     path = tmp_path / "results.jsonl"
     assert branches.read(path) == []
     path.write_text(json.dumps({"seed": 0}) + "\n")
@@ -190,7 +190,7 @@ def test_results_that_are_none(tmp_path):
     assert [r["delta/rollout"] for r in branches.read(path)] == [2.0]
 
 
-def test_a_start_that_is_none(tmp_path):
+def test_a_start_without_a_whole_checkpoint(tmp_path):
     (tmp_path / "checkpoint-000004").mkdir()
     with pytest.raises(UserError, match="checkpoint-000004: no whole checkpoint there"):
         branch.start_of(str(tmp_path / "checkpoint-000004"))

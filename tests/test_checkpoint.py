@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and what is damaged is passed over."""
+"""Checkpoints are written whole or not at all, and damaged ones are skipped."""
 
 import copy
 import threading
@@ -66,7 +66,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(saver, tmp_path, monkeypatc
     assert "checkpoint-000001: disk full" in capsys.readouterr().err
     assert torch.load(folder / "trainer.pt", weights_only=True)["state"]["no_signal"] == 0
     assert checkpoint.damage(folder) is None and checkpoint.all_of(tmp_path) == [folder]
-    assert not list(tmp_path.glob("*.partial")), "it would take the room that is missing"
+    assert not list(tmp_path.glob("*.partial")), "a partial checkpoint would use up the full disk"
     saver.finish(State("id", 1))
     with pytest.raises(RunEnded, match="checkpoint of step 2 could not be written"):
         saver.finish(State("id", 2))
@@ -76,7 +76,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(saver, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("failure", [OSError("disk full"), RuntimeError("zip"), ValueError("odd"), KeyError("key")])
-def test_no_failure_of_the_thread_is_lost(saver, tmp_path, monkeypatch, capsys, failure):
+def test_every_failure_of_the_saving_thread_is_reported(saver, tmp_path, monkeypatch, capsys, failure):
     def fails(*_):
         raise failure
 
@@ -88,7 +88,7 @@ def test_no_failure_of_the_thread_is_lost(saver, tmp_path, monkeypatch, capsys, 
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_model, optimizer, saver, tmp_path, monkeypatch):
-    """What is written is what was there when the save began; the next save waits for it."""
+    """The weights written are those at the start of the save; the next save waits for it."""
     train_a_step(tiny_model, optimizer, 0)
     before = {name: p.clone() for name, p in tiny_model.named_parameters()}
     moments = [optimizer.state[p]["exp_avg"].clone() for p in tiny_model.parameters()]
@@ -129,7 +129,7 @@ def corrupt(path):
         (lambda folder: (folder / "manifest.json").unlink(), "no readable manifest.json"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(saver, tmp_path, capsys, damage, said):
+def test_a_damaged_checkpoint_is_named_and_skipped(saver, tmp_path, capsys, damage, said):
     folders = [save(saver, State("id", step)) for step in (5, 10)]
     assert checkpoint.newest(tmp_path) == folders[1]
     damage(folders[1])
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saver, tmp_path, capsys, 
     assert checkpoint.newest(tmp_path) is None
 
 
-def test_what_a_killed_save_left_behind_is_no_checkpoint(saver, tmp_path):
+def test_the_remains_of_a_killed_save_are_no_checkpoint(saver, tmp_path):
     save(saver, State("id", 2))
     (tmp_path / "checkpoint-000003.partial").mkdir()
     (tmp_path / "checkpoint-000003.partial" / "model.safetensors").write_bytes(b"half")

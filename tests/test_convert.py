@@ -1,4 +1,4 @@
-r"""From the hub's schemas, in small files, to the project's rows. No network."""
+r"""Small files in the hub's schemas become the project's rows. No network."""
 
 import hashlib
 import json

@@ -48,7 +48,7 @@ def test_with_values_of_0_advantages_are_the_reward_to_go():
     assert gae(rewards, torch.zeros_like(rewards), 1.0, 1.0)[0].tolist() == pytest.approx([1.2, 1.1, 1.3, 1.0])
     values = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)).double()
     returns = gae(rewards, values, 1.0, 1.0) + values
-    assert returns[0].tolist() == pytest.approx([1.2, 1.1, 1.3, 1.0]), "what the critic learns, whatever it says"
+    assert returns[0].tolist() == pytest.approx([1.2, 1.1, 1.3, 1.0]), "returns do not depend on the values"
 
 
 def test_value_loss_and_gradient_case_by_case():
@@ -120,7 +120,7 @@ def naive_values(made, response) -> torch.Tensor:
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.5])
 def test_advantages_and_returns_of_a_rollout(tiny_model, kl_coef):
-    """From values that are computed one by one; a response that was cut ends, too. With kl_coef every token pays k1."""
+    """Against values that are computed one by one. A cut response ends, too. kl_coef subtracts k1 at every token."""
     made, config = critic_of(tiny_model, kl_coef=kl_coef, critic_lr=1e-9)
     mini_batches = rewarded()
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_advantages_and_returns_of_a_rollout(tiny_model, kl_coef):
 
 
 def test_the_gradient_is_that_of_the_whole_mini_batch(tiny_model):
-    """However it is cut into micro-batches: against autograd over values computed one by one."""
+    """Over several micro-batches, against autograd over values computed one by one."""
     made, config = critic_of(tiny_model, max_micro_batch_tokens=24)
     (responses, _) = rewarded()
     for r in responses:
@@ -168,8 +168,8 @@ def test_the_gradient_is_that_of_the_whole_mini_batch(tiny_model):
         torch.testing.assert_close(parameter.grad, scale * gradient, atol=1e-6, rtol=1e-3)
 
 
-def test_a_critic_learns_what_can_be_known(tiny_model):
-    """The return is 1 after token 7 and 0 otherwise. It starts at values of 0, and with a body of its own."""
+def test_a_critic_learns_to_predict_the_return(tiny_model):
+    """The return is 1 after token 7 and 0 otherwise. Values start at 0; the critic has its own body."""
     weights = tiny_model.get_input_embeddings().weight
     made, config = critic.Critic(tiny_model, resolved(objective="ppo", critic_lr=3e-3)), resolved(objective="ppo")
     assert made.model.body.get_input_embeddings().weight is weights
@@ -180,7 +180,7 @@ def test_a_critic_learns_what_can_be_known(tiny_model):
     first, *_, last = (critic.learn_values(made, [responses], config, meter) for _ in range(25))
     assert first["value/mean"] == 0 and first["value/explained_variance"] == pytest.approx(0, abs=1e-6)
     assert last["value/explained_variance"] > 0.5 and last["value/mean"] == pytest.approx(0.5, abs=0.15)
-    assert responses[0].advantages[0] > responses[0].advantages[1] + 0.3, "after the token that decides, less is new"
+    assert responses[0].advantages[0] > responses[0].advantages[1] + 0.3, "the first token decides the return"
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tiny_model):
@@ -212,7 +212,7 @@ def test_the_policy_waits_for_the_critic(tiny_model, tmp_path):
     assert all(r.entropy is not None for r in mini_batches[0]), "entropy/mean is that of all tokens"
 
 
-def test_every_response_teaches_the_critic():
+def test_the_critic_learns_from_every_response():
     """Also those of groups with equal rewards. Advantages are the critic's: select gives none."""
     groups = [group_of(3, [4, 5], seed=p) for p in range(4)]
     for group in groups:
@@ -237,7 +237,7 @@ def test_branches_have_no_critic(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_ppo_resumes_exactly(tmp_path):
-    """The policy waits for a rollout; a run that goes on from step 2 is the uninterrupted one, critic included."""
+    """The policy waits for one rollout. A run resumed after step 2 equals the uninterrupted one, critic included."""
     small = [*SMALL, "--steps", "3", "--filter-groups", "off", "--checkpoint-every", "1", "--warmup-steps", "1"]
     output = run(tmp_path, "--run-name", "whole", "--objective", "ppo", *small)
     rows = metrics_of(tmp_path / "whole")
@@ -272,7 +272,7 @@ def flat(tree: dict, prefix: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-# Values, advantages and two updates on fixed mini-batches, by ranks that share them; writes what came of it.
+# Values, advantages and two updates on fixed mini-batches, shared between the ranks; writes the results.
 A_ROLLOUT = """
 import sys, torch
 from pathlib import Path
@@ -302,7 +302,7 @@ if dist.is_main():
 
 @pytest.fixture(scope="module")
 def rollouts(tmp_path_factory):
-    """The same rollout by one process, and in other ways. (folder, {name: what came of it})"""
+    """The same rollout by one process, and by other numbers of processes and shards. (folder, {name: results})"""
     folder = tmp_path_factory.mktemp("critic")
     cases = {"000001": (1, "no"), "000002": (2, "no"), "000003": (2, "yes"), "000004": (1, "offload")}
     return folder, by_ranks(folder, A_ROLLOUT, cases, timeout=200)

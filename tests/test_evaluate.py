@@ -1,4 +1,4 @@
-"""What is made of responses, what is written, and that a stopped evaluation goes on as if nothing had happened."""
+"""The table of an evaluation, its file, and that a stopped evaluation ends with the same file."""
 
 import fcntl
 import json
@@ -39,7 +39,7 @@ SAYS = {None: "hm</think> no box", "open": r"so far \boxed{4}"}
 
 
 class FakeEngine:
-    """Boxes 1, 2, 3 or 4, or nothing, or 4 while still thinking: a function of the seed and the place in the call."""
+    """Boxes 1, 2, 3 or 4, or nothing, or 4 before </think>. The seed and the place in the call decide."""
 
     calls_left = 1000
     seen: list[str] = []
@@ -89,12 +89,12 @@ def fake(monkeypatch, tmp_path, tiny_folder):
         (["3", "3", "4"], "4", False),
         (["3", "4"], "4", False),  # a tie: first seen
         (["4", "3"], "4", True),
-        ([None, None, None, "4"], "4", True),  # no box, no vote
+        ([None, None, None, "4"], "4", True),  # responses without a box do not vote
         ([None, None], "4", False),
-        (["3", "6/2", "4", "4", "3.0"], "4", False),  # three spellings of 3 are three votes
+        (["3", "6/2", "4", "4", "3.0"], "4", False),  # three spellings of 3, three votes for 3
         (["3", "5", "6", "4", "4"], "4", True),
         (["4", "8/2", "3", "3", "12/3"], "4", True),
-        ([r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}", "1"], "1", False),  # only math-verify sees it
+        ([r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}", "1"], "1", False),  # only math-verify finds them equal
         (["(1,2)", "(2,1)", "(1,2)", r"\{1,2\}"], r"\{1,2\}", False),
     ],
 )
@@ -103,7 +103,7 @@ def test_majority(answers, truth, right):
 
 
 def test_bootstrap():
-    """Close to the normal interval where that one is good; the same every time."""
+    """Close to the normal interval for many values; the same every time."""
     values = [1.0] * 120 + [0.0] * 280
     low, high = tables.bootstrap(values)
     half = 1.96 * (0.3 * 0.7 / 400) ** 0.5
@@ -149,7 +149,7 @@ def test_every_response_is_written_with_its_verdict(fake, capsys):
 
 
 @pytest.mark.parametrize("calls, half_line", [(0, ""), (1, ""), (3, ""), (3, '{"problem": 6, "sam'), (5, '{"pro')])
-def test_a_stopped_evaluation_goes_on(fake, monkeypatch, calls, half_line, capsys):
+def test_a_stopped_evaluation_continues_and_ends_with_the_same_file(fake, monkeypatch, calls, half_line, capsys):
     fake(out="whole.jsonl")
     table = capsys.readouterr().out.splitlines()[2:]
     monkeypatch.setattr(FakeEngine, "calls_left", calls)
@@ -157,17 +157,17 @@ def test_a_stopped_evaluation_goes_on(fake, monkeypatch, calls, half_line, capsy
         fake(out="cut.jsonl")
     with open("cut.jsonl", "a") as file:
         file.write(half_line)
-    monkeypatch.setattr(FakeEngine, "calls_left", 6 - calls)  # of 11 problems, 2 a chunk: no more than what is missing
+    monkeypatch.setattr(FakeEngine, "calls_left", 6 - calls)  # 6 chunks in all: only the missing ones are sampled
     fake(out="cut.jsonl")
     assert Path("cut.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     capsys.readouterr()
-    monkeypatch.setattr(FakeEngine, "calls_left", 0)  # finished: only the table is left to do
+    monkeypatch.setattr(FakeEngine, "calls_left", 0)  # finished: only the table is printed
     fake(out="cut.jsonl")
     assert capsys.readouterr().out.splitlines()[2:] == table
 
 
-def test_another_verifier_gives_other_verdicts_and_is_one_of_the_settings(fake, tmp_path):
-    """A function of one's own, for one of two benchmarks; the file cannot change between two parts of an evaluation."""
+def test_another_verifier_gives_other_verdicts_and_belongs_to_the_settings(fake, tmp_path):
+    """A user's function, for one of two benchmarks. Its file must not change between two parts of an evaluation."""
     mine = tmp_path / "mine.py"
     mine.write_text("def score(response, answer): return {'correctness': float('3' in response), 'other': 7}")
     fake(rewards=f"amc23={mine}:score", out="own.jsonl")
@@ -181,8 +181,8 @@ def test_another_verifier_gives_other_verdicts_and_is_one_of_the_settings(fake, 
         fake(rewards="aime=exact", out="own.jsonl")
 
 
-def test_what_another_rank_of_the_engine_gave_up_has_no_metrics():
-    """The signal may have reached only that rank: `stop` says nothing here."""
+def test_an_evaluation_that_another_rank_gave_up_has_no_metrics():
+    """The signal may have reached only that rank, so `stop` may be False here."""
 
     class GivenUp:
         def generate(self, prompts, k, **options):
@@ -196,8 +196,8 @@ def test_a_seed_is_another_sample(fake):
     fake(out="a.jsonl")
     fake(out="b.jsonl", seed=1)
     a, b = (Path(name).read_text().splitlines()[1:] for name in ("a.jsonl", "b.jsonl"))
-    a, b = ([json.loads(line)["response"] for line in lines] for lines in (a, b))  # rows have their number, too
-    assert a != b and a[:8] != a[8:16], "chunks have seeds of their own"
+    a, b = ([json.loads(line)["response"] for line in lines] for lines in (a, b))  # without the rows' numbers
+    assert a != b and a[:8] != a[8:16], "each chunk has its own seed"
 
 
 def test_a_file_of_other_settings_is_not_touched(fake, tiny_model, tiny_folder, monkeypatch):
@@ -220,7 +220,7 @@ def test_a_file_of_other_settings_is_not_touched(fake, tiny_model, tiny_folder, 
 
 
 def test_thinking(fake):
-    """Nothing counts that is not behind </think>."""
+    """Only answers after </think> count."""
     fake(out="a.jsonl", thinking=True)
     fake(out="b.jsonl")
     a, b = ([json.loads(line) for line in Path(name).read_text().splitlines()[1:]] for name in ("a.jsonl", "b.jsonl"))
@@ -240,12 +240,12 @@ def test_benchmarks_that_are_not_there(fake):
 @pytest.mark.parametrize(
     "name, value", [("k", 0), ("temperature", 0.005), ("top_p", 0.0), ("max_response_tokens", 0), ("write_every", 0)]
 )
-def test_what_cannot_be_meant(name, value):
+def test_settings_out_of_range(name, value):
     with pytest.raises(UserError, match=f"{name} = {value}"):
         check_ranges(evaluate.Config(**{name: value}))
 
 
-def test_one_evaluation_a_file(fake):
+def test_one_evaluation_writes_a_file_at_a_time(fake):
     fake(out="a.jsonl")
     with open("a.jsonl") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -278,7 +278,7 @@ def test_compare(tmp_path, capsys):
     ]
 
 
-def test_what_cannot_be_compared(tmp_path):
+def test_files_that_cannot_be_compared(tmp_path):
     a = results(tmp_path / "a.jsonl", {0: ["4"], 1: ["3"]}, 2)
     b = results(tmp_path / "b.jsonl", {0: ["4"], 2: ["3"]}, 2)
     with pytest.raises(UserError, match="have different problems, 2 in only one of them, such as 'test 1"):
@@ -299,13 +299,13 @@ def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, w
     evaluate.main(config)
     whole = path.read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()[1:]]
-    assert len(rows) == 20 and len({r["response"] for r in rows}) > 10
+    assert len(rows) == 20 and len({r["response"] for r in rows}) > 5, "more than one response to some problem"
     path.write_bytes(whole[: whole.index(b'"problem": 3') + 40])  # killed in the second chunk of three
     evaluate.main(config)
     assert path.read_bytes() == whole and "2 problems were there already" in capsys.readouterr().out
 
 
-def test_a_first_evaluation_that_bodes_ill_is_a_warning(capsys):
+def test_many_cut_or_unboxed_responses_in_the_first_evaluation_are_a_warning(capsys):
     def groups(cut: int, text: str) -> list[list[Response]]:
         return [[Response([1], [2], torch.zeros(1), i < cut, text)] for i in range(20)]
 

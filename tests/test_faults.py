@@ -1,4 +1,4 @@
-"""What goes wrong in long runs: kills, full disks, gradients that are not finite. Whole runs, real vLLM."""
+"""Faults of long runs: kills, full disks, gradients that are not finite. Whole runs, real vLLM."""
 
 import errno
 import math
@@ -36,7 +36,7 @@ from helpers import (
 
 pytestmark = pytest.mark.slow
 
-# train.py with a few lines of fault in the middle.
+# train.py with a few lines that cause a fault.
 PROGRAM = """
 import os, signal
 import loss, rollout, torch, train
@@ -79,7 +79,7 @@ torch.save = dying
 }
 
 
-# One line each: a stop request in the middle of it, with the time.
+# Sends a stop request at the nth call of a function, and writes the time to a file.
 STOPPING = """
 import time
 from pathlib import Path
@@ -95,7 +95,7 @@ def stopping(module, name):
         return inner(*args, **options)
     setattr(module, name, function)
 """
-STOPPED = [  # (what, which one, the line, the newest checkpoint then); the first two of the last are the start's check
+STOPPED = [  # (part, nth call, line, newest checkpoint afterwards)
     ("old logprobs", 2, 'stopping(train, "compute_old_logprobs")', 2),
     ("update", 2, 'stopping(train, "update")', 3),
     ("checkpoint", 1, 'stopping(torch, "save")', 4),
@@ -123,20 +123,20 @@ def assert_same_weights(ours: Path, expected: Path, last: str) -> None:
     assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
 
 
-def test_killed_three_times_and_started_again_it_is_the_same_run(finished, tmp_path):
-    """kill -9 in a rollout, an update and a checkpoint; the same command each time goes on, and says so."""
+def test_a_run_killed_three_times_and_started_again_is_the_same_run(finished, tmp_path):
+    """kill -9 in a rollout, an update and a checkpoint. The same command resumes the run each time."""
     for moment, line in KILLED.items():
         code, output = run_program(tmp_path, line, *SMALL)
         assert code == -signal.SIGKILL, (moment, output)
     (folder,) = (tmp_path / "out").iterdir()
-    assert list(folder.glob("*.partial")), "the last kill was to come in the middle of a checkpoint"
+    assert list(folder.glob("*.partial")), "the last kill was not in the middle of a checkpoint"
     output = run(tmp_path / "out", *SMALL)
     assert f"going on with {folder} after checkpoint-000002" in output
     assert list((tmp_path / "out").iterdir()) == [folder]
     assert_same_run(folder, finished[0], "checkpoint-000004")
 
 
-def test_stopped_in_every_part_of_a_step_it_ends_within_20_seconds_and_loses_at_most_that_step(finished, tmp_path):
+def test_a_run_stopped_in_any_part_of_a_step_ends_within_20_seconds_and_loses_at_most_that_step(finished, tmp_path):
     """SIGTERM in the old logprobs, an update, a checkpoint and an evaluation; rollouts are in test_train.py."""
     asked, folder = tmp_path / "asked", tmp_path / "out" / "stopped"
     for what, nth, line, newest in STOPPED:
@@ -154,7 +154,7 @@ def test_stopped_in_every_part_of_a_step_it_ends_within_20_seconds_and_loses_at_
 
 @pytest.mark.skipif("KILLS" not in os.environ, reason="make torture")
 def test_torture(tmp_path):
-    """Twelve steps with many kills at random moments are twelve steps without any."""
+    """A run of twelve steps with many kills at random moments equals a run without kills."""
     arguments = [*SMALL, "--steps", "12", "--checkpoint-every", "1"]
     run(tmp_path / "whole", *arguments)
     (whole,) = (tmp_path / "whole").iterdir()
@@ -163,7 +163,7 @@ def test_torture(tmp_path):
     for kill in range(kills):
         beginning = time.time()
         process = start(tmp_path / "cut", "--run-name", "it", *arguments)
-        # Past its start, and so far into the run that the kills are spread over it; then any moment of the next steps.
+        # Wait until the run has started and has reached this kill's part of the steps; then a random time.
         while rows_since(beginning, cut) < 1 + kill * 11 / kills:
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -180,7 +180,7 @@ def test_torture(tmp_path):
 
 
 def rows_since(beginning: float, folder: Path) -> int:
-    """Rows of metrics.jsonl, of which a run that goes on writes those that it keeps anew; 0 before it has."""
+    """Rows of metrics.jsonl if it was written since then, else 0. A resumed run first writes the rows that it keeps."""
     path = folder / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() and path.stat().st_mtime > beginning else 0
 
@@ -206,7 +206,7 @@ torch.save = full
 """
 
 
-def test_a_full_disk_costs_a_checkpoint(finished, tmp_path):
+def test_with_a_full_disk_only_a_checkpoint_is_missing(finished, tmp_path):
     code, output = run_program(tmp_path, FULL_DISK, *SMALL, "--run-name", "full")
     assert code == 0, output
     assert "checkpoint not written, training goes on" in output and "No space left on device" in output
@@ -214,7 +214,7 @@ def test_a_full_disk_costs_a_checkpoint(finished, tmp_path):
     assert_same_run(tmp_path / "out" / "full", finished[0], "checkpoint-000004")
 
 
-def test_a_run_whose_last_checkpoint_is_lost_does_not_end_well(tmp_path):
+def test_a_run_whose_last_checkpoint_is_not_written_ends_with_an_error(tmp_path):
     always = FULL_DISK.replace("if count == 1: ", "")
     code, output = run_program(tmp_path, always, *SMALL, "--steps", "2", "--run-name", "full")
     assert code == 1 and "train.py" not in output.split("program.py:")[0], output
@@ -258,7 +258,7 @@ def test_a_skipped_update_changes_nothing(tiny_model):
     assert all(torch.equal(p, before[name]) for name, p in tiny_model.named_parameters())
 
 
-def test_one_run_a_folder(tmp_path, monkeypatch):
+def test_a_folder_has_one_run_at_a_time(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = resolved(out=str(tmp_path))
     runs.claim(tmp_path / "mine", config, "", 0)
@@ -267,7 +267,7 @@ def test_one_run_a_folder(tmp_path, monkeypatch):
     assert runs.interrupted(config) is None
 
 
-def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -277,7 +277,7 @@ def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("output", ["/dev/full", "closed pipe"])
-def test_output_that_cannot_be_written_costs_nothing(finished, tmp_path, output):
+def test_output_that_cannot_be_written_does_not_change_a_run(finished, tmp_path, output):
     if pipe := output == "closed pipe":
         output = tmp_path / "pipe"
         os.mkfifo(output)
@@ -291,8 +291,8 @@ def test_output_that_cannot_be_written_costs_nothing(finished, tmp_path, output)
     assert_same_run(tmp_path / "mute", finished[0], "checkpoint-000004")
 
 
-def test_a_run_goes_on_with_what_it_began_with_or_says_what_changed(tmp_path, monkeypatch, capsys):
-    """Edited code, data or base model: named and refused, or noted with --resume. A base that is gone does no harm."""
+def test_a_resumed_run_has_the_same_inputs_or_names_those_that_changed(tmp_path, monkeypatch, capsys):
+    """Edited code, data or base model: named and refused, or noted with --resume. The base model may be missing."""
     project, base, rows = tmp_path / "project", tmp_path / "base", tmp_path / "rows.jsonl"
     (project / "ce_gppo").mkdir(parents=True)
     base.mkdir()
@@ -323,7 +323,7 @@ def test_a_run_goes_on_with_what_it_began_with_or_says_what_changed(tmp_path, mo
 
 
 def test_an_unexpected_error_at_the_start_is_a_sentence(tmp_path):
-    """What was being done, the library's first line, and where the traceback is; later it is a traceback."""
+    """It names the part of the start, the error and the traceback's file. After the start there is a traceback."""
     code = (
         "from ce_gppo.config import command; from ce_gppo.types import starting\n"
         "def main():\n    starting({!r})\n    raise ValueError('first line\\nsecond')\ncommand(main)"

@@ -1,4 +1,4 @@
-"""What runs only on a GPU, as far as a CPU can tell: on tensors that pretend, with real signatures."""
+"""Code that runs only on a GPU, as far as a CPU can test it: with stand-ins that have the real signatures."""
 
 import contextlib
 import importlib.util
@@ -38,7 +38,7 @@ class LikeGpu(torch.Tensor):
 
 
 class Context(types.SimpleNamespace):
-    """In the place of autograd's, which would make plain tensors of ours."""
+    """In the place of autograd's context, which would turn LikeGpu tensors into plain ones."""
 
     def save_for_backward(self, *tensors):
         self.saved_tensors = tensors
@@ -61,7 +61,7 @@ def head_like_gpu(hidden, weight, targets, temperature, width, to_logprobs, to_e
 @pytest.mark.parametrize("width", [16, 53])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_head_on_a_gpu_matches_naive_float64(width, temperature):
-    """From bfloat16 hidden states and weights, with logits that are not rounded again; one target is nearly certain."""
+    """From bfloat16 hidden states and weights, with float32 logits; one target is nearly certain."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(24, 16, generator=g).bfloat16(), torch.randn(53, 16, generator=g) / 4
     targets = torch.randint(53, (24,), generator=g)
@@ -116,7 +116,7 @@ def test_on_a_gpu_all_elementwise_work_on_logits_is_compiled(monkeypatch):
 
 
 def test_torch_has_products_with_a_wider_result():
-    """Of these only the signatures can be tried without a GPU."""
+    """Without a GPU only their signatures can be tested."""
     a, b = (
         torch.empty(3, 5, dtype=torch.bfloat16, device="meta"),
         torch.empty(5, 7, dtype=torch.bfloat16, device="meta"),
@@ -128,7 +128,7 @@ def test_torch_has_products_with_a_wider_result():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_compiled_functions_are_whole_graphs_and_compiled_for_all_tiles(temperature):
-    """No part of them is left to Python, and another tile, which may be narrower, does not compile them anew."""
+    """No part of them is left to Python, and they are compiled at most once more, for the narrower last tile."""
     g, N, width = torch.Generator().manual_seed(0), 6, 16
     m, zeros, ones = torch.full((N,), -1e30), torch.zeros(N), torch.ones(N)
     counters = CompileCounter(), CompileCounter()
@@ -149,8 +149,6 @@ def test_the_compiled_functions_are_whole_graphs_and_compiled_for_all_tiles(temp
     half = len(results) // 2
     torch.testing.assert_close(results[:half], results[half:])
     assert all(counter.frame_count <= 2 for counter in counters), "a second time at most, for the narrower tile"
-    pretending = ones.as_subclass(LikeGpu)
-    assert entropy._on_device(entropy._fold, pretending) is entropy._on_device(entropy._fold, pretending)
 
 
 @pytest.mark.parametrize("options", [{}, {"positive_nll_coef": 0.1, "entropy_coef": 0.1, "dual_clip": 3.0}], ids=str)
@@ -173,7 +171,7 @@ def test_the_loss_touches_the_model_s_graph_once(options):
 
 
 class CpuLikeGpu(str):
-    """The CPU, with the name of a GPU for those who ask."""
+    """The device cpu, which says that it is a GPU."""
 
     def startswith(self, prefix, *_):
         return prefix == "cuda"
@@ -201,7 +199,7 @@ def varlen_attention(*args, **options):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_on_a_gpu(monkeypatch, window, shared):
-    """The branch for a GPU gives what the one for a CPU gives, and moves nothing where no prompt is shared."""
+    """The branch for a GPU gives the same as that for a CPU, and moves no tensors if no prompt is shared."""
     responses = group_of(3, [4, 9, 2]) if shared else responses_of([(3, 4), (2, 9), (5, 1)])
     on_cpu, on_gpu = (forward.collate(responses, device) for device in ("cpu", CpuLikeGpu("cpu")))
     N = len(on_cpu.input_ids)
@@ -238,7 +236,7 @@ def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, tokenizer,
         if compiled:
             compile_layers(model, backend=counter)
         policy = dist.distribute(Policy(model), shard, model._no_split_modules)
-        assert [name for name, _ in model.named_parameters()] == names, "checkpoints and vLLM go by them"
+        assert [name for name, _ in model.named_parameters()] == names, "checkpoints and vLLM use these names"
         for responses in batches:
             batch = forward.collate(responses)
             with torch.compiler.set_stance("default"):
@@ -256,7 +254,7 @@ def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, tokenizer,
 
 
 def test_compile_layers_on_a_gpu_only(monkeypatch, tiny_folder):
-    """Before FSDP2 wraps the layers, also where the weights stay on the host until then."""
+    """Before FSDP2 wraps the layers, also if the weights are still on the host."""
     compiled = []
     monkeypatch.setattr("ce_gppo.model.compile_layers", compiled.append)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
@@ -265,7 +263,7 @@ def test_compile_layers_on_a_gpu_only(monkeypatch, tiny_folder):
         assert len(compiled) == times
 
 
-@pytest.mark.parametrize("ranks, responses", [(8, 128), (64, 512)])
+@pytest.mark.parametrize("ranks, responses", [(2, 80), (8, 128), (64, 512)])
 def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses):
     """Long-tailed lengths, of which none is longer than the mean of the ranks: at most 2 % above that mean."""
     for seed in range(20):
@@ -280,14 +278,14 @@ def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses):
 
 @pytest.fixture
 def one_process():
-    """FSDP2 makes a process group of one, which later tests must not find."""
+    """Ends the process group that FSDP2 makes: later tests must not find it."""
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, one_process):
-    """Gradient, step and checkpoint are those without it; embedding, head and one layer are whole at a time."""
+    """Gradient, step and checkpoint are the same. At most embedding, head and one layer are whole at a time."""
     torch.manual_seed(0)
     make_model(tokenizer, hidden_size=64, num_layers=4).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
@@ -322,7 +320,7 @@ def unsharded(model) -> int:
 
 
 def test_a_checkpoint_copies_only_what_training_changes(tmp_path, tokenizer, tiny_model):
-    """What was gathered from a GPU is a copy already; a second one of an offloaded 7B model would be 85 GiB."""
+    """Gathered tensors are copies already; a second copy of an offloaded 7B model would take 85 GiB."""
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
     Policy(tiny_model)(forward.collate(group_of(3, [2, 4])), 1.0)[0].sum().backward()
     optimizer.step()
@@ -340,7 +338,7 @@ def test_a_checkpoint_copies_only_what_training_changes(tmp_path, tokenizer, tin
 
 
 def test_peak_memory_is_the_trainer_s(monkeypatch):
-    """torch counts vLLM's pools while their memory is given back in sleep."""
+    """torch also counts vLLM's pools, even while vLLM sleeps and has freed their memory."""
     segments = [
         {"segment_pool_id": (0, 0), "allocated_size": 7 * 2**30},
         {"segment_pool_id": (0, 1), "allocated_size": 30 * 2**30},
@@ -361,7 +359,7 @@ class NoMeter:
 
 
 def test_updates_have_all_threads_of_the_host(monkeypatch):
-    """An offloaded optimizer's step is bound by the host's memory, and vLLM leaves one thread to its process."""
+    """An offloaded optimizer's step needs them, and vLLM sets the number of threads of its process to 1."""
     vllm = Path(importlib.util.find_spec("vllm").origin).parent  # not imported, which takes 10 s
     assert "torch.set_num_threads(1)" in (vllm / "utils" / "torch_utils.py").read_text()
     threads, seen = [1], []
@@ -393,7 +391,7 @@ def test_a_reference_is_not_kept_whole(tmp_path, tokenizer, one_process):
 
 
 def test_a_critic_on_a_gpu(monkeypatch, tiny_model):
-    """A fused step needs no memory of its own. A sharded head is bfloat16, the values are not."""
+    """The step is fused, which needs no extra memory. A sharded head is bfloat16, the values are float32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     made = critic.Critic(tiny_model, resolved(advantages="gae"))
     assert made.optimizer.defaults["fused"]

@@ -1,6 +1,6 @@
-"""reasoning-gym: a stand-in for the library, so that nothing here depends on whether it is installed; and the library.
+"""reasoning-gym: tests with a stand-in for the library, which always run, and tests with the library.
 
-The tests of the library itself are skipped where it is not installed, and the summary of the tests says so.
+The tests with the library are skipped if it is not installed; the summary of the tests says so.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class Base:
 """
 GIVES_UP = "class Data(Base):\n def __getitem__(self, i): return super().__getitem__(i // (i % {} > 0))"
 SCORE = "class Data(Base):\n def score_answer(self, a, e): return "
-TASKS = {  # name -> (body of the module, what its scorer evaluates by)
+TASKS = {  # name -> (body of the module, the function by which its scorer evaluates text)
     "plain": ("class Data(Base): pass", ""),
     "partial": (SCORE + "1.0 if a == e['answer'] else 0.05", ""),
     "hangs": ("import time\n" + SCORE + "time.sleep(600) if a == 'hang' else float(a == e['answer'])", ""),
@@ -87,7 +87,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def fresh(monkeypatch, path=None):
-    """Forget every reasoning_gym that was imported, here and in the workers, before and after."""
+    """Forget any imported reasoning_gym, here and in the workers, before and after."""
     if path:
         monkeypatch.syspath_prepend(str(path))
         monkeypatch.setenv("PYTHONPATH", str(path), prepend=":")
@@ -107,8 +107,8 @@ def row(task: str, n: int = 21) -> Problem:
     return Problem("", [], json.dumps(answer), f"gym/{task}")
 
 
-def test_scorers_that_evaluate_are_found_by_reading(stand_in):
-    """Directly, through helpers, methods, bases, other files and values; not where only the questions are made so."""
+def test_scorers_that_evaluate_text_are_found_by_reading_their_code(stand_in):
+    """Directly, through helpers, methods, bases, other files and values. Evaluating to make questions is allowed."""
     found = {name: gym.evaluates(Data) for name, (Data, _) in gym.tasks().items()}
     assert found == {name: by for name, (_, by) in TASKS.items()}
 
@@ -143,7 +143,7 @@ def test_full_credit_only_and_errors_are_wrong(stand_in):
         gym.scorer("gym/plain")(says[0], "42")
 
 
-def test_what_is_refused_is_a_sentence_before_the_run(stand_in, monkeypatch):
+def test_refused_tasks_get_a_sentence_before_the_run(stand_in, monkeypatch):
     with pytest.raises(
         UserError, match="gym/direct: refused, since its scorer would evaluate the model's text by eval"
     ):
@@ -164,7 +164,7 @@ def written(monkeypatch, out, *arguments) -> tuple[list[dict], list[dict]]:
     return load_rows(str(out / f"{name}.jsonl")), load_rows(str(out / f"{name}-eval.jsonl"))
 
 
-def test_rows_are_apart_and_repeat(stand_in, tmp_path, monkeypatch):
+def test_rows_do_not_overlap_and_repeat_exactly(stand_in, tmp_path, monkeypatch):
     options = ["--train", "50", "--held-out", "10", "--name", "small"]
     train, held_out = written(monkeypatch, tmp_path, "plain", *options, "--set", "largest=300")
     assert (len(train), len(held_out)) == (50, 10) and train[0]["source"] == "gym/plain"
@@ -217,7 +217,7 @@ CANARY = (
 
 @installed
 def test_the_libraries_scorers_that_are_not_refused_compile_no_response(monkeypatch):
-    """An independent look: Python itself reports what is compiled while each scorer reads a response."""
+    """Independent of gym.evaluates: Python itself reports all text that is compiled while a scorer reads a response."""
     compiled, listening = [], [True]
     sys.addaudithook(lambda event, args: event == "compile" and listening[0] and compiled.append(str(args[0])))
 

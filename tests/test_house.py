@@ -1,4 +1,4 @@
-"""The structure: what may import what, and pages that are made from the code."""
+"""The structure: imports, lengths, and pages that are made from the code."""
 
 import ast
 
@@ -18,7 +18,7 @@ SCRIPTS = {"train", "rollout", "reward", "loss"}
 
 
 def imported(path) -> set[str]:
-    """Top-level modules and ce_gppo's modules that a file imports, wherever the import stands."""
+    """Top-level modules and ce_gppo's modules that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -56,7 +56,7 @@ def test_a_step_is_short():
 
 
 def test_nothing_happens_on_import(import_of_train):
-    """No vLLM, no W&B, no attention registered, no variables of the environment (those of torch apart)."""
+    """No vLLM, no W&B, no attention registered, no variables of the environment except torch's."""
     modules, variables, attentions = import_of_train
     assert "train" in modules and not {"vllm", "wandb", "tyro"} & modules
     assert not [name for name in variables if not name.startswith("TORCH")]

@@ -1,4 +1,4 @@
-"""Files, settings and streams that are not what they should be: one sentence each, and nothing silent."""
+"""Wrong files, settings and streams: each gets one sentence."""
 
 import json
 import math
@@ -24,7 +24,7 @@ ROW = {"prompt": [{"role": "user", "content": "1 + 1"}], "answer": "2", "source"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400])
-def test_a_range_knows_every_number(value):
+def test_ranges_refuse_nan_and_infinity(value):
     (positive,) = Count.__metadata__
     assert (positive.problem(value) is None) == (value == 10**400)
     assert "at most 1" in Range(0, 1).problem(value)
@@ -47,7 +47,7 @@ def test_the_settings_of_a_resumed_run_have_their_types(tmp_path, saved, message
         config.parse(Config, ["--resume", str(tmp_path)])
 
 
-def test_a_resumed_run_without_a_setting_says_that_it_has_the_default(tmp_path, capsys):
+def test_a_resumed_run_that_lacks_a_setting_gets_the_default_and_a_note(tmp_path, capsys):
     settings = resolved().__dict__.copy()
     del settings["kl_coef"]
     (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
@@ -79,7 +79,7 @@ def test_a_chat_template_that_leaves_the_problem_out_is_refused(tokenizer, write
 
 
 @pytest.mark.parametrize("factor, shown", [(math.nan, "nan"), (0.0, "")])
-def test_weights_that_are_damaged_are_called_so(tiny_folder, factor, shown):
+def test_damaged_weights_are_refused(tiny_folder, factor, shown):
     weights = load_file(tiny_folder / "model.safetensors")
     path = tiny_folder / "model.safetensors"
     save_file({name: tensor * factor for name, tensor in weights.items()}, path, {"format": "pt"})
@@ -87,7 +87,7 @@ def test_weights_that_are_damaged_are_called_so(tiny_folder, factor, shown):
         model.load_model(str(tiny_folder))
 
 
-def test_a_generation_config_that_cannot_be_read_is_not_taken_for_a_missing_one(tiny_folder, tokenizer):
+def test_an_unreadable_generation_config_is_refused_and_a_missing_one_is_not(tiny_folder, tokenizer):
     file = tiny_folder / "generation_config.json"
     file.write_text("{")
     with pytest.raises(UserError, match="generation_config.json cannot be read"):
@@ -96,7 +96,7 @@ def test_a_generation_config_that_cannot_be_read_is_not_taken_for_a_missing_one(
     assert model.stop_token_ids(str(tiny_folder), tokenizer) == [tokenizer.eos_token_id]
 
 
-def test_a_function_that_raises_is_told_before_the_first_step(tmp_path):
+def test_a_verifier_that_raises_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "mine.py").write_text("def score(response): return 1.0\n")
     with pytest.raises(UserError, match="raised TypeError.*2 were given"):
         sources.assign(f"{tmp_path}/mine.py:score", VERIFIERS, [Problem("", [1], "2", "sums")])
@@ -108,7 +108,7 @@ def test_a_manifest_that_lists_no_state_is_damage(tmp_path, manifest):
     assert checkpoint.damage(tmp_path)
 
 
-def test_an_edit_in_the_middle_of_a_data_file_is_seen(tmp_path):
+def test_an_edit_in_the_middle_of_a_data_file_changes_its_fingerprint(tmp_path):
     rows, base = tmp_path / "rows.jsonl", tmp_path / "base"
     (base / "additional_chat_templates").mkdir(parents=True)
     nested = base / "additional_chat_templates" / "tool_use.jinja"
@@ -124,14 +124,14 @@ def test_an_edit_in_the_middle_of_a_data_file_is_seen(tmp_path):
     assert {path for path in before if before[path] != after[path]} == {str(rows), str(nested)}
 
 
-def test_a_users_own_copy_of_the_sources_is_none_of_the_runs(tmp_path):
+def test_a_users_own_copy_of_the_sources_is_ignored(tmp_path):
     for name in ("source", "source-from-step-000021", "source-old", "sources"):
         (tmp_path / name).mkdir()
     assert runs.newest_sources(tmp_path).name == "source-from-step-000021"
 
 
 def test_a_start_that_is_refused_leaves_no_run(tmp_path):
-    """The same command would take it for an interrupted one. A run that has begun stays."""
+    """The same command would take its folder for an interrupted run. A run that has begun stays."""
 
     def claim(folder, begun: bool):
         runs.claim(folder, resolved(), "", 0)
@@ -145,7 +145,7 @@ def test_a_start_that_is_refused_leaves_no_run(tmp_path):
     assert (tmp_path / "begun" / "config.json").exists()
 
 
-def test_a_folder_that_nobody_may_lock_is_another_persons(tmp_path):
+def test_a_folder_that_cannot_be_locked_is_not_resumed(tmp_path):
     settings = resolved(out=str(tmp_path))
     (tmp_path / "theirs" / ".lock").mkdir(parents=True)  # cannot be opened, as without the permission
     (tmp_path / "theirs" / "config.json").write_text(json.dumps({"config": settings.__dict__}))
@@ -154,8 +154,8 @@ def test_a_folder_that_nobody_may_lock_is_another_persons(tmp_path):
         runs.claim(tmp_path / "theirs", settings, "", 0)
 
 
-def test_what_a_library_left_for_a_closed_pipe_does_not_decide_the_exit_code(monkeypatch):
-    """Python flushes its streams at the end, and exits with 120 where that fails."""
+def test_text_left_in_a_closed_pipe_does_not_change_the_exit_code(monkeypatch):
+    """Python flushes its streams at the end, and exits with 120 if that fails."""
     reader, writer = os.pipe()
     os.close(reader)
     stream = os.fdopen(writer, "w")
@@ -166,7 +166,7 @@ def test_what_a_library_left_for_a_closed_pipe_does_not_decide_the_exit_code(mon
 
 
 @pytest.mark.slow
-def test_closed_streams_and_an_encoding_without_the_characters_cost_nothing():
+def test_closed_streams_and_an_encoding_without_the_characters_raise_nothing():
     code = (
         "import sys; from ce_gppo.config import command; from ce_gppo import dist\n"
         "def main():\n    dist.say('\\u03b2 \\ud800'); print('more', file=sys.stderr); sys.exit(7)\ncommand(main)"

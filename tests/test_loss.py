@@ -21,7 +21,7 @@ PICKS = {name: spec.picks for name, spec in L.OBJECTIVES.items() if spec.picks}
 
 
 def random_case(seed: int = 0, B: int = 5, T: int = 11, spread: float = 0.6) -> dict[str, torch.Tensor]:
-    """policy_loss's arguments, [B, T] in float64; a good share of ratios is out of the interval, and of tokens LP."""
+    """policy_loss's arguments, [B, T] in float64. Many ratios are out of the interval, and many tokens are LP."""
     g = torch.Generator().manual_seed(seed)
     old = -torch.rand(B, T, generator=g, dtype=torch.float64) * 3 - 0.05
     lengths = torch.randint(1, T + 1, (B, 1), generator=g)
@@ -96,7 +96,7 @@ def test_betas_zero_have_the_gradient_of_ppo_clip_and_another_value():
 
 
 def test_gppo_has_the_value_of_ppo_clip_and_another_gradient():
-    """Whatever the betas are set to: gppo's are 1, and its bounded gradient outside the interval is by hand."""
+    """gppo ignores the betas. Its gradient outside the interval is bounded: computed here by hand."""
     case = random_case(3)
     value = policy_loss(**case, objective="gppo", beta1=0.3, beta2=0.2)[0].item()
     assert value == pytest.approx(policy_loss(**case, objective="grpo")[0].item())
@@ -109,7 +109,7 @@ def test_gppo_has_the_value_of_ppo_clip_and_another_gradient():
 
 @pytest.mark.parametrize("objective", ["lp_only", "lp_only_half"])
 def test_lp_only_is_ce_gppo_for_lp_tokens_and_ppo_clip_for_the_others(objective):
-    """Token by token; each of both rules is met by tokens of both kinds on both sides of the interval."""
+    """Token by token. LP and other tokens of both signs are below, inside and above the interval."""
     case = random_case(16, B=40)
     logprobs, kinds = case["logprobs"].clone().requires_grad_(), set()
     total = torch.zeros((), dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_extremes_stay_finite(objective, dtype):
 
 
 def test_a_token_far_out_of_the_interval_keeps_its_bounded_gradient():
-    """The reason for the project: where delta underflows, delta / sg(delta) would be 0/0."""
+    """If delta underflows, delta / sg(delta) would be 0/0."""
     case = {
         "logprobs": torch.tensor([[-2000.0]]),
         "old_logprobs": torch.tensor([[-1.0]]),
@@ -204,7 +204,7 @@ def test_a_token_far_out_of_the_interval_keeps_its_bounded_gradient():
     assert gradient(case, objective="grpo").item() == 0
 
 
-def test_nothing_at_all_has_no_loss():
+def test_without_tokens_the_loss_is_0():
     empty = {name: torch.zeros(2, 3) for name in ("logprobs", "old_logprobs", "advantages", "mask")}
     assert policy_loss(**empty)[0].item() == 0
 
@@ -223,7 +223,7 @@ def weight_of(kind: str, ratios: list[float], t: int) -> float:
 
 @pytest.mark.parametrize("kind", corrections.CAPS)
 def test_rollout_corrections_scale_the_gradient_and_leave_the_ratio_alone(kind):
-    """An engine that disagrees: a lot with some responses, a little with others, in both directions."""
+    """vLLM's logprobs differ by much in some responses and by little in others, in both directions."""
     case = random_case(14, B=30)
     g = torch.Generator().manual_seed(14)
     size = torch.tensor([2.0, 0.2, 0.002], dtype=torch.float64).repeat(10)[:, None]
@@ -245,7 +245,7 @@ def test_rollout_corrections_scale_the_gradient_and_leave_the_ratio_alone(kind):
 
 
 @pytest.mark.parametrize("kind", corrections.CAPS)
-def test_an_engine_that_disagrees_by_far_gives_finite_weights(kind):
+def test_huge_differences_to_vllm_give_finite_weights(kind):
     old, mask = torch.full((2, 400), -1.0), torch.ones(2, 400, dtype=torch.bool)
     rollout = old + torch.tensor([[500.0], [-500.0]])
     weights = corrections.correction_weights(old, rollout, mask, kind).expand(2, 400)
@@ -254,7 +254,7 @@ def test_an_engine_that_disagrees_by_far_gives_finite_weights(kind):
 
 @pytest.mark.parametrize("aggregation", L.AGGREGATIONS)
 def test_positive_nll_is_the_mean_over_correct_tokens_in_every_aggregation(aggregation):
-    """Its part of the weights, times what the aggregation makes of them, is its part of the gradient."""
+    """Its part of the weights, in the units of the aggregation, is its part of the gradient."""
     case = random_case(15)
     correct = torch.tensor([[True], [False], [True], [False], [False]])
     tokens = (correct & case["mask"]).sum().item()
@@ -335,7 +335,7 @@ def test_tokens_are_picked_over_the_whole_mini_batch():
 
 
 @pytest.mark.parametrize("picks", PICKS.values(), ids=PICKS)
-def test_two_ranks_pick_what_one_picks(picks, monkeypatch):
+def test_two_ranks_pick_the_same_tokens_as_one(picks, monkeypatch):
     shares = responses_of([(2, 30), (2, 50), (2, 1)], seed=1), responses_of([(2, 40), (2, 70)], seed=2)
     whole = [r for share in shares for r in share]
     selection.choose(whole, picks)
@@ -350,7 +350,7 @@ def test_two_ranks_pick_what_one_picks(picks, monkeypatch):
         monkeypatch.setattr(selection.dist, "rank", lambda rank=rank: rank)
         selection.choose(share, picks)
     assert all(torch.equal(r.chosen, c) for r, c in zip(whole, expected, strict=True))
-    selection.choose([], picks)  # a rank without a share
+    selection.choose([], picks)  # a rank without responses
 
 
 @pytest.mark.parametrize("name, spec", L.OBJECTIVES.items(), ids=L.OBJECTIVES)
@@ -365,7 +365,7 @@ def test_an_objective_ignores_the_settings_that_its_spec_says_and_no_others(name
 
 
 def test_kl_to_the_reference_is_k3():
-    """Its value and gradient by autograd over the estimator's own formula; what is masked is never read."""
+    """Value and gradient by autograd over the estimator's formula. Masked values, here NaN, are never read."""
     case = random_case(17)
     g = torch.Generator().manual_seed(17)
     reference = case["old_logprobs"] + torch.randn(case["mask"].shape, generator=g, dtype=torch.float64)
@@ -390,12 +390,12 @@ def test_every_objective_starts_as_the_policy_gradient():
     """At ratio 1, the first mini-batch of a rollout, all have the gradient of REINFORCE."""
     case = random_case(11, spread=0.0)
     expected = -case["advantages"] * case["mask"] / case["mask"].sum()
-    for objective in L.OBJECTIVES:  # those that pick tokens: with all of them left in
+    for objective in L.OBJECTIVES:  # those that pick tokens: so that all are trained on
         case["chosen"] = torch.full_like(expected, float(objective == "high_entropy"))
         torch.testing.assert_close(gradient(case, objective=objective), expected)
 
 
-def test_info_holds_the_gradient_that_was_applied():
+def test_info_has_the_weights_of_the_gradient():
     for objective in L.OBJECTIVES:
         case = random_case(12)
         _, info = policy_loss(**case, objective=objective)
@@ -549,8 +549,8 @@ def test_means_over_no_tokens_are_left_out():
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 1.2])
 def test_the_controller_holds_what_can_be_reached(target):
-    """A process whose entropy drifts by what u says, with noise: it settles at the target; out of reach, u stays at its
-    end without winding up, and comes back at once."""
+    """A process whose entropy drifts by an amount that depends on u, with noise, settles at the target. If the target
+    is out of reach, u stays at its end without winding up, and comes back at once."""
     g = torch.Generator().manual_seed(0)
     entropy, control, history = 2.0, (0.5, 0.0), []
     for _ in range(300):
@@ -570,7 +570,7 @@ def test_the_controller_holds_what_can_be_reached(target):
 
 
 def test_without_betas_the_target_moves_the_bonus():
-    """c goes up by 0.005 while entropy is at or below the target, down otherwise, and counts only at or below it."""
+    """c rises by 0.005 while entropy is at or below the target, and falls otherwise; then it is not applied."""
     config = resolved(objective="grpo", entropy_target=0.2, entropy_coef=0.005)
     control, used = betas.first_control(config), []
     assert betas.bonus_of_step(config, control) == 0.005

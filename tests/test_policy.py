@@ -93,7 +93,7 @@ def test_head_never_allocates_tokens_by_vocabulary():
     assert largest <= max(N * width, N * D, V * D)
 
 
-def test_forward_matches_transformers_on_each_sequence_alone(tiny_model):
+def test_forward_matches_transformers_on_single_sequences(tiny_model):
     """Packed without padding, a shared prompt once, targets shifted by one, only response tokens."""
     responses = responses_of([(3, 5), (1, 1), (7, 2), (2, 9)])
     responses[2].prompt_ids = responses[1].prompt_ids
@@ -130,7 +130,7 @@ def test_micro_batches_hold_everything_once_within_the_budget():
     assert forward.micro_batches(responses_of([(3, 90), (2, 90)]), max_tokens=50) == [[0], [1]]
 
 
-def test_padding_in_attention_is_bounded_and_all_other_is_none():
+def test_padding_is_bounded_in_attention_and_absent_elsewhere():
     responses = responses_of([(5, n) for n in (1, 2, 4, 8, 16, 17, 18, 19, 20, 40, 80)])
     batch = forward.collate(responses)
     real = sum(5 + len(r.response_ids) for r in responses)
@@ -139,14 +139,14 @@ def test_padding_in_attention_is_bounded_and_all_other_is_none():
     assert sum(b for b, _ in batch.packing.blocks) == len(responses) > len(batch.packing.blocks) > 1
 
 
-def test_gradient_through_a_shared_prompt_is_that_of_sequences_apart(tiny_model):
+def test_gradient_through_a_shared_prompt_is_that_of_single_sequences(tiny_model):
     """A group packed with its prompt once, against each response in a batch of its own."""
     responses = group_of(6, [3, 9, 1, 5])
     gradients = [update_gradient(tiny_model, responses, max_micro_batch_tokens=budget)[0] for budget in (10_000, 1)]
     assert (gradients[0] - gradients[1]).abs().max() < 1e-6 * gradients[0].abs().max()
 
 
-def test_gradient_checkpointing_changes_memory_alone(tiny_folder):
+def test_gradient_checkpointing_changes_only_memory(tiny_folder):
     responses = group_of(6, [3, 9, 1, 5])
     gradients, saved = [], []
     for checkpointing in (False, True):
@@ -174,7 +174,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_attention_in_other_architectures(name):
-    """Fewer key heads than query heads, sliding windows, norms of queries: what transformers' own attention gives."""
+    """Fewer key heads than query heads, sliding windows, norms of queries: the same as transformers' own attention."""
     sizes = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     config = AutoConfig.for_model(name, **sizes, **heads, **ARCHITECTURES[name])
@@ -246,7 +246,7 @@ def test_options_through_the_real_update(tiny_model, changes):
     """The equation token by token, in Python, by autograd over whole logits."""
     responses = responses_of([(4, i + 1) for i in range(8)])
     g = torch.Generator().manual_seed(1)
-    for r in responses:  # ratios on both sides of the interval, and an engine that disagrees
+    for r in responses:  # ratios on both sides of the interval, and other logprobs of vLLM
         r.old_logprobs = logprobs_of(tiny_model, r).detach() + 0.6 * torch.randn(len(r.response_ids), generator=g)
         r.rollout_logprobs = r.old_logprobs + torch.randn(len(r.response_ids), generator=g)
         r.ref_logprobs = r.old_logprobs + torch.randn(len(r.response_ids), generator=g)
@@ -288,8 +288,8 @@ def logprobs_of(model, response: Response) -> torch.Tensor:
     return log_p.gather(1, torch.tensor(response.response_ids)[:, None])[:, 0]
 
 
-def test_the_reference_is_the_model_that_the_run_began_with(tiny_model, tiny_folder):
-    """Its logprobs are those of the folder, whatever the policy has become; without a kl_coef it is not even loaded."""
+def test_the_reference_is_the_base_policy(tiny_model, tiny_folder):
+    """Its logprobs are those of the folder, also after the policy has changed. Without a kl_coef it is not loaded."""
     config = resolved(model=str(tiny_folder), kl_coef=0.1, max_micro_batch_tokens=20)
     assert load_reference(resolved(model="no/such/model"), "cpu") is None
     reference = load_reference(config, "cpu")
@@ -318,7 +318,7 @@ def test_gradient_does_not_depend_on_the_cut(tiny_model, aggregation):
     torch.testing.assert_close(gradients[0], gradients[1], atol=5e-6 * max(1.0, largest), rtol=1e-5)
 
 
-def test_measure_fills_in_every_response(tiny_model):
+def test_compute_old_logprobs_fills_in_every_response(tiny_model):
     responses = responses_of([(2, 3), (5, 8), (1, 1)])
     for r in responses:
         r.old_logprobs = r.entropy = None
@@ -342,7 +342,7 @@ def test_float32_master_weights_take_small_steps(tiny_folder):
     assert (weight.bfloat16() != before.bfloat16()).float().mean() < 0.1
 
 
-def test_what_is_no_model_is_refused(tiny_folder, tmp_path):
+def test_folders_without_a_usable_model_are_refused(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_model(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"no config\.json"):
@@ -355,7 +355,7 @@ def test_what_is_no_model_is_refused(tiny_folder, tmp_path):
         load_model(str(tiny_folder))
 
 
-def test_heads_that_would_be_wrong_are_refused(tiny_model, tokenizer, tmp_path):
+def test_a_head_with_softcapping_is_refused(tiny_model, tokenizer, tmp_path):
     tiny_model.config.final_logit_softcapping = 30.0
     tiny_model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -389,7 +389,7 @@ def test_models_with_other_names_in_their_files_are_refused(tmp_path):
         load_model(path)
 
 
-def test_an_end_that_ends_nothing_is_a_warning(tiny_folder, tokenizer, capsys):
+def test_a_chat_template_without_an_end_of_sequence_token_is_a_warning(tiny_folder, tokenizer, capsys):
     load_model(str(tiny_folder))
     assert "WARNING" not in capsys.readouterr().err
     tokenizer = copy.deepcopy(tokenizer)
@@ -399,13 +399,13 @@ def test_an_end_that_ends_nothing_is_a_warning(tiny_folder, tokenizer, capsys):
     assert "ends an answer with '!', which is no end-of-sequence token" in capsys.readouterr().err
 
 
-def test_an_end_beyond_the_vocabulary_is_refused(tiny_folder):
+def test_an_end_of_sequence_token_beyond_the_vocabulary_is_refused(tiny_folder):
     (tiny_folder / "generation_config.json").write_text('{"eos_token_id": [3, 9999]}')
     with pytest.raises(UserError, match="end-of-sequence token 9999 is beyond its vocabulary of 262 tokens"):
         load_model(str(tiny_folder))
 
 
-def test_the_doctor_says_what_a_model_would_do(tiny_folder, capsys):
+def test_the_doctor_says_whether_a_model_trains(tiny_folder, capsys):
     doctor.main(doctor.Config(model=str(tiny_folder)))
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) < 25 and f"{tiny_folder}: 0.1 M parameters, trains" in shown

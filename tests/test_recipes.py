@@ -33,7 +33,7 @@ FIGURES = {  # the paper's figures 2 to 6: objective, betas, steps
     "figure6": ("ce_gppo", (0.0, 1.0), 1000),
 }
 ONE_GPU = "r1-distill-7b-offload"
-RUN = ["r1-distill-1.5b", "r1-distill-7b-dapo", "figure6"]  # each way of writing a recipe once
+RUN = ["r1-distill-1.5b", "r1-distill-7b-dapo", "figure6"]  # plain, extended twice, with a schedule
 
 
 def parse(arguments: list[str]) -> train.Config:
@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> train.Config:
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """Write a recipe of one's own, called mine, next to one called yours."""
+    """Write the recipe `mine`, next to one called `yours`."""
     monkeypatch.setattr(settings, "RECIPES", tmp_path)
     (tmp_path / "yours.toml").touch()
     return (tmp_path / "mine.toml").write_text
@@ -55,7 +55,7 @@ def test_every_recipe_is_known():
     }
 
 
-def test_one_gpu_differs_in_where_the_weights_are():
+def test_the_recipe_for_one_gpu_differs_only_in_settings_of_memory():
     whole, one = (settings.read_recipe(train.Config, name) for name in ("r1-distill-7b", ONE_GPU))
     assert whole.keys() == one.keys() and one["shard"] == "offload"
     machine = {"shard", "gpu_memory_utilization", "max_micro_batch_tokens"}
@@ -91,7 +91,7 @@ def test_published_settings(name):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_differs_in_what_it_shows(name):
+def test_a_figure_differs_only_in_the_settings_that_it_compares(name):
     config = parse(["--recipe", name])
     assert (config.objective, (config.beta1, config.beta2), config.steps) == FIGURES[name]
     base = settings.read_recipe(train.Config, "r1-distill-7b" if "7B" in config.model else "r1-distill-1.5b")
@@ -110,7 +110,7 @@ def test_the_page_of_the_paper_names_every_figure():
     assert not [name for name in FIGURES if f"RECIPE={name} " not in page]
 
 
-def test_vllm_gets_what_the_policy_leaves_of_80_gib():
+def test_gpu_memory_utilization_is_the_share_that_the_policy_leaves():
     """As bench.scaling counts it, in steps of 0.05; one step less is a reserve."""
     for row in scaling.recipe_rows():
         if row["gpus"] == 8 or row["recipe"] == ONE_GPU:
@@ -118,7 +118,7 @@ def test_vllm_gets_what_the_policy_leaves_of_80_gib():
             assert left - 0.051 <= parse(["--recipe", row["recipe"]]).gpu_memory_utilization <= left
 
 
-def test_a_baseline_differs_in_its_objective_alone():
+def test_a_baseline_differs_only_in_its_objective():
     for size in ("1.5b", "7b"):
         ours, *baselines = (
             settings.read_recipe(train.Config, f"r1-distill-{size}{kind}") for kind in ("", "-grpo", "-dapo")
@@ -126,11 +126,6 @@ def test_a_baseline_differs_in_its_objective_alone():
         for baseline in baselines:
             different = {name for name in ours.keys() | baseline.keys() if ours.get(name) != baseline.get(name)}
             assert different <= {"objective", "beta1", "beta2", "eps_high"}
-
-
-def test_the_recipe_of_walk():
-    config = parse(["--recipe", "walk"])
-    assert (config.lr, config.steps, config.max_kept_prompts // config.mini_batch_prompts) == (3e-5, 150, 8)
 
 
 def test_the_command_line_wins(recipe):
@@ -142,7 +137,7 @@ def test_the_command_line_wins(recipe):
 
 
 def test_a_recipe_extends_another(recipe, tmp_path):
-    """Only the lines that differ; None takes back what the parent sets, as on the command line."""
+    """It has only the lines that differ. None unsets a parent's setting, as on the command line."""
     (tmp_path / "root.toml").write_text('objective = "ce_gppo"\nbeta1 = 0.5\nlr = 1e-6\nsteps = 7\n')
     (tmp_path / "yours.toml").write_text('extends = "root"\nobjective = "grpo"\nbeta1 = "None"\nsteps = 8\n')
     recipe('extends = "yours"\nsteps = 9\n')
@@ -198,7 +193,7 @@ def test_an_unknown_recipe(recipe):
 
 
 def test_missing_data_names_the_script_that_makes_it():
-    """Found before the model is asked for: there is no network here."""
+    """It is found before the model is downloaded: there is no network here."""
     done = run_here("train.py", "--recipe", "r1-distill-1.5b", "--train-data", "data/math/not-there.jsonl")
     assert done.returncode == 2 and "make it with .venv/bin/python -m data.math.prepare" in done.stderr
 
@@ -223,7 +218,7 @@ for name in sys.argv[sys.argv.index("--") + 1 :]:
 
 @pytest.mark.slow
 def test_two_steps(tmp_path):
-    """Of one recipe of each size, and of two objectives: the others differ in no part of the program that runs."""
+    """Of both sizes and two objectives. The other recipes run the same parts of the program."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     options = [str(word) for name, value in SMALL.items() for word in (f"--{name}", value)]
@@ -237,4 +232,4 @@ def test_two_steps(tmp_path):
         assert record["objective"] == (PAPER | FIGURES)[name][0] and record["lr"] == 1e-6
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["optim/updates"] > 0
-        assert (tmp_path / name / "checkpoint-000002").is_dir() and 0 < rows[2]["eval/arithmetic/avg_at_k"] < 1
+        assert (tmp_path / name / "checkpoint-000002").is_dir() and "eval/arithmetic/avg_at_k" in rows[2]

@@ -1,4 +1,4 @@
-"""What is logged of a rollout, against loops; the run's folder; the figures."""
+"""Metrics of a rollout, against loops; the files of a run; W&B; the figures."""
 
 import itertools
 import json
@@ -68,8 +68,8 @@ def test_rollout_metrics_against_loops():
         assert found[name] == pytest.approx(float(value), rel=1e-5), name
 
 
-def test_a_sample_of_the_others_counts_for_all_of_them():
-    """entropy/mean and quantiles, by repeating each measured value as often as it stands for a token."""
+def test_a_sample_of_the_other_responses_counts_for_all_of_them():
+    """entropy/mean and quantiles, against a list with each measured value once for every token that it represents."""
     groups, _ = groups_of()
     parts = [[r for group in groups[2:] for r in group], [r for group in groups[:2] for r in group]]
     for i, r in enumerate(parts[1]):
@@ -95,7 +95,7 @@ def test_histograms_hold_every_trained_token_once():
     assert report.probability_histograms([]) == {}
 
 
-def test_sample_rows_show_what_was_scored():
+def test_sample_rows_have_the_extracted_answers():
     groups, _ = groups_of()
     problems = [Problem(f"prompt {p}", [1, 2], str(p), "test") for p in range(6)]
     rows = report.sample_rows(groups, problems, extract_answer)
@@ -104,7 +104,7 @@ def test_sample_rows_show_what_was_scored():
 
 
 def test_samples_have_the_parts_of_their_rewards(tmp_path, monkeypatch):
-    """In samples.jsonl at each step, and in W&B's table, at evaluations, in a column for each part of any source."""
+    """In samples.jsonl at each step. At evaluations W&B's table has a column for each part of any source."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     groups, _ = groups_of()
     given = [{"correctness": 1.0, "format": 0.1}, {"correctness": 0.0}, {"correctness": 0.0, "short": 0.2}, {}]
@@ -127,7 +127,7 @@ def test_samples_have_the_parts_of_their_rewards(tmp_path, monkeypatch):
 
 def test_a_resumed_report_drops_the_steps_that_will_be_done_again(tmp_path):
     rows = [{"step": step, "entropy/mean": 1.0 / (step + 1)} for step in range(6)]
-    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "entr'  # the disk was full, say
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "entr'  # as after a full disk
     (tmp_path / "metrics.jsonl").write_text(text)
     (tmp_path / "samples.jsonl").write_text(text)
     (tmp_path / "tokens.jsonl").write_text(text)
@@ -173,7 +173,7 @@ class BrokenWandb:
         raise ConnectionError("the network is gone")
 
 
-def test_what_fails_in_reporting_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+def test_errors_of_reporting_do_not_end_the_run(tmp_path, capsys, monkeypatch):
     """W&B that breaks, and a disk that is full for a while: metrics.jsonl ends up whole."""
     log = report.Report(tmp_path, types.SimpleNamespace(steps=10), 0, "x")
     log.wandb = BrokenWandb()
@@ -233,8 +233,8 @@ def test_figures_group_runs_by_all_settings_except_the_seed(tmp_path):
     assert (tmp_path / "figures" / "curves.svg").exists()
 
 
-def test_a_quadrant_of_zero_stays_in_its_place_of_the_stack():
-    """Not on the other side: PA&LP raises entropy in steps 1 and 3, and is exactly 0 in step 2."""
+def test_a_quadrant_of_zero_keeps_its_place_in_the_stack():
+    """PA&LP raises entropy in the first and third step, and is exactly 0 in the second."""
     up = {"pa_lp": [1.0, 0.0, 1.0], "na_hp": [2.0, 2.0, 2.0], "pa_hp": [-1.0, -1.0, -1.0], "na_lp": [-1.0, -1.0, -1.0]}
     rows = [
         {"step": i, "velocity/total": 0.0} | {f"velocity/{q}": values[i] for q, values in up.items()} for i in range(3)
@@ -244,7 +244,7 @@ def test_a_quadrant_of_zero_stays_in_its_place_of_the_stack():
     extents = [collection.get_datalim(axis.transData) for collection in axis.collections]
     above, below = extents[:4], extents[4:]
     assert [(e.y0, e.y1) for e in above[:2]] == [(0, 1), (0, 3)] and [e.y0 for e in below[2:]] == [-1, -2]
-    assert all(e.y0 == e.y1 == 0 for e in below[:2]), "what raises entropy has no height below the line"
+    assert all(e.y0 == e.y1 == 0 for e in below[:2]), "positive velocities have no height below the axis"
 
 
 def test_figures_name_a_folder_that_is_no_run(tmp_path):
@@ -252,8 +252,8 @@ def test_figures_name_a_folder_that_is_no_run(tmp_path):
         figures.main(figures.Config((tmp_path,)))
 
 
-def test_metrics_are_json_always(tmp_path, monkeypatch):
-    """What has no finite value is left out: a reader of JSON stops at NaN."""
+def test_metrics_are_always_json(tmp_path, monkeypatch):
+    """Values that are not finite are left out: NaN is no JSON."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     log = report.Report(tmp_path, resolved(), 0, "id")
     log.log(1, {"optim/loss": math.nan, "optim/grad_norm": math.inf, "optim/skipped": 8, "entropy/mean": 0.5})
@@ -296,8 +296,8 @@ def test_runs_are_grouped_by_everything_except_the_seed():
     assert name.startswith("ce_gppo-") and name != tracking.group_of(resolved(lr=3e-5))
 
 
-def test_what_wandb_makes_of_the_sweep_file_is_a_command_line_of_train():
-    """Every combination of the file's values, made into arguments by W&B's own code, after a way through JSON."""
+def test_wandb_turns_the_sweep_file_into_a_command_line_of_train():
+    """For every combination of the file's values, through JSON and W&B's own code."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # takes 2 s
 
     sweep = yaml.safe_load((ROOT / "tools/sweep.yaml").read_text())

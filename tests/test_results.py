@@ -1,4 +1,4 @@
-"""The sweep: it runs, keeps and resumes the right things. Verdicts and figures of runs with known values."""
+"""A sweep runs, resumes and keeps the right series. Verdicts and figures of runs with known values."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ def script(name, *arguments):
 
 
 def forked(command: list[str], *, stdout, **_) -> Forked | subprocess.Popen:
-    """In the place of Popen: a run of the sweep, without its imports."""
+    """In the place of Popen: a run of the sweep in a fork, which saves the imports."""
     return Forked(*command[1:], output=stdout.name) if len(command) > 1 else subprocess.Popen(command)
 
 
@@ -97,7 +97,7 @@ def test_results_of_other_arguments_are_not_mixed(tmp_path):
         assert code == 2 and f"{results}:2: not a run" in output
 
 
-def test_every_setting_is_train_py_s():
+def test_train_py_accepts_every_setting():
     for one, (name, options) in itertools.product(sweep.SWEEPS.values(), sweep.SETTINGS.items()):
         config, recipe, resume = parse(train.Config, sweep.arguments(one, name, 3, 50).split())
         assert (config.seed, config.steps, recipe, resume) == (3, 50, one.common.get("recipe", ""), "")
@@ -153,7 +153,7 @@ def made_up(entropy, accuracy, seeds=5, noise=0.002):
 
 
 def test_part_of_a_sweep(tmp_path):
-    """Only the first steps of all runs, as if they had ended there; and only the runs that end their responses."""
+    """The first steps of all runs, as if they had ended there; and only the runs that end their responses."""
     rows = list(made_up({}, {}, seeds=2).rows.values())
     for row in rows:
         row["eval_steps"], entropy = [0, 20, 50], row["series"]["entropy/mean"]
@@ -172,7 +172,7 @@ def test_part_of_a_sweep(tmp_path):
     for steps, why in (("0", "steps = 0: must be at least 1"), ("21", "not evaluated there, only at [20, 50]")):
         code, output = script("claims", results, "--steps", steps)
         assert code == 2 and why in output
-    results.write_text(json.dumps(rows[1]) + "\n")  # seed 1, which idles
+    results.write_text(json.dumps(rows[1]) + "\n")  # seed 1, whose responses no longer end
     code, output = script("claims", results, "--without-idle")
     assert code == 2 and "no such runs there" in output
 
@@ -197,7 +197,7 @@ def test_verdicts_follow_the_runs():
     assert {verdict for name, verdict in found.items() if name not in ("6b.", "6c.")} == {"undecided"}
 
 
-def test_a_difference_inside_the_margin_is_none():
+def test_a_difference_inside_the_margin_does_not_count():
     """5 % of 0.3 nats. The verdict of a claim of several parts is that of its worst part."""
     same = dict.fromkeys(SETTINGS, 0.1)
     found = verdicts(made_up(same | {"ce_gppo (0.5, 1)": 0.105}, {}))
@@ -233,7 +233,7 @@ def groups_of(runs):
     return {name: [row for (n, _), row in runs.rows.items() if n == name] for name in runs.settings}
 
 
-def test_settings_in_one_panel_have_colours_of_their_own():
+def test_settings_of_a_sweep_have_different_colours():
     assert set(sweep.SETTINGS) == {name for names in draw.ROWS.values() for name in names}
     for settings in (one.settings for one in sweep.SWEEPS.values()):
         assert set(settings) <= set(draw.COLORS)

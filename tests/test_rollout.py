@@ -1,4 +1,4 @@
-"""Real vLLM: what it samples, what it says of it, and that the trainer's weights really arrive."""
+"""Real vLLM: its samples, its logprobs, and the weights that it gets from the trainer."""
 
 import inspect
 import re
@@ -65,7 +65,7 @@ def test_groups(engine, base, prompts):
     responses = [response for group in groups for response in group]
     assert [r.prompt_ids for r in responses] == [ids for ids in prompts for _ in range(8)]
     assert len({tuple(r.response_ids) for r in groups[0]}) > 1
-    assert {r.truncated for r in responses} == {True, False}, "both kinds are needed for what follows"
+    assert {r.truncated for r in responses} == {True, False}, "both kinds are needed below"
     for r in responses:
         assert len(r.rollout_logprobs) == len(r.response_ids) <= 32
         ends = [token in engine.stop_token_ids for token in r.response_ids]
@@ -90,7 +90,7 @@ def test_the_same_seed_gives_the_same_tokens(engine, prompts):
 
 @pytest.mark.parametrize("part", ["embed_tokens", "self_attn", "mlp", "norm"])
 def test_every_weight_arrives(engine, base, prompts, part):
-    """The tied embedding too, of which vLLM keeps a packed copy for the head on a CPU."""
+    """Also the tied embedding, of which vLLM keeps a packed copy for the head on a CPU."""
     model, _ = load_model(BASE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -103,9 +103,9 @@ def test_every_weight_arrives(engine, base, prompts, part):
     assert after < 1e-4 < before
 
 
-def test_rollout_correction_with_an_engine_that_disagrees(engine, base, prompts):
-    """vLLM with perturbed weights stands for one of another precision. Truncated weights point the right way: over what
-    vLLM samples, pi_old / pi_vllm is 1 on average, and its inverse is not."""
+def test_rollout_correction_with_other_weights_in_vllm(engine, base, prompts):
+    """Perturbed weights in vLLM stand for another precision. The ratio has the right direction: over vLLM's samples,
+    pi_old / pi_vllm is 1 on average, and its inverse is not."""
     model, _ = load_model(BASE)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_rollout_correction_with_an_engine_that_disagrees(engine, base, prompts)
 
 
 def test_an_engine_that_computes_something_else_is_refused_before_the_first_step(engine, base, prompts):
-    """The same weights and another result is a model that vLLM has otherwise than transformers."""
+    """As if vLLM's code of the model differed from transformers': other results."""
     problem, policy = Problem("", prompts[0], "", ""), Policy(base[0])
     other, _ = load_model(BASE)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_an_engine_that_computes_something_else_is_refused_before_the_first_step
 
 
 def test_the_engine_is_checked_as_a_step_uses_it(monkeypatch, tiny_model):
-    """After it has slept, as weights lost in sleep must be found at the start; the trainer's pass has the memory."""
+    """After a sleep, to find weights that are lost in it. vLLM sleeps during the trainer's pass, to free its memory."""
     calls = []
 
     class Recorder:
@@ -177,7 +177,7 @@ def test_the_prefix_cache_is_forgotten_at_a_sync(engine, base, prompts):
     assert gap(model, engine.generate(long, 2, max_tokens=16, temperature=1.0, seed=3), 1.0) < 1e-4
 
 
-def test_on_a_gpu_memory_is_asked_for_in_the_right_order():
+def test_on_a_gpu_the_engine_wakes_in_the_right_order():
     """Only the order of calls, as a CPU has no sleep: weights, the sync, the stale cache, then room for a new cache.
     Level 2 drops the weights, so there is no way to wake without bringing new ones."""
     calls = []
@@ -200,7 +200,7 @@ def test_on_a_gpu_memory_is_asked_for_in_the_right_order():
 
 
 def test_keys_and_values_of_old_weights_end_the_run():
-    """vLLM only says so in what it returns, and in a warning that is hidden."""
+    """vLLM reports it only by its return value and a hidden warning."""
     stale = Engine.__new__(Engine)
     stale.cuda = True
     stale.llm = types.SimpleNamespace(collective_rpc=lambda *_, **__: None, reset_prefix_cache=lambda: False)
@@ -225,7 +225,7 @@ def test_entropy_of_a_sample_of_the_dropped_groups(everything, dropped, bound):
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_on_a_gpu_every_response_has_a_seed_of_its_own(cuda):
+def test_on_a_gpu_every_response_has_its_own_seed(cuda):
     """vLLM's GPU runner does not read torch's generator. A group's children count on from the seed of their request."""
     import vllm
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -250,9 +250,9 @@ def test_on_a_gpu_every_response_has_a_seed_of_its_own(cuda):
 
 
 class Recorded:
-    """In the place of vllm.LLM. Every call must fit the signature of the installed vLLM, and is written down."""
+    """In the place of vllm.LLM. Every call must fit the signature of the installed vLLM, and is recorded."""
 
-    real: type = object  # vllm.LLM, which the test sets
+    real: type = object  # vllm.LLM, set by the test
     calls = []
 
     def __init__(self, **options):

@@ -1,4 +1,4 @@
-"""What surrounds a run and is not as it should be: variables, locks, signals, disks, pipes, other processes."""
+"""Faults around a run: variables, locks, signals, disks, pipes, other processes."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ ROW = {"prompt": [{"role": "user", "content": "1 + 1"}], "answer": "2", "source"
 
 
 def ended(main, capsys) -> tuple[int, str]:
-    """(exit code, what was said) of a command."""
+    """(exit code, stderr) of a command."""
     with pytest.raises(SystemExit) as end:
         config.command(main)
     return end.value.code, capsys.readouterr().err
@@ -53,7 +53,7 @@ def ended(main, capsys) -> tuple[int, str]:
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment: a port is at most 65535"),
     ],
 )
-def test_what_torchrun_sets_and_somebody_changed(variables, message, monkeypatch, capsys):
+def test_wrong_values_of_the_variables_that_torchrun_sets(variables, message, monkeypatch, capsys):
     usual = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1234"}
     for name, value in (usual | variables).items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
@@ -118,8 +118,8 @@ def test_the_folder_of_a_running_process_is_refused_before_a_model_is_loaded(tmp
     assert runs.locate(settings, "") == (folder, None)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
-    """It would overwrite its metrics."""
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(tmp_path):
+    """A new start would overwrite its metrics."""
     settings = resolved(out=str(tmp_path), run_name="mine")
     runs.claim(tmp_path / "mine", settings, "", 0)
     runs._locks.clear()
@@ -132,7 +132,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
         config.parse(Config, ["--resume", str(tmp_path / "mine" / "checkpoint-000002")])
 
 
-def test_what_a_users_verifier_imports_is_compared_too(tmp_path):
+def test_modules_that_a_users_verifier_imports_are_compared_too(tmp_path):
     (tmp_path / "parts").mkdir()
     files = {
         "mine.py": "import json, helper",
@@ -157,7 +157,7 @@ def test_what_a_users_verifier_imports_is_compared_too(tmp_path):
     assert sources.files(f"{tmp_path}/nothing.py:score") == [tmp_path / "nothing.py"]
 
 
-def test_a_signal_that_nohup_has_ignored_stays_ignored():
+def test_a_signal_that_nohup_ignores_stays_ignored():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     try:
@@ -191,14 +191,14 @@ def test_a_full_disk_is_a_sentence_whenever_it_is_full(monkeypatch, capsys):
     assert code == 2 and "invalid literal" in said and "its traceback cannot be kept" in said
 
 
-def test_the_inputs_of_a_skipped_update_are_not_worth_a_run(tmp_path, capsys):
+def test_a_run_goes_on_if_the_inputs_of_a_skipped_update_cannot_be_written(tmp_path, capsys):
     (tmp_path / "skipped").touch()  # no folder can be made
     state = runs.checkpoint.State("")
     runs.watch_skipped(tmp_path / "skipped", state, 1, [], Update({}, [float("nan")], 0.0, True, 0.0), 1e-5)
     assert state.skipped == 1 and "are not kept" in capsys.readouterr().err
 
 
-def test_files_of_a_run_that_cannot_be_opened_are_told_at_the_start(tmp_path):
+def test_files_of_a_run_that_cannot_be_opened_are_named_at_the_start(tmp_path):
     (tmp_path / "samples.jsonl").mkdir()
     with pytest.raises(OSError):
         Report(tmp_path, resolved(), 0, "")
@@ -255,7 +255,7 @@ def test_an_answer_that_no_response_could_give_is_refused(answer):
 @pytest.mark.parametrize(
     "answer", [r"\emptyset", "∅", r"\{\}", r"\pi", "5\\", r"\left\{1,2\right.", "∞", r"so \boxed{5}"]
 )
-def test_an_answer_without_a_letter_or_digit_is_one(answer):
+def test_an_answer_without_a_letter_or_digit_is_accepted(answer):
     assert can_be_given(answer)
 
 
@@ -283,7 +283,7 @@ def test_numbers_that_a_tool_cannot_use(settings):
         config.check_ranges(settings)
 
 
-def test_what_is_missing_is_told_before_anything_is_measured(tmp_path, monkeypatch):
+def test_missing_inputs_are_named_before_anything_is_measured(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     for settings, message in (
         ({"metrics": str(tmp_path / "none.jsonl")}, "none.jsonl: not the metrics.jsonl of a run"),

@@ -1,4 +1,4 @@
-"""Data sets with verifiers of their own: countdown and gsm8k, from made tasks and small files to rows that score."""
+"""Data sets with their own verifiers, countdown and gsm8k: from generated tasks and small files to scores."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def test_countdown_tasks_can_be_solved_and_their_solutions_score(tmp_path, monke
     assert (len(rows["train"]), len(rows["eval"])) == (60, 20)
     tasks = [json.loads(row["answer"]) for row in rows["train"] + rows["eval"]]
     assert {len(task["numbers"]) for task in tasks} == {3, 4}
-    assert len({(tuple(sorted(task["numbers"])), task["target"]) for task in tasks}) == 80, "no task is there twice"
+    assert len({(tuple(sorted(task["numbers"])), task["target"]) for task in tasks}) == 80, "a task is there twice"
     for row, task in [*zip(rows["train"], tasks, strict=False)][:12]:
         reached = solutions(tuple((Fraction(n), str(n)) for n in task["numbers"]))
         assert 10 <= task["target"] <= 100 and all(1 <= n <= 99 for n in task["numbers"])

@@ -1,4 +1,4 @@
-"""The program as its user runs it: real vLLM, real data, whole runs in processes of their own."""
+"""Whole runs, as a user starts them: real vLLM, real data, in their own processes. And the parts of a step."""
 
 import copy
 import dataclasses
@@ -71,10 +71,10 @@ def test_vllm_and_trainer_agree_after_every_sync(finished):
 
 def test_the_workspace_charts_what_is_logged(finished):
     """Every chart of the W&B view shows metrics that a run has; entropy comes first."""
-    from tools import workspace  # imports W&B, which the tests without a run do not need
+    from tools import workspace  # here, as its import of W&B is slow
 
     logged = {name for row in metrics_of(finished[0]) for name in row} | {"clip/prob_low", "clip/prob_high"}
-    logged |= {"kl/reference", "optim/entropy_coef", "time/critic"}  # of other settings
+    logged |= {"kl/reference", "optim/entropy_coef", "time/critic"}  # with other settings
     logged |= {metric.names for metric in metrics.METRICS["Critic, with advantages gae"]}
     for metric in metrics.ALL:
         assert set(metric.each()) <= logged or any(metric.pattern().fullmatch(name) for name in logged), metric
@@ -86,7 +86,7 @@ def test_the_workspace_charts_what_is_logged(finished):
     assert all(panel["config"]["xAxis"] == "step" for section in sections for panel in section["panels"])
 
 
-def test_samples_can_be_read(finished):
+def test_samples_have_prompt_answer_and_reward(finished):
     rows = [json.loads(line) for line in (finished[0] / "samples.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows} == {1, 2, 3, 4}
     for row in rows:
@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_run(finished, tmp_path):
     assert without_timings(metrics_of(tmp_path / "again")) == without_timings(metrics_of(finished[0]))
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one(finished, tmp_path):
     """SIGTERM saves and says how to continue; the resumed run is the uninterrupted one, bit for bit."""
     process = start(tmp_path, "--run-name", "cut", *SMALL, mode="offline")
     metrics = tmp_path / "cut" / "metrics.jsonl"
@@ -142,7 +142,7 @@ def test_evaluate_is_a_command(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_path):
-    """Random weights: ids past the tokenizer's vocabulary, every group without signal, and the run goes on."""
+    """Random weights give ids beyond the tokenizer's vocabulary, and no group has a signal. The run continues."""
     from data.arithmetic.base import make_model
 
     torch.manual_seed(0)
@@ -231,7 +231,7 @@ def test_a_folder_of_another_run_is_not_touched(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious"]
 
 
-def test_every_setting_says_what_it_is(capsys):
+def test_every_setting_has_a_help_text(capsys):
     with pytest.raises(SystemExit) as end:
         settings.parse(train.Config, ["--help"])
     printed = " ".join(capsys.readouterr().out.split())
@@ -255,7 +255,7 @@ def test_a_stale_engine_or_a_broken_policy_ends_the_run(gap, entropy, message):
 
 
 @pytest.mark.parametrize("device, level", [("cpu", 0.001), ("cuda:0", 0.05)])
-def test_a_mismatch_that_rounding_does_not_explain_is_told_once_at_each_level(device, level, capsys):
+def test_a_mismatch_above_rounding_is_warned_of_once_at_each_level(device, level, capsys):
     statistics._warn_of_mismatch.cache_clear()
     for gap in (0.9 * level, 1.1 * level, 1.2 * level, 3.9 * level, 3.8 * level):
         statistics.check_mismatch({"mismatch/mean": gap, "entropy/mean": 0.5}, device)
@@ -272,8 +272,8 @@ def test_problems_of_batches_cover_the_data_once_an_epoch():
     assert [p.prompt_ids[0] for p in problems_of_batch(problems, 1, 4, seed=1)] != chosen[:4]
 
 
-def test_one_setting_makes_a_baseline():
-    """What the papers set is filled in, and what the user sets stays."""
+def test_an_objective_has_the_settings_of_its_paper():
+    """Settings of the papers are filled in; settings of the user stay."""
     dapo = resolved(objective="dapo", max_response_tokens=100)
     assert (dapo.eps_low, dapo.eps_high, dapo.overlong, dapo.aggregation) == (0.2, 0.28, "20", "token-mean")
     gspo = resolved(objective="gspo")
@@ -293,7 +293,7 @@ def test_one_setting_makes_a_baseline():
 
 
 def test_betas_move_on_a_schedule():
-    """On lines between its points, from the betas at step 1; after the last point they stay."""
+    """In straight lines between its points, from the betas at step 1. After the last point they stay."""
     config = resolved(beta1=0.5, beta2=1.0, beta_schedule="5:1,0 6:0,1 8:0.5,1")
     moved = [betas_of_step(config, step, 0.1) for step in range(1, 10)]
     assert moved[:5] == [(0.5, 1.0), (0.625, 0.75), (0.75, 0.5), (0.875, 0.25), (1.0, 0.0)]
@@ -304,7 +304,7 @@ def test_betas_move_on_a_schedule():
 
 
 def test_the_controller_moves_the_betas_of_a_run(finished):
-    """The betas of each step follow from the entropies of the steps before, and from nothing else."""
+    """The betas of each step follow from the entropies of the steps before."""
     rows, control = metrics_of(finished[0])[1:], (0.5, 0.0)
     for row in rows:
         assert (row["optim/beta1"], row["optim/beta2"]) == pytest.approx(steered_betas(control[0], 0.75, 1.0))
@@ -372,7 +372,7 @@ def test_epochs_go_over_the_same_mini_batches_with_the_same_old_logprobs(tiny_mo
 
 
 def test_tokens_are_chosen_before_the_first_update(tiny_model, tmp_path):
-    """Those of the first mini-batch, too, which has no old logprobs of its own before: a fifth of all its tokens."""
+    """Also in the first mini-batch, which needs old logprobs before its update only for that: a fifth of its tokens."""
     groups = [[response(5 + p, False, 1.0, p), response(9 - p, False, 0.0, p)] for p in range(1, 5)]
     config = resolved(objective="high_entropy", mini_batch_prompts=2, max_kept_prompts=4, max_micro_batch_tokens=20)
     groups, mini_batches = train.select(groups, config)
@@ -388,7 +388,7 @@ def test_tokens_are_chosen_before_the_first_update(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_whose_responses_are_all_truncated(tmp_path):
-    """Nothing is left to update on; the run goes on."""
+    """There is nothing to train on; the run continues."""
     changed = ["--steps", "1", "--max-response-tokens", "2", "--overlong", "mask", "--filter-groups", "off"]
     run(tmp_path, "--run-name", "cut", *SMALL, *changed)
     row = metrics_of(tmp_path / "cut")[1]
@@ -418,9 +418,9 @@ class Sampler:
         return len(self.seeds) >= self.stops_after
 
 
-def test_dynamic_sampling_refills_and_goes_on_where_it_was(tiny_model):
+def test_dynamic_sampling_refills_and_the_next_step_begins_after_it(tiny_model):
     """Batches are sampled until enough groups have a signal. The next step begins after them, and so does a resumed
-    run, which knows only their number."""
+    run, which has only their number."""
     problems = [Problem("", [number], "7", "") for number in range(48)]
     settings = {"prompts_per_step": 8, "max_kept_prompts": 8, "mini_batch_prompts": 8, "responses_per_prompt": 2}
     meter = Meter(tiny_model, "cpu")
@@ -454,7 +454,7 @@ def test_dynamic_sampling_refills_and_goes_on_where_it_was(tiny_model):
 
 
 def test_select_filters_caps_and_cuts_evenly():
-    """Pure: without vLLM, and the responses that it is given stay as they are."""
+    """It does not change the responses that it gets."""
     groups = [[response(3, False, float(p % 3 > 0), p), response(4, False, 0.0, p)] for p in range(60)]
     config = resolved(max_kept_prompts=40, mini_batch_prompts=10, responses_per_prompt=2)
     with_advantages, mini_batches = train.select(groups, config)

@@ -1,4 +1,4 @@
-"""The verifiers by source: each against an independent truth, and what is wrong with a user's own, in a sentence."""
+"""The verifiers by source, each against an independent truth; and a user's own, whose mistakes get a sentence."""
 
 import ast
 import contextlib
@@ -33,7 +33,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def by_python(text: str) -> tuple[Fraction, list[int]] | None:
-    """(value, numbers) of an expression by Python's parser and Fraction; None if it is none."""
+    """(value, numbers) of an expression by Python's parser and Fraction; None for other text."""
     numbers = []
 
     def value(node):
@@ -70,7 +70,7 @@ def test_countdown_computes_what_python_does():
         assert countdown.evaluate(text) == by_python(text), text
         values.add(countdown.evaluate(text) and countdown.evaluate(text)[0])
     assert len(values) > 1_000 and None in values  # some divide by 0
-    for length in range(1, 6):  # every short string, most of which are no expressions
+    for length in range(1, 6):  # every short string; most are no expressions
         for text in map("".join, itertools.product("12+-*/() ", repeat=length)):
             if "//" not in text and "**" not in text and not re.search(r"(^|[-+*/( ])\+", text.replace(" ", "")):
                 assert countdown.evaluate(text) == by_python(text), text
@@ -154,7 +154,7 @@ def test_countdown_hostile_and_odd(text, correctness, read):
 
 
 def test_countdown_format():
-    """0.1 where the response ends with the tag: a sum that is right, wrong, followed by more, not in the tag."""
+    """0.1 if the response ends with the tag: the sum is right, wrong, followed by more, or not in the tag."""
     says = {
         "<answer>1+2+3+4</answer>": (1, 0.1),
         "<answer>1+2+3-4</answer>\n": (0, 0.1),
@@ -225,13 +225,13 @@ def test_verdicts(verifier, response, answer, right):
     assert right == 0 or extract_answer(response, verifier) is not None or response.strip() == answer
 
 
-def test_what_only_math_verify_can_tell_is_asked_whoever_asks():
+def test_every_verifier_leaves_hard_comparisons_to_math_verify():
     response, truth = r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"
     responses = [f"#### {response}", rf"\boxed{{{response}}}", "#### 3"]
     assert score(responses, [truth] * 3, ["gsm8k", "math", "gsm8k"], timeout=20) == [1, 1, 0]
 
 
-def test_thinking_hides_what_comes_before_it_from_every_verifier():
+def test_with_thinking_every_verifier_reads_only_the_text_after_it():
     answers = {"gsm8k": ("#### 4", "4"), "choice": ("The answer is C", "C"), "math": (r"\boxed{4}", "4")}
     answers |= {"exact": ("<answer>4</answer>", "4"), "countdown": ("<answer>1+2+3+4</answer>", TASK)}
     for verifier, (says, answer) in answers.items():
@@ -239,7 +239,7 @@ def test_thinking_hides_what_comes_before_it_from_every_verifier():
         assert score(responses, [answer] * 3, [verifier] * 3, thinking=True) == [0, 1, 0], verifier
 
 
-def test_every_verifier_answers_any_text():
+def test_every_verifier_scores_any_text():
     rng = random.Random(0)
     pieces = ["<answer>", "</answer>", r"\boxed{", "####", "answer is", "</think>", *"A4+(){} \n٤"]
     texts = ["".join(rng.choices(pieces, k=rng.randint(0, 15))) for _ in range(2_000)]
@@ -267,7 +267,7 @@ def test_a_source_chooses_its_verifier():
     assert chosen("exact,gsm8k=math", "gsm8k", "mine", "b") == {"gsm8k": "math", "mine": "exact", "b": "exact"}
 
 
-def test_both_sets_count_and_who_has_which_is_said():
+def test_verifiers_are_assigned_over_both_sets_and_listed():
     said, (train, held_out) = sources.assign("a=exact,b=math", VERIFIERS, [problem("a")], [problem("b"), problem("a")])
     assert [p.verifier for p in train + held_out] == ["exact", "math", "exact"]
     assert said == "a by exact, b by math"
@@ -280,7 +280,7 @@ def mine(tmp_path):
     def write(code: str) -> str:
         path = tmp_path / "mine.py"
         path.write_text(code)
-        workers._stop_workers()  # they have imported the one before
+        workers._stop_workers()  # they have imported the previous file
         return f"{path}:score"
 
     return write
@@ -311,13 +311,13 @@ def test_mistakes_in_the_setting(rewards, message):
 
 
 @pytest.mark.parametrize("answer", ["4", "", "[1]", '{"numbers": [1]}', '{"numbers": [1.5], "target": 1}', "9" * 5000])
-def test_answers_that_are_no_task(answer):
+def test_answers_that_are_no_countdown_task(answer):
     with pytest.raises(UserError, match="countdown: answer .* is needed"):
         countdown.score("", answer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A function of one's own
+# A user's own function
 
 OWN = """
 import sys, time, os
@@ -334,7 +334,7 @@ def score(response, answer):
 """
 
 
-def test_an_own_function_gives_parts_and_cannot_hold_up_the_run(mine, tmp_path, capsys):
+def test_a_users_function_gives_parts_and_cannot_stop_the_run(mine, tmp_path, capsys):
     (tmp_path / "neighbour.py").write_text("RIGHT = 1.0\n")
     (tmp_path / "json.py").write_text("a file that hides no library")
     verifier = mine(OWN)
@@ -372,7 +372,7 @@ def test_an_own_function_gives_parts_and_cannot_hold_up_the_run(mine, tmp_path, 
     ],
 )
 def test_a_broken_function_is_a_sentence(mine, code, message):
-    """By custom.call, which the worker calls; that its sentence arrives is in the next test."""
+    """By custom.call, which the worker calls. The next test has the way from the worker."""
     custom.load.cache_clear()
     with pytest.raises(UserError, match=message) as error:
         custom.call(mine(code), "four", "4")
@@ -395,7 +395,7 @@ def test_numbers_of_any_kind_are_numbers(value):
     assert custom.as_parts({"correctness": value, "b": 1}, "mine") == {"correctness": float(value), "b": 1.0}
 
 
-def test_own_files_are_inputs_of_the_run(mine, tmp_path):
+def test_a_users_file_is_an_input_of_the_run(mine, tmp_path):
     verifier = mine("def score(response, answer): return 1")
     before = runs.fingerprints(resolved(rewards=verifier))
     assert str(tmp_path / "mine.py") in before

@@ -1,4 +1,4 @@
-"""What an update did to single tokens: kept, written, and shown on a page that no token can break out of."""
+"""The effect of an update on single tokens: recorded, written, and shown on a page that no token can break out of."""
 
 import html.parser
 import itertools
@@ -42,7 +42,7 @@ def updated(model, responses: list[Response], max_tokens: int) -> dict[str, floa
 
 @pytest.mark.parametrize("max_tokens", [200, 50])  # one micro-batch, two
 def test_tokens_add_up_to_the_metrics(tiny_model, max_tokens):
-    """A mini-batch of one right and one wrong response, so that all its tokens are followed."""
+    """A mini-batch of one right and one wrong response: all its tokens are recorded."""
     responses = responses_of([(5, 40), (7, 30)])
     metrics = updated(tiny_model, responses, max_tokens)
     values = {name: torch.cat([r.changes[name] for r in responses]).double() for name in responses[0].changes}
@@ -60,8 +60,8 @@ def test_tokens_add_up_to_the_metrics(tiny_model, max_tokens):
     assert values["advantage"].unique().tolist() == [-2, 1]
 
 
-def test_of_each_mini_batch_one_right_and_one_wrong_response_is_followed(tiny_model):
-    """In whichever micro-batch they are, each with its own numbers; the others keep none."""
+def test_one_right_and_one_wrong_response_of_each_mini_batch_is_recorded(tiny_model):
+    """In any micro-batch, each with its own numbers. The other responses have none."""
     responses = responses_of([(3, 4 + i) for i in range(6)])
     for i, response in enumerate(responses):
         response.verdict = float(i >= 2)
@@ -74,7 +74,7 @@ def test_of_each_mini_batch_one_right_and_one_wrong_response_is_followed(tiny_mo
         torch.testing.assert_close(r.changes["ratio"], expected, rtol=1e-4, atol=0)
 
 
-def test_a_row_has_the_entropy_of_the_update_where_none_was_measured_before(tiny_model, tokenizer):
+def test_a_row_has_the_entropy_of_the_update_if_none_was_computed_before(tiny_model, tokenizer):
     """As with old_logprobs = sampler, from the second update of a rollout on."""
     measured, unmeasured = responses_of([(5, 40)]), responses_of([(5, 40)])
     unmeasured[0].entropy = None
@@ -98,7 +98,7 @@ def test_texts_of_tokens_are_the_text(tokenizer):
 
 
 def test_rows_of_a_step(tokenizer):
-    """Of up to four updates, the first and the last among them; numbers that JSON can hold; no middle if very long."""
+    """From up to four updates, with the first and the last. Numbers are valid JSON. Long rows lose their middle."""
     groups, problems = [], []
     for p in range(12):
         response = Response([1], [65] * (2001 if p == 11 else 3), torch.zeros(1), False, "")
@@ -131,7 +131,7 @@ def test_a_report_keeps_tokens_at_the_first_step_and_at_evaluations(tmp_path, to
     again = report.Report(tmp_path, resolved(steps=7, eval_every=3), 5, "id", tokenizer)
     again.log_step(6, {"entropy/mean": 0.5}, *what)
     rows = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 3, 6], "what a resumed run does again is there once"
+    assert [row["step"] for row in rows] == [1, 3, 6], "a step that a resumed run repeats is there once"
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def naive(response: str, start: int, target: int) -> bool:
 
 
 def test_the_verifier_agrees_with_python():
-    """Traces, and traces with one thing changed: a move, a result, a line more or less."""
+    """Traces, and traces with one change: a move, a result, a line more or less."""
     rng = random.Random(0)
     verdicts = Counter()
     for _ in range(4000):
@@ -136,7 +136,7 @@ def test_the_data(tmp_path):
         prepare.splits(0, 3540)
 
 
-def test_traces_cost_what_is_said():
+def test_the_cost_of_a_trace_is_minus_its_log_probability():
     """Their mean cost is the entropy of the walk, computed here from the probabilities of all moves."""
 
     @functools.cache
@@ -154,7 +154,7 @@ def test_traces_cost_what_is_said():
 
 
 def test_moves_and_numbers_are_one_token_each(tmp_path):
-    """Also in the tokenizer that AutoTokenizer reads back, which gives the text back too."""
+    """Also in the tokenizer that AutoTokenizer loads, which decodes the ids to the same text."""
     tokenizer = make_tokenizer(prepare.WORDS)
     make_model(tokenizer, hidden_size=32, num_layers=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
