@@ -71,6 +71,11 @@ def parameters(name: str) -> tuple[float, float, float]:
     return layers * layer + 2 * head, layers * layer, head
 
 
+def memory_rate(config: Config) -> float:
+    """Bytes/s of the known GPU that is nearest in size."""
+    return MEMORY_RATE[min(MEMORY_RATE, key=lambda gib: abs(gib - config.gpu_memory))]
+
+
 def memory(name: str, gpus: int, shard: str, tensor_parallel: int, config: Config) -> dict[str, float]:
     """GiB per GPU: of the policy in an update, of the policy and of vLLM's weights during rollouts; and the share of
     the GPU that is left to vLLM then, in steps of 0.05 (gpu_memory_utilization)."""
@@ -125,7 +130,7 @@ def rollout_seconds(name: str, gpus: int, shard: str, tensor_parallel: int, resp
     layers, hidden, _, heads, key_heads, _ = SHAPES[name]
     total, *_ = parameters(name)
     engines = gpus // tensor_parallel
-    rate = MEMORY_RATE[min(MEMORY_RATE, key=lambda gib: abs(gib - config.gpu_memory))]
+    rate = memory_rate(config)
     need = memory(name, gpus, shard, tensor_parallel, config)
     room = need["utilization"] * config.gpu_memory - need["engine"] - 2  # 2 GiB for vLLM's activations and graphs
     cache_of_token = 2 * layers * key_heads * (hidden // heads) * 2
@@ -163,7 +168,7 @@ def seconds(name: str, gpus: int, shard: str, tensor_parallel: int, config: Conf
     if shard == "offload":  # the same to and from the host, of this GPU's shard; gradients add up and AdamW runs there
         there = (12 * micro_batches + 28) / HOST_MEMORY_RATE
         communication += updates * total / gpus * ((2 * 4 + 4) * micro_batches / HOST_RATE + there)
-    rate = MEMORY_RATE[min(MEMORY_RATE, key=lambda gib: abs(gib - config.gpu_memory))]
+    rate = memory_rate(config)
     return {
         "rollout": rollout_seconds(name, gpus, shard, tensor_parallel, responses, config),
         "old_logprobs": pass_ * (1 - 1 / updates),

@@ -150,6 +150,26 @@ def work(batch: dict, model_config: LlamaConfig, shared_prompt: bool) -> float:
     return perf.flops(model, needed, sum(responses), squares)
 
 
+def compete(
+    contestants: list[str], model_config: LlamaConfig, config: Config
+) -> tuple[dict, dict[str, dict[str, float]], dict[str, float]]:
+    """(batch, medians of each contestant, difference of each other's gradients to ours). RunEnded if they differ."""
+    with tempfile.TemporaryDirectory() as folder, checked_out(config.against) as before:
+        folder = Path(folder)
+        common.save_random_model(folder, model_config)
+        batch = write_batch(folder, config)
+        runs = {name: [] for name in contestants}
+        for _ in range(config.rounds):
+            for name in reversed(contestants):  # ours last, as `before` saves its gradients by the same name
+                runs[name].append(run(name, folder, config.threads, before))
+        differences = {name: gradient_difference(folder, "ours", name) for name in contestants[1:]}
+    median = {n: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for n, rows in runs.items()}
+    for name, difference in differences.items():
+        if not (difference < 1e-3 and abs(median[name]["loss"] - median["ours"]["loss"]) < 1e-4):
+            raise RunEnded(f"ours and '{name}' compute different gradients, by {difference:.2g}, or losses: {median}")
+    return batch, median, differences
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     contestants = ["ours", *["before"] * bool(config.against), *["trl"] * (not config.without_trl), "plain"]
@@ -165,21 +185,8 @@ def main(config: Config) -> None:
         pad_token_id=0,
     )
     rates = [perf.matrix_rate("cpu")]
-    with tempfile.TemporaryDirectory() as folder, checked_out(config.against) as before:
-        folder = Path(folder)
-        common.save_random_model(folder, model_config)
-        batch = write_batch(folder, config)
-        runs = {name: [] for name in contestants}
-        for _ in range(config.rounds):
-            for name in reversed(contestants):  # ours last, as `before` saves its gradients by the same name
-                runs[name].append(run(name, folder, config.threads, before))
-        differences = {name: gradient_difference(folder, "ours", name) for name in contestants[1:]}
+    batch, median, differences = compete(contestants, model_config, config)
     rates.append(perf.matrix_rate("cpu"))
-
-    median = {n: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for n, rows in runs.items()}
-    for name, difference in differences.items():
-        if not (difference < 1e-3 and abs(median[name]["loss"] - median["ours"]["loss"]) < 1e-4):
-            raise RunEnded(f"ours and '{name}' compute different gradients, by {difference:.2g}, or losses: {median}")
     tokens = sum(map(len, batch["prompt_ids"] + batch["response_ids"]))
     response_tokens = sum(map(len, batch["response_ids"]))
     floor = work(batch, model_config, config.shared_prompt) / max(rates)

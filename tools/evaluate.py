@@ -75,11 +75,7 @@ def main(config: Config) -> None:
             f"max_response_tokens = {max_tokens} after a prompt of {longest} is beyond the context of {limit}"
         )
 
-    settings = asdict(config) | {"max_response_tokens": max_tokens, "weights": fingerprint(config.model)}
-    data = json.dumps([[p.prompt, p.answer] for p in problems]).encode()
-    settings["data"] = hashlib.sha256(data + b"".join(path.read_bytes() for path in files(config.rewards))).hexdigest()
-    for name in ("out", "compare", "gpu_memory_utilization"):  # these change no response
-        del settings[name]
+    settings = settings_of(config, problems, max_tokens)
     path = Path(config.out or default_out(config, problems))
     size = max(1, config.write_every // config.k)  # problems per chunk; each has its own seed, so it can be redone
     chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
@@ -95,33 +91,45 @@ def main(config: Config) -> None:
     if done < len(problems):
         file = lock(open_to_append(path, "--out"))
         prepare_environment()
-        engine = Engine(
-            config.model,
-            tokenizer,
-            context=longest + max_tokens,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            seed=config.seed,
-        )
+        memory = {"gpu_memory_utilization": config.gpu_memory_utilization}
+        engine = Engine(config.model, tokenizer, context=longest + max_tokens, seed=config.seed, **memory)
         with file:
             if not rows:
                 file.write(json.dumps({"settings": settings, "problems": len(problems)}) + "\n")
             for number in tqdm(range(done // size, len(chunks)), unit="chunk", disable=None):
-                groups = evaluate(
-                    engine,
-                    chunks[number],
-                    config.k,
-                    score=partial(score, thinking=config.thinking),
-                    max_tokens=max_tokens,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    seed=random.Random(f"{config.seed} {number}").getrandbits(32),
-                )
-                new = rows_of(chunks[number], groups, number * size, config.thinking)
+                new = sample_chunk(engine, chunks[number], number, number * size, max_tokens, config)
                 file.writelines(json.dumps(row) + "\n" for row in new)
                 file.flush()
                 os.fsync(file.fileno())
                 rows += new
     print_table(rows, config.k)
+
+
+def settings_of(config: Config, problems: list[Problem], max_tokens: int) -> dict:
+    """All settings that change responses or verdicts, with fingerprints of the weights, the data and the verifiers."""
+    settings = asdict(config) | {"max_response_tokens": max_tokens, "weights": fingerprint(config.model)}
+    data = json.dumps([[p.prompt, p.answer] for p in problems]).encode()
+    settings["data"] = hashlib.sha256(data + b"".join(path.read_bytes() for path in files(config.rewards))).hexdigest()
+    for name in ("out", "compare", "gpu_memory_utilization"):  # these change no response
+        del settings[name]
+    return settings
+
+
+def sample_chunk(
+    engine: Engine, problems: list[Problem], number: int, first: int, max_tokens: int, config: Config
+) -> list[dict]:
+    """The rows of a chunk, which has its own seed; `first` is the number of its first problem."""
+    groups = evaluate(
+        engine,
+        problems,
+        config.k,
+        score=partial(score, thinking=config.thinking),
+        max_tokens=max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=random.Random(f"{config.seed} {number}").getrandbits(32),
+    )
+    return rows_of(problems, groups, first, config.thinking)
 
 
 def lock(file: TextIO) -> TextIO:
