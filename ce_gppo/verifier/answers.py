@@ -8,8 +8,10 @@ An answer is brought to one spelling (spelling.py), read as a tree (grammar.py, 
     unit        A known unit may be left out, but not be a different one: 60 km/h is 60, not 60 mph. A number may also
                 be followed by the one plain plural noun that it counts: 5 apples is 5, not 5 pears. With other words it
                 is another answer: `4 million`, `4 is wrong`. 50% is 50 and also 1/2; 45^\circ is 45 and also \pi/4.
-    list        1,2 or `1 and 2`, in any order, like the set \{1,2\}. \pm 1 is the list 1,-1.
-    tuple       (1,2) has an order; [1,2) is an interval. So have the ratio 2:3 and the cells of a matrix.
+                17 \pmod{20} is 17, but not 17 \pmod{21}; 30^\circ 30' is 30.5^\circ.
+    list        1,2 or `1 and 2`, in any order, like the set \{1,2\}. \pm 1 is the list 1,-1. \{5\} is 5,
+                but a set in a set is one: \{\emptyset\} is not \emptyset, nor \{1,\{2\}\} \{1,2\}.
+    tuple       (1,2) has an order, as have the ratio 2:3 and the cells of a matrix. [1,2) and [1,2[ are intervals.
     equation    `x = 3`, `f(2) = 3` and `1 + 2 = 3` are 3: the left side is a name, or equal. `x^2 = 4` is not 4. \in is
                 read as =.
     region      `x < 2 or x > 3` and \{x \mid x < 2 or x > 3\} are (-\infty,2)\cup(3,\infty).

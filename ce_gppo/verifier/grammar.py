@@ -85,8 +85,8 @@ def read_list(text: str) -> Node | None:
 
 
 def variants(text: str) -> list[str]:
-    """Both readings of a text with \\pm. (A set is not read here, as its elements are read one by one.)"""
-    if text.startswith("\\{") or not re.search(r"\\pm(?![a-z])", text):
+    """Both readings of a text with \\pm or \\mp. (A set is not read here, as its elements are read one by one.)"""
+    if text.startswith("\\{") or not re.search(r"\\(?:pm|mp)(?![a-z])", text):
         return [text]
     return [re.sub(r"\\pm ?(?![a-z])", a, re.sub(r"\\mp ?(?![a-z])", b, text)) for a, b in ("+-", "-+")]
 
@@ -115,8 +115,17 @@ def read_brackets(text: str) -> Node | None:
         return None
     elements = [part for part in split(body[1:-1].removesuffix("\\"), ",")[::2] if part]
     if body[0] == "{":
-        return several("set", text, [variant for element in elements for variant in variants(element)])
+        return read_set(text, elements)
     return several("tuple", text, elements, body[0] + body[-1])
+
+
+def read_set(text: str, elements: list[str]) -> Node | None:
+    r"""\{5\} is read as 5, but with a set among its elements it stays a set: \{\emptyset\} is not \emptyset."""
+    members = list(dict.fromkeys(variant for element in elements for variant in variants(element)))
+    if not any(member.startswith(("\\{", r"\emptyset")) for member in members) or len(members) > MAX_PARTS:
+        return several("set", text, members)
+    nodes = (Node("set", m, (read(m),)) if m.startswith("\\{") and read(m).kind != "set" else read(m) for m in members)
+    return Node("set", text, tuple(nodes))
 
 
 def read_matrix(text: str) -> Node | None:

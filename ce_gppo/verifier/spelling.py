@@ -94,7 +94,7 @@ NUMERALS = {word: value for value, word in enumerate(NUMERALS.split())}
 CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 INNER = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces, with two levels of braces in it
 THOUSANDS = r"^((?:\(?[A-J]\) ?)?[^\d,()\[\]{}]*[1-9]\d{0,2})((?:[, ]\d{3})+)(?![\d,])(?=[^,()\[\]]*$)"
-BASED = r"(?<![\w.^\\])([A-Z]*\d[\dA-Z]*)(?:\.(\d+))?_(?:(\d)|\{ ?(?:base )?(\w+) ?\})"
+BASED = r"(?<![\w.^\\])([A-Z]*\d[\dA-Z]*|[A-F]{2,}(?=_\{16\}))(?:\.(\d+))?_(?:(\d)|\{ ?(?:base )?(\w+) ?\})"
 
 
 def text_or_not(match: re.Match) -> str:
@@ -113,8 +113,19 @@ def based(match: re.Match) -> str:
         return match[0]
 
 
+def half_open(match: re.Match) -> str:
+    """]0,1] as (0,1]"""
+    return ("[" if match[1] == "[" else "(") + f"{match[2]},{match[3]}" + ("]" if match[4] == "]" else ")")
+
+
 def noon(match: re.Match) -> str:
     return r"\text{" + (match[1] or match[2] or match[3]).lower() + "m}"
+
+
+def arc(match: re.Match) -> str:
+    """Degrees, minutes and seconds, in degrees."""
+    whole, minutes, seconds = (int(part or 0) for part in match.groups())
+    return latex(whole + Fraction(minutes, 60) + Fraction(seconds, 3600)) + r"^\circ "
 
 
 def repeating(match: re.Match) -> str:
@@ -140,6 +151,7 @@ BEFORE_TOKENS = [  # in this order
     (r"(?<=\d)(?:, ?\\! ?|\{,\} ?)(?=\d{3}(?!\d))", ""),
     (r"^ ?(\*\*|[\"'`])(.*)\1 ?$", r"\2"),
     (r"\*\*", "^"),
+    (r"(?<![\w.])0(?:x[\da-fA-F]+|b[01]+|o[0-7]+)(?![\w.^])", lambda m: str(int(m[0], 0))),
     (r"per cent\b", "percent"),
     (r"<=", r"\\le "),
     (r">=", r"\\ge "),
@@ -163,6 +175,10 @@ AFTER_TOKENS = [
     (r"_\{\\text\{([^{}]*)\}\}", r"_{\1}"),
     (r"(?<=[_^])(\d\d+|[+-]\d+)", r"{\1}"),
     (r"\^\{ ?\\circ ?\}", r"^\\circ "),
+    (r"\^(?:\\prime|\{ ?((?:\\prime ?)+)\})", lambda m: "'" * m[0].count("prime")),
+    (r"(?<![\d.])(\d{1,9})\^\\circ ?(\d\d?)'(?: ?(\d\d?)(?:''|\"))?", arc),
+    (r"(?:^|(?<=[=, ])|(?<=\\c[au]p))([\[\]])([^\[\](),]+),([^\[\](),]+)([\[\]])(?= ?(?:$|\\c[au]p))", half_open),
+    (r"\\sqrt\[(\d?[13579])\] ?\{ ?- ?(\d+) ?\}", r"(-\\sqrt[\1]{\2})"),  # the real root
     # The time of day, ordinals
     (r"\\text\{ ?([AaPp])\.? ?[Mm]\.? ?\}|(?<=\d) ?([AP])M$|(?<=\d) ?([ap])\.m\.?$", noon),
     (r"\^\{? ?\\text\{ ?(st|nd|rd|th) ?\} ?\}?|\^\{ ?(st|nd|rd|th) ?\}", r"\\text{\1\2}"),
@@ -181,7 +197,7 @@ AFTER_TOKENS = [
     (r"(?i)^(?:\\text ?\{)? ?(?:option|choice) \(?([A-J])\)? ?\}?$", r"\1"),
     (r"\\log_(?:e|\{e\})", r"\\ln "),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\\\{ ?\\\}", r"\\emptyset "),
+    (r"\\\{ ?\\\}|\\text ?\{ ?(?:[Tt]he )?[Ee]mpty set ?\}|^(?:[Tt]he )?[Ee]mpty set$", r"\\emptyset "),
     (r"\\in(?![a-zA-Z])", "="),
     (r", ?(?=\\l(?:or|and)\b)", ""),
     # 1,234 or 1 234, where nothing else in the string makes it a list or a tuple; 2 1/2
@@ -189,6 +205,7 @@ AFTER_TOKENS = [
     (r"(?<![\d/])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),
     (r"(?<=\d)(?<![_^]\d) +(?=\d)", ","),  # `4 5` is two numbers; math-verify would add them up
     (r"(?<!\.)\. ?$", ""),
+    (r"(?<=[a-zA-Z])\. ?\}$", "}"),
     # \$5 is 5\text{dollar}
     (r"(\\\$|[€£¥₹]) ?(-?(?:\d+\.?\d*|\.\d+))(?! ?(?:\\frac|[/^\d]))", lambda m: rf"{m[2]}\text{{{CURRENCIES[m[1]]}}}"),
     (r"\\\$|[€£¥₹]", ""),

@@ -41,12 +41,16 @@ QUANTITY = re.compile(
 )
 CELSIUS = re.compile(r"(.*)\^\\circ ?(?:\\text ?\{)? ?([CF]?) ?\}?")
 
+MODULO = re.compile(r"(.*?)(?:\\pmod|\( ?(?:\\text ?\{ ?mod ?\}|\\bmod|\\mod|mod)) ?\{?([^{}()]*)\}? ?\)?")
+
 
 def measure(text: str) -> tuple[str, str]:
     """(value, unit); the unit is "" if there is none."""
     text = text.strip()
     if (match := CELSIUS.fullmatch(text)) and not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
         return match[1].strip(), "degree" + match[2]
+    if (match := MODULO.fullmatch(text)) and match[1].strip():
+        return match[1].strip(), "mod " + match[2].strip()
     if (match := QUANTITY.fullmatch(text)) and match[1].strip(" +-"):
         unit = read_unit(match[2], counts=bool(re.fullmatch(r"[+-]?[\d.]+|.*\\frac.*", match[1].strip())))
         if unit is not None:
