@@ -5,10 +5,12 @@
     .venv/bin/python -m results.sweep --sweep walk-32    32 updates per rollout; or arithmetic, the older sweep
 
 Run it from the repository root. Every core (or GPU) has one run at a time. Each run adds a line to the results when it
-ends. The same command again continues the sweep: it starts the missing runs, and resumes interrupted ones.
+ends. The same command again continues the sweep: it starts the missing runs, and resumes interrupted ones. If the
+sweep is stopped or killed in any way, its runs save and end. Two sweeps cannot write to the same results.
 results/claims.py makes figures and tables of the results.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,10 +28,12 @@ from tqdm import tqdm
 from ce_gppo import types as t
 from ce_gppo.config import command, open_to_append
 from ce_gppo.metrics import ALL
+from ce_gppo.runs import lock_file
 from ce_gppo.types import RunEnded, UserError
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -139,11 +144,13 @@ def main(config: Config) -> None:
     )
     names = dict.fromkeys(config.settings or sweep.settings)  # each once
     wanted = [(name, seed) for seed in range(seeds) for name in names]  # whole seeds first
+    own = open_to_append(results, "--results")
+    if not lock_file(own):
+        raise UserError(f"{results}: another sweep, or a run of one that was killed, is at work; wait until it ends")
     done = {(row["setting"], row["seed"]): row["arguments"] for row in read(results)}
     other = [job for job in wanted if done.get(job, arguments(sweep, *job, steps)) != arguments(sweep, *job, steps)]
     if other:
         raise UserError(f"{results} has {other[0][0]} with other arguments; name another file with --results")
-    open_to_append(results, "--results").close()
     waiting = [job for job in wanted if job not in done]
     lanes = lanes_of_this_machine()[: config.lanes]
     print(f"{results}: {len(wanted) - len(waiting)} of {len(wanted)} runs are there; {len(lanes)} at a time")
@@ -155,7 +162,7 @@ def main(config: Config) -> None:
         while waiting or running:
             free = [lane for lane in lanes if lane not in running]
             for lane in free[: len(waiting)]:
-                running[lane] = Run(sweep, *waiting.pop(0), steps, config.out / config.sweep, lane)
+                running[lane] = Run(sweep, *waiting.pop(0), steps, config.out / config.sweep, lane, own.fileno())
             time.sleep(0.5)
             for lane, run in [(lane, run) for lane, run in running.items() if run.process.poll() is not None]:
                 del running[lane]
@@ -175,14 +182,17 @@ def main(config: Config) -> None:
         bar.close()
         for run in running.values():
             run.process.terminate()
+        for run in running.values():  # a second signal, see `attach`, would keep them from saving
+            run.process.wait()
+        own.close()
     if failed:
         raise RunEnded(f"{len(failed)} of {len(wanted)} runs failed; start again to try them again")
 
 
 class Run:
-    """One run of train.py, on one lane: a core or a GPU."""
+    """One run of train.py, on one lane: a core or a GPU. It holds the file `own`, and so its lock, until it ends."""
 
-    def __init__(self, sweep: Sweep, setting: str, seed: int, steps: int, out: Path, lane: tuple[str, int]):
+    def __init__(self, sweep: Sweep, setting: str, seed: int, steps: int, out: Path, lane: tuple[str, int], own: int):
         self.sweep, self.setting, self.seed = sweep, setting, seed
         self.arguments = arguments(sweep, setting, seed, steps)
         name = "".join(c if c.isalnum() or c in "._" else "-" for c in f"{setting}-{steps}-{seed}").replace("--", "-")
@@ -195,18 +205,25 @@ class Run:
             environment["CUDA_VISIBLE_DEVICES"] = str(index)
         else:
             environment["OMP_NUM_THREADS"] = "1"  # more threads than cores would slow each other down many times
-        finished = (self.folder / f"checkpoint-{steps:06d}").exists()  # the sweep was killed before it wrote the row
         place = ["--out", str(out.resolve()), "--run-name", name]
         training = [sys.executable, "train.py", *self.arguments.split(), *place]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                ["true"] if finished else training,
+                ["true"] if self.finished(steps) else training,
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=log,
                 stderr=log,
-                preexec_fn=(lambda: os.sched_setaffinity(0, {index})) if kind == "core" else None,
+                pass_fds=[own],
+                preexec_fn=partial(attach, lane),
             )
+
+    def finished(self, steps: int) -> bool:
+        """Whether the run is done: the sweep was killed before it wrote the row. Not if it has other arguments."""
+        if not (self.folder / f"checkpoint-{steps:06d}").exists():
+            return False
+        given = self.arguments.split()
+        return json.loads((self.folder / "config.json").read_text())["command"][1 : len(given) + 1] == given
 
     def row(self) -> dict:
         metrics = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -224,6 +241,14 @@ class Run:
             "eval_steps": [row["step"] for row in evaluations],
             "series": series,
         }
+
+
+def attach(lane: tuple[str, int]) -> None:
+    """In a run's process: stay on the core of its lane, and get SIGTERM, so save and end, once the sweep is dead."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    kind, index = lane
+    if kind == "core":
+        os.sched_setaffinity(0, {index})
 
 
 def seconds(row: dict) -> float:

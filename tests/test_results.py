@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import subprocess
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.colors import to_hex
 
 import train
 from ce_gppo.config import parse
+from ce_gppo.types import UserError
 from helpers import Forked, rows_of
 from results import claims, draw, sweep
 from results.series import Runs, interval
@@ -95,6 +97,52 @@ def test_results_of_other_arguments_are_not_mixed(tmp_path):
     for name, *options in (("sweep", "--results", results), ("claims", results)):
         code, output = script(name, *options)
         assert code == 2 and f"{results}:2: not a run" in output
+
+
+SWEEP = """
+import sys, types
+from pathlib import Path
+from results import sweep
+results, out, program = map(Path, sys.argv[1:])
+sweep.sys = types.SimpleNamespace(executable=str(program), stderr=sys.stderr, exit=sys.exit)
+sweep.main(sweep.Config(results=str(results), out=out, settings=("grpo",), seeds=1, lanes=1))
+"""
+TRAINING = """#!/bin/bash
+trap 'echo saved; exit' TERM
+echo began
+while :; do sleep 0.05; done
+"""
+
+
+def test_runs_of_a_killed_sweep_save_and_end_and_two_sweeps_do_not_mix(tmp_path):
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    (tmp_path / "training").write_text(TRAINING)
+    (tmp_path / "training").chmod(0o755)
+    arguments = [tmp_path / name for name in ("sweep.py", "results.jsonl", "out", "training")]
+    log = tmp_path / "out" / "walk" / "grpo-150-0.log"
+
+    def wait_for(condition):
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    killed = Forked(*map(str, arguments))
+    wait_for(lambda: log.exists() and "began" in log.read_text())
+    with pytest.raises(UserError, match="another sweep, or a run of one that was killed, is at work"):
+        sweep.main(sweep.Config(results=str(tmp_path / "results.jsonl"), out=tmp_path / "out"))
+    killed.kill()
+    wait_for(lambda: "saved" in log.read_text())
+    with (tmp_path / "results.jsonl").open("a") as file:
+        wait_for(lambda: sweep.lock_file(file))
+
+
+def test_a_finished_run_of_other_arguments_is_not_taken_for_this_one(tmp_path):
+    (tmp_path / "checkpoint-000002").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"command": ["train.py", "--lr", "1.0", "--out", "x"]}))
+    for arguments, same in (("--lr 1.0", True), ("--lr 0.5", False)):
+        run = types.SimpleNamespace(folder=tmp_path, arguments=arguments)
+        assert sweep.Run.finished(run, 2) == same and not sweep.Run.finished(run, 3)
 
 
 def test_train_py_accepts_every_setting():
