@@ -190,7 +190,7 @@ def damage(folder: Path) -> str | None:
     """The first problem with a checkpoint's files, by their checksums; None if there is none."""
     try:
         sums = dict(json.loads((folder / MANIFEST).read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return f"no readable {MANIFEST}"
     if "trainer.pt" not in sums:
         return f"{MANIFEST} does not name trainer.pt"

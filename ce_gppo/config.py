@@ -254,12 +254,12 @@ def read_recipe(Config: type, name: str, children: tuple[str, ...] = ()) -> dict
     path, child = RECIPES / f"{name}.toml", f"{RECIPES / children[-1]}.toml: extends = " if children else ""
     if name in children:
         raise UserError(f"{child}'{name}' goes round in a circle: {', '.join((*children, name))}")
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
         raise UserError(f"{child or 'recipe '}'{name}' is unknown; known: {known}")
     try:
         values = tomllib.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets, thousands of them
         raise UserError(f"{path}: not TOML ({error}); lines of `name = value` are needed") from None
     parent, inherited = values.pop("extends", None), {}
     if parent is not None:
@@ -289,14 +289,14 @@ def typed(Config: type, values: dict, path: Path) -> dict:
 def saved_config(Config: type, folder: str):
     """The settings of the run in `folder`."""
     path = Path(folder) / "config.json"
-    if (path.parent / checkpoint.MANIFEST).is_file():
+    if os.path.isfile(path.parent / checkpoint.MANIFEST):
         raise UserError(f"--resume {folder}: this is a checkpoint; name the folder of its run, {path.parent.parent}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--resume {folder}: no config.json there, so it is not the folder of a run")
     try:
         saved = json.loads(path.read_text())["config"]
         saved = typed(Config, saved, path)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path}: not the settings of a run; it may be half-written, and then the run has no step yet"
         ) from None

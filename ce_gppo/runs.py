@@ -67,7 +67,7 @@ def interrupted(config) -> Path | None:
         finished = (path.parent / f"checkpoint-{config.steps:06d}").exists()
         try:
             same = comparable(json.loads(path.read_text())["config"]) == wanted
-        except (OSError, ValueError, KeyError, TypeError):  # not the file of a run, or not readable
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not the file of a run, or not readable
             continue
         with contextlib.suppress(OSError):  # a folder of another user, which cannot be locked
             if same and not finished and lock(path.parent, keep=False):

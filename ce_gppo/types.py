@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
@@ -116,7 +117,7 @@ class OneOf:
     or_count: bool = False  # or a whole number above 0
 
     def problem(self, value: str) -> str | None:
-        if value in self.names or (self.or_count and value.isdecimal() and int(value)):
+        if value in self.names or (self.or_count and re.fullmatch("0*[1-9][0-9]{0,8}", value)):
             return None
         return f"is unknown; known: {', '.join(self.names)}" + ", or a number of tokens" * self.or_count
 
@@ -126,9 +127,9 @@ def one_of(names: Iterable[str]):
 
 
 Overlong = Annotated[str, OneOf(("score", "mask"), or_count=True)]
-Count = Annotated[int, Range(1)]
-CountOrZero = Annotated[int, Range(0)]
-GroupSize = Annotated[int, Range(2)]  # advantages compare the responses of a group
+Count = Annotated[int, Range(1, 2**31 - 1)]  # vLLM and torch count in 32 or 64 bits
+CountOrZero = Annotated[int, Range(0, 2**31 - 1)]
+GroupSize = Annotated[int, Range(2, 2**31 - 1)]  # advantages compare the responses of a group
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]

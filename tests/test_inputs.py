@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ce_gppo import checkpoint, config, dist, model, report, runs, tracking
 from ce_gppo.problems import load_problems
-from ce_gppo.types import STARTING, Count, Problem, Range, UserError
+from ce_gppo.types import STARTING, Problem, Range, UserError
 from ce_gppo.verifier import sources
 from data.convert import answer_of
 from helpers import ROOT, environment, in_a_fork, resolved, run_here
@@ -25,8 +25,7 @@ ROW = {"prompt": [{"role": "user", "content": "1 + 1"}], "answer": "2", "source"
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400])
 def test_ranges_refuse_nan_and_infinity(value):
-    (positive,) = Count.__metadata__
-    assert (positive.problem(value) is None) == (value == 10**400)
+    assert (Range(1).problem(value) is None) == (value == 10**400)  # a large number of Python's, which has no float
     assert "at most 1" in Range(0, 1).problem(value)
 
 
@@ -39,6 +38,7 @@ def test_ranges_refuse_nan_and_infinity(value):
         ({"lr": 10**400}, "where float is needed"),
         ([], "not the settings of a run"),
         (None, "not the settings of a run"),
+        ({"steps": 10**30}, "at most 2147483647"),
     ],
 )
 def test_the_settings_of_a_resumed_run_have_their_types(tmp_path, saved, message):
@@ -100,6 +100,42 @@ def test_a_verifier_that_raises_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "mine.py").write_text("def score(response): return 1.0\n")
     with pytest.raises(UserError, match="raised TypeError.*2 were given"):
         sources.assign(f"{tmp_path}/mine.py:score", VERIFIERS, [Problem("", [1], "2", "sums")])
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("steps", "1" + "0" * 30),
+        ("warmup-steps", str(2**31)),
+        ("responses-per-prompt", str(2**31)),
+        ("overlong", "9" * 5000),
+    ],
+)
+def test_a_number_too_large_for_the_libraries_is_refused(name, value):
+    with pytest.raises(UserError, match=f"^{name.replace('-', '_')}.* (at most 2147483647|number of tokens)"):
+        config.parse(Config, [f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("option, message", [("--recipe", "is unknown; known: "), ("--resume", "no config.json there")])
+def test_a_name_too_long_for_a_file_is_a_file_that_is_not_there(option, message):
+    with pytest.raises(UserError, match=message):
+        config.parse(Config, [option, "x" * 300])
+
+
+def test_brackets_in_brackets_are_no_settings_no_recipe_and_no_manifest(tmp_path, monkeypatch):
+    deep = "[" * 100_000
+    for name, text in {"config.json": deep, "deep.toml": f"steps = {deep}"}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(config, "RECIPES", tmp_path)
+    with pytest.raises(UserError, match="not the settings of a run"):
+        config.parse(Config, ["--resume", str(tmp_path)])
+    with pytest.raises(UserError, match="not TOML"):
+        config.parse(Config, ["--recipe", "deep"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(deep)  # another run's, which must not stop this one
+    assert runs.interrupted(resolved(out=str(tmp_path))) is None
+    (tmp_path / "manifest.json").write_text(deep)
+    assert checkpoint.damage(tmp_path) == "no readable manifest.json"
 
 
 @pytest.mark.parametrize("manifest", ["[]", "{}", "3", '{"config.json": "0"}'])
