@@ -42,11 +42,11 @@ class Config:
     """Hyperparameters. In brackets: the paper's value for 7B models, where it differs."""
 
     # What to train, on what, and where the results go.
-    model: str = "data/arithmetic/base"  # folder or hub name of the base policy [DeepSeek-R1-Distill-Qwen-7B]
-    train_data: str = "data/arithmetic/train.jsonl"  # problems, JSONL; several with commas [KlearReasoner-MathSub-30K]
-    eval_data: str = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL; several with commas [AIME24, AIME25]
-    out: str = "out"  # folder of the runs
-    run_name: str = ""  # its folder in `out`; empty: objective, seed and time, or the name of an interrupted run
+    model: t.Name = "data/arithmetic/base"  # folder or hub name of the base policy [DeepSeek-R1-Distill-Qwen-7B]
+    train_data: t.Name = "data/arithmetic/train.jsonl"  # problems, JSONL; or several, "a,b" [KlearReasoner-MathSub-30K]
+    eval_data: t.Name = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL; or several [AIME24, AIME25]
+    out: t.Name = "out"  # folder of the runs
+    run_name: t.NameOrEmpty = ""  # its folder in `out`; empty: objective, seed and time, or an interrupted run's
     rewards: str = ""  # verifiers, "source=verifier,source2=mine.py:score"; empty: by the source's name, else math
     seed: t.Seed = 0  # for the samples and the order of the problems
 

@@ -23,7 +23,7 @@ from ce_gppo.betas import read_schedule
 from ce_gppo.objectives import BETAS, USUAL
 from ce_gppo.problems import max_batches
 from ce_gppo.tracking import check_wandb
-from ce_gppo.types import STARTING, OneOf, Range, RunEnded, UserError, starting
+from ce_gppo.types import STARTING, Named, OneOf, Range, RunEnded, UserError, starting
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -105,10 +105,10 @@ def check_ranges(config) -> None:
         value = getattr(config, name)
         each = value if isinstance(value, tuple) else () if value is None else (value,)
         for part in (hint, *typing.get_args(hint)):  # the type itself, or one of a union, or of a tuple's values
-            ranges = [range_ for range_ in getattr(part, "__metadata__", ()) if isinstance(range_, Range | OneOf)]
+            ranges = [r for r in getattr(part, "__metadata__", ()) if isinstance(r, Range | OneOf | Named)]
             for range_, one in itertools.product(ranges, each):
                 if problem := range_.problem(one):
-                    shown = f"'{one}'" if isinstance(one, str) else f"= {one}:"
+                    shown = repr(one) if isinstance(one, str) else f"= {one}:"
                     raise UserError(f"{name} {shown} {problem}")
 
 

@@ -122,11 +122,29 @@ class OneOf:
         return f"is unknown; known: {', '.join(self.names)}" + ", or a number of tokens" * self.or_count
 
 
+@dataclass(frozen=True)
+class Named:
+    """Names or paths of files and folders, or hub names."""
+
+    or_empty: bool = False
+
+    def problem(self, value: str) -> str | None:
+        if not value.strip() and not (self.or_empty and not value):
+            return "is blank; a name is needed"
+        if not value.isprintable():
+            return "has a character that cannot be printed; choose another name"
+        if any(len(part.encode()) > 255 for part in re.split("[/,]", value)):
+            return "is too long for the name of a file"
+        return None
+
+
 def one_of(names: Iterable[str]):
     return Annotated[str, OneOf(tuple(names))]
 
 
 Overlong = Annotated[str, OneOf(("score", "mask"), or_count=True)]
+Name = Annotated[str, Named()]
+NameOrEmpty = Annotated[str, Named(or_empty=True)]
 Count = Annotated[int, Range(1, 2**31 - 1)]  # vLLM and torch count in 32 or 64 bits
 CountOrZero = Annotated[int, Range(0, 2**31 - 1)]
 GroupSize = Annotated[int, Range(2, 2**31 - 1)]  # advantages compare the responses of a group

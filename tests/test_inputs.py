@@ -122,6 +122,20 @@ def test_a_name_too_long_for_a_file_is_a_file_that_is_not_there(option, message)
         config.parse(Config, [option, "x" * 300])
 
 
+@pytest.mark.parametrize(
+    "value, message",
+    [("x" * 300, "too long"), ("a\0b", "cannot be printed"), ("a\nb", "cannot be printed"), (" ", "blank")]
+    + [("\ud800", "cannot be printed"), ("", "blank")],
+)
+@pytest.mark.parametrize("name", ["run-name", "out", "model", "train-data", "eval-data"])
+def test_a_name_that_no_file_can_have_is_refused(name, value, message):
+    if name == "run-name" and not value:
+        assert config.parse(Config, ["--run-name="])[0].run_name == ""
+        return
+    with pytest.raises(UserError, match=f"^{name.replace('-', '_')} .*{message}"):
+        config.parse(Config, [f"--{name}={value}"])
+
+
 def test_brackets_in_brackets_are_no_settings_no_recipe_and_no_manifest(tmp_path, monkeypatch):
     deep = "[" * 100_000
     for name, text in {"config.json": deep, "deep.toml": f"steps = {deep}"}.items():
