@@ -15,6 +15,8 @@ Run it from the repository root. Each part runs in a process of its own, for --m
     layers   forward and backward of the same model's decoder layers, compiled as model.py does on a GPU and not, and
              the seconds of the first pass of each case, in which they are compiled
     head     token_statistics over its matrix products by width of a tile, and the memory on top of its arguments
+    offload  the passes of `update` and the optimizer's step, with weights, gradients and moments in the host's memory:
+             seconds, peak memory of the GPU, and pinned memory of the host over its exact size
 
 All parts except `run` need torch and transformers, but not vLLM, W&B, tyro or scipy. Options are therefore argparse's.
 """
@@ -37,7 +39,7 @@ from transformers import Qwen2Config
 
 import train
 from bench import common
-from ce_gppo import forward, perf
+from ce_gppo import dist, forward, perf
 from ce_gppo.config import command
 from ce_gppo.entropy import token_statistics
 from ce_gppo.forward import Policy, accumulate_gradients, collate
@@ -47,7 +49,7 @@ from data.arithmetic.prepare import positive
 from loss import Objective
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("run", "update", "layers", "head")
+PARTS = ("run", "update", "layers", "head", "offload")
 WIDTHS = (1024, 2048, 4096, 8192, 16384)  # of tiles, for `head`
 
 
@@ -137,7 +139,7 @@ def summary(whole: Path, again: Path) -> dict:
 # update
 
 
-def make_model(options: argparse.Namespace):
+def make_model(options: argparse.Namespace, shard: str = "no"):
     """A random model, loaded from a folder as train.py loads it."""
     config = Qwen2Config(
         hidden_size=options.hidden_size,
@@ -153,7 +155,7 @@ def make_model(options: argparse.Namespace):
     )
     with tempfile.TemporaryDirectory() as folder:
         common.save_random_model(Path(folder), config, options.device)
-        model, _ = load_model(folder, options.device, options.gradient_checkpointing)
+        model, _ = load_model(folder, options.device, options.gradient_checkpointing, shard)
     return model
 
 
@@ -262,7 +264,7 @@ def update_part(options: argparse.Namespace) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# layers, head
+# layers, head, offload
 
 
 def layers_part(options: argparse.Namespace) -> None:
@@ -308,6 +310,33 @@ def head_part(options: argparse.Namespace) -> None:
         rows.append((width, seconds, seconds / products, memory))
         result |= {f"{width}/head_s": seconds, f"{width}/over_products": seconds / products, f"{width}/gib": memory}
     common.show(result, [("width of a tile", "seconds", "over its products", "GiB"), *rows])
+
+
+def offload_part(options: argparse.Namespace) -> None:
+    cuda = options.device.startswith("cuda")
+    model = make_model(options, "offload")
+    policy = dist.distribute(Policy(model), "offload", model._no_split_modules)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=cuda, **train.ADAMW)
+    lengths = cases_of(options)["mixed"]
+    responses = make_responses(lengths, options)
+
+    def step():
+        with dist.host_threads():
+            optimizer.step()
+        dist.zero_gradients(policy, optimizer)
+
+    passes, steps = [], []
+    for _ in range(options.repeats + 1):  # the first one compiles, and makes the moments
+        passes.append(common.timed(lambda: update(policy, responses, options.device), cuda))
+        steps.append(common.timed(step, cuda))
+    result = header("offload", options) | {"tokens": sum(lengths)}
+    result |= {"passes_s": statistics.median(passes[1:]), "step_s": statistics.median(steps[1:])}
+    result |= {"peak_gib": perf.peak_memory_gib(options.device), "pinned_gib": None, "pinned_over_exact": None}
+    if cuda:
+        pinned = torch.cuda.host_memory_stats()["allocated_bytes.peak"]
+        exact = 2 * 4 * sum(p.numel() for p in model.parameters())  # weights and gradients
+        result |= {"pinned_gib": pinned / 2**30, "pinned_over_exact": pinned / exact}
+    common.show(result, [("", "value"), *((name, result[name]) for name in list(result)[-5:])])
 
 
 def main() -> None:

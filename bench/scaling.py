@@ -63,12 +63,33 @@ class Config:
     gpus: tuple[t.Count, ...] = (1, 8, 64, 1024)
 
 
-def parameters(name: str) -> tuple[float, float, float]:
+def matrices(name: str) -> tuple[list[int], int]:
+    """Numbers of parameters: (of each matrix of a layer, of the embedding, which are those of the head).
+
+    Norms and biases, less than 0.1 %, are left out.
+    """
+    _, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
+    keys = hidden * hidden * key_heads // heads
+    return [hidden * hidden, keys, keys, hidden * hidden, *[hidden * intermediate] * 3], hidden * vocabulary
+
+
+def parameters(name: str) -> tuple[int, int, int]:
     """Numbers of parameters: (all, in the layers, in the head)."""
-    layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
-    layer = hidden * hidden * (2 + 2 * key_heads / heads) + 3 * hidden * intermediate
-    head = vocabulary * hidden
-    return layers * layer + 2 * head, layers * layer, head
+    layer, head = matrices(name)
+    in_layers = SHAPES[name][0] * sum(layer)
+    return in_layers + 2 * head, in_layers, head
+
+
+def host_memory(name: str, limit_mib: float = dist.PINNED_CACHED_MIB) -> dict[str, float]:
+    """GiB of the host's memory with `offload` on one GPU: in an update, and of the copy that a checkpoint needs.
+
+    Weights and gradients are pinned, and the two moments are not. torch rounds the bytes of a pinned tensor up to a
+    power of two, unless they are more than limit_mib (dist.pin_exactly).
+    """
+    layer, head = matrices(name)
+    exact = [4 * numbers for numbers in SHAPES[name][0] * layer + [head, head]]
+    pinned = [size if size > limit_mib * 2**20 else 2 ** (size - 1).bit_length() for size in exact]
+    return {"update": (2 * sum(pinned) + 2 * sum(exact)) / 2**30, "checkpoint": 3 * sum(exact) / 2**30}
 
 
 def memory_rate(config: Config) -> float:
@@ -210,6 +231,7 @@ def recipe_rows() -> list[dict]:
             row = plan(name, gpus, config, ("offload",) if offload else ("no", "yes")) | {
                 "recipe": path.stem,
                 "steps": recipe.steps,
+                "host_gib": host_memory(name) if offload else None,
             }
             if row["seconds"]:
                 held_out = Config(gpu_memory=80.0, mean_length=10000, max_length=recipe.eval_response_tokens)
@@ -233,9 +255,11 @@ def show_recipes() -> None:
         if row["seconds"] is None:
             print(f"{start}does not fit | {need['update']:.0f} | | | | {row['steps']:,} | |")
             continue
-        time = row["seconds"]
+        time, update = row["seconds"], f"{need['update']:.0f}"
+        if row["host_gib"]:
+            update += f", host {row['host_gib']['update']:.0f}"
         print(
-            f"{start}{settings_of(row)} | {need['update']:.0f} | {need['utilization']:.2f} | {time['step']:,.0f} | "
+            f"{start}{settings_of(row)} | {update} | {need['utilization']:.2f} | {time['step']:,.0f} | "
             f"{time['evaluation']:,.0f} | {row['steps']:,} | {row['hours']:,.0f} |"
         )
 

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ce_gppo.types import UserError
 
 THREADS = torch.get_num_threads()  # before vLLM changes it
+PINNED_CACHED_MIB = 32  # larger pinned tensors are neither rounded up nor kept: the weights and gradients of offload
 
 
 def check_environment() -> None:
@@ -214,11 +215,25 @@ def distribute(policy: torch.nn.Module, shard: str, layer_classes: list[str]) ->
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cuda" if cuda else "cpu", (world_size(),))
     offload = CPUOffloadPolicy(pin_memory=cuda) if shard == "offload" else OffloadPolicy()
+    if shard == "offload" and cuda:
+        pin_exactly()
     precision = MixedPrecisionPolicy(torch.bfloat16 if mesh.device_type == "cuda" else None, torch.float32)
     for module in policy.modules():
         if type(module).__name__ in layer_classes:
             fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
     return fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
+
+
+def pin_exactly() -> None:
+    """Pinned tensors of more than PINNED_CACHED_MIB get just their size, and give it back when they are freed.
+
+    torch rounds the size of others up to a power of two, which for 7B is 51 GiB more, and keeps them for later ones.
+    pinned_max_round_threshold_mb alone would be wrong: torch may then reuse a kept block for a larger tensor.
+    """
+    setting = f"pinned_max_cached_size_mb:{PINNED_CACHED_MIB}"
+    settings = torch._C._accelerator_getAllocatorSettings()  # the user's are kept
+    if setting not in settings:
+        torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (settings, setting))))
 
 
 def zero_gradients(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -99,3 +99,13 @@ def finished(tmp_path_factory):
 
     out = tmp_path_factory.mktemp("out")
     return out / "whole", run(out, "--run-name", "whole", *SMALL, mode="offline")
+
+
+@pytest.fixture
+def one_process():
+    """Ends the process group that FSDP2 makes: later tests must not find it."""
+    import torch
+
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

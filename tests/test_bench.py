@@ -1,6 +1,7 @@
 """Every bench at a tiny size: it runs, and its JSON line is complete. Its timings are not tested."""
 
 import json
+import math
 import subprocess
 import sys
 import types
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
-from bench import attribution, gpu, update
-from ce_gppo import config, entropy, forward
+from bench import attribution, gpu, scaling, update
+from ce_gppo import config, dist, entropy, forward
 from ce_gppo.types import RunEnded, UserError
 from helpers import Forked
 
@@ -151,6 +153,15 @@ def test_gpu_s_layers_and_head(monkeypatch, capsys):
     assert found["1024/over_products"] > 0 and found["1024/gib"] is None
 
 
+def test_gpu_s_offload(monkeypatch, capsys, one_process):
+    """On a CPU nothing is pinned."""
+    small = ["--device", "cpu", "--lengths", "16", "24", "--prompt-tokens", "4", "--tokens", "40", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *TINY, *small])
+    gpu.offload_part(gpu.arguments())
+    found = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert found["passes_s"] > 0 and found["step_s"] > 0 and found["tokens"] == 40 and found["pinned_gib"] is None
+
+
 def test_another_revision_is_checked_out_and_removed():
     with update.checked_out("HEAD") as folder:
         assert (folder / "bench" / "contestants.py").is_file() and folder != ROOT
@@ -252,6 +263,24 @@ def test_without_the_accounting_logprobs_and_entropy_are_the_same(monkeypatch):
     for a, b in zip(with_all, without, strict=True):
         assert torch.equal(a, b)
     assert S.abs().max() > 0 and not no_S.any()
+
+
+def test_the_host_s_memory_with_offload():
+    """Counted from the sizes of the matrices, and here from every tensor of the model; and where torch rounds them."""
+    layers, hidden, intermediate, heads, key_heads, vocabulary = scaling.SHAPES["7B"]
+    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**shape, tie_word_embeddings=False))
+    sizes = [4 * p.numel() for p in model.parameters()]
+    assert sum(sizes) / 4 == pytest.approx(scaling.parameters("7B")[0], rel=1e-3) == pytest.approx(7.616e9, rel=1e-3)
+    for limit, gib in ((math.inf, 165), (dist.PINNED_CACHED_MIB, 114), (0, 113)):
+        pinned = sum(n if n > limit * 2**20 else 2 ** math.ceil(math.log2(n)) for n in sizes)
+        found = scaling.host_memory("7B", limit)
+        assert found["update"] == pytest.approx(2 * (pinned + sum(sizes)) / 2**30, rel=1e-3)
+        assert round(found["update"]) == gib and round(found["checkpoint"]) == 85
+    comment = (scaling.RECIPES / "r1-distill-7b-offload.toml").read_text()
+    assert f"{scaling.host_memory('7B')['update']:.0f} GiB, are in the host's memory" in comment
 
 
 @pytest.mark.parametrize("result", ["scaling"], indirect=True)

@@ -276,14 +276,6 @@ def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses):
         assert max(lengths) <= mean and max(loads) <= 1.02 * mean
 
 
-@pytest.fixture
-def one_process():
-    """Ends the process group that FSDP2 makes: later tests must not find it."""
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, one_process):
     """Gradient, step and checkpoint are the same. At most embedding, head and one layer are whole at a time."""
     torch.manual_seed(0)
@@ -312,6 +304,24 @@ def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, 
     assert len(whole) == 2 * 4 * 2, "four layers, forward and backward, two micro-batches"
     assert max(whole) <= everything - layers + layers // 4, "parameters whole at a time"
     assert checkpoint.load(tmp_path / "checkpoint-000001", model, optimizer).step == 1
+
+
+def test_pinned_memory_is_not_rounded_up(monkeypatch):
+    """torch rounds each pinned tensor up to a power of two: 51 GiB for 7B. It has the setting, and keeps the user's."""
+    for name in ("pinned_max_cached_size_mb", "garbage_collection_threshold"):
+        with pytest.raises((ValueError, RuntimeError)):  # it ignores names that it does not know
+            torch._C._accelerator_setAllocatorSettings(f"{name}:x")
+    torch._C._accelerator_setAllocatorSettings("garbage_collection_threshold:0.5")
+    policies = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "init_device_mesh", lambda *_: types.SimpleNamespace(device_type="cuda"))
+    monkeypatch.setattr(dist, "fully_shard", lambda policy, offload_policy, **_: policies.append(offload_policy))
+    for _ in range(2):  # the policy and a critic
+        dist.distribute(torch.nn.Linear(1, 1), "offload", [])
+    assert [policy.pin_memory for policy in policies] == [True, True]
+    settings = f"garbage_collection_threshold:0.5,pinned_max_cached_size_mb:{dist.PINNED_CACHED_MIB}"
+    assert torch._C._accelerator_getAllocatorSettings() == settings
 
 
 def unsharded(model) -> int:
