@@ -53,7 +53,7 @@ class Config:
     # Rollouts.
     steps: t.Count = 50  # rollouts, each followed by several updates
     prompts_per_step: t.Count = 48  # problems per batch of a rollout [256]
-    responses_per_prompt: t.GroupSize = 8  # responses to each problem, one group
+    responses_per_prompt: t.Count = 8  # responses to each problem, one group; 1 is enough for gae
     temperature: t.Temperature = 1.0  # sampling temperature; logprobs in training use it too
     max_prompt_tokens: t.Count = 64  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: t.Count = 64  # longer responses are cut, and are wrong unless already boxed [16384]

@@ -198,6 +198,16 @@ def check_together(given, config) -> None:
             "objective ppo has a critic",
         ),
         (
+            config.responses_per_prompt == 1 and config.advantages != "gae",
+            f"responses_per_prompt = 1: must be at least 2, as advantages = {config.advantages} compare the responses "
+            "of a group; those of gae do not",
+        ),
+        (
+            config.responses_per_prompt == 1 and config.filter_groups != "off",
+            f"filter_groups = {config.filter_groups} drops groups of equal rewards: every group, with "
+            "responses_per_prompt = 1; leave it out",
+        ),
+        (
             config.critic_lr is not None and config.advantages != "gae",
             f"critic_lr = {config.critic_lr}: advantages = {config.advantages} have no critic, those of gae have one",
         ),

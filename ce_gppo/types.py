@@ -147,7 +147,6 @@ Name = Annotated[str, Named()]
 NameOrEmpty = Annotated[str, Named(or_empty=True)]
 Count = Annotated[int, Range(1, 2**31 - 1)]  # vLLM and torch count in 32 or 64 bits
 CountOrZero = Annotated[int, Range(0, 2**31 - 1)]
-GroupSize = Annotated[int, Range(2, 2**31 - 1)]  # advantages compare the responses of a group
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]

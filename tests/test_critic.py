@@ -226,6 +226,25 @@ def test_the_critic_learns_from_every_response():
     assert critic.load_critic(resolved(), "no/such/model", "cpu") is None
 
 
+@pytest.mark.parametrize("settings", [{"objective": "ppo"}, {"advantages": "gae"}], ids=str)
+def test_one_response_to_each_prompt_is_enough_for_a_critic(tiny_model, settings):
+    """A group of one has no signal, and none is needed: all are trained on, with an advantage for each token."""
+    config = resolved(responses_per_prompt=1, max_kept_prompts=4, mini_batch_prompts=2, critic_lr=1e-3, **settings)
+    groups = [[r] for r in rewarded()[0][:4]]
+    groups, mini_batches = train.select(groups, config)
+    assert [len(batch) for batch in mini_batches] == [2, 2]
+    made, _ = critic_of(tiny_model)
+    critic.learn_values(made, mini_batches, config, Meter(tiny_model, "cpu"))
+    advantages = [r.advantages for batch in mini_batches for r in batch]
+    assert [len(a) for a in advantages] == [len(g[0].response_ids) for g in groups]
+    assert torch.cat(advantages).unique().numel() > 1
+    with pytest.raises(UserError, match="responses_per_prompt = 1: must be at least 2, as advantages = leave-one-out"):
+        resolved(responses_per_prompt=1, advantages="leave-one-out")
+    for filter_groups in ("on", "refill"):
+        with pytest.raises(UserError, match=f"filter_groups = {filter_groups} drops groups of equal rewards: every"):
+            resolved(responses_per_prompt=1, filter_groups=filter_groups, **settings)
+
+
 def test_branches_have_no_critic(tmp_path):
     with pytest.raises(UserError, match="advantages = gae: branches have no critic"):
         branch.run(resolved(objective="ppo"), None, SimpleNamespace(results=tmp_path / "none.jsonl"))
