@@ -86,7 +86,7 @@ class ValueModel(torch.nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The value of every response token, one response after another, [N] in float32."""
         hidden = take(hidden_states(self.body, batch), batch.predecessors)  # [N, D]
-        return (hidden.float() @ self.head.float().T)[:, 0]  # a sharded head is bfloat16 here; its products are not
+        return hidden.float() @ self.head.float()[0]  # a sharded head is bfloat16 here; its products are not
 
 
 class Critic:

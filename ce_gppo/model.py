@@ -87,6 +87,8 @@ def compile_layers(model: PreTrainedModel, **options) -> None:
     options: of torch.compile. TORCH_COMPILE_DISABLE=1 in the environment turns all compiling off.
     """
     torch._dynamo.config.optimize_ddp = False  # otherwise dynamo splits the graphs at the ends of DDP's buckets
+    # Policy, critic and reference share their layers' code. Beyond 8 variants of it dynamo would compile no more.
+    torch._dynamo.config.recompile_limit = 64
     for module in model.modules():
         if type(module).__name__ in (model._no_split_modules or []):
             module.compile(dynamic=True, **options)

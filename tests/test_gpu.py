@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, Exaone4Config
 
 import loss
 import train
 from ce_gppo import checkpoint, critic, dist, entropy, forward, perf, reference, runs
 from ce_gppo.forward import Policy
 from ce_gppo.model import compile_layers, load_model
-from data.arithmetic.base import make_model
+from data.arithmetic.base import make_model, make_tokenizer
 from helpers import group_of, naive_statistics, resolved, responses_of
 
 
@@ -251,6 +252,44 @@ def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, tokenizer,
     half = len(batches)
     torch.testing.assert_close(found[:half], found[half:], atol=2e-5, rtol=1e-4)
     assert 0 < counts[2] < 20 and set(counts[2:]) == {counts[2]}, counts
+
+
+@pytest.mark.slow
+def test_layers_of_two_kinds_stay_compiled(tmp_path, one_process, recwarn):
+    """Sliding and full attention with and without rotary embedding, in policy, critic and reference, all sharded.
+
+    These share their code, of which dynamo compiles 8 variants at most: it leaves further ones to Python in silence.
+    """
+    kinds = ["sliding_attention", "full_attention"]
+    config = Exaone4Config(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=300,
+        max_position_embeddings=128,
+        layer_types=kinds * 2,
+        sliding_window=4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    counter, wrapped = CompileCounter(), []
+    for make, checkpointing in ((Policy, True), (critic.ValueModel, True), (Policy, False)):
+        model, _ = load_model(str(tmp_path), gradient_checkpointing=checkpointing)
+        compile_layers(model, backend=counter)
+        wrapped.append(dist.distribute(make(model), "offload", model._no_split_modules))
+    policy, values, frozen = wrapped
+    no_silence = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+    with torch.compiler.set_stance("default"), no_silence:
+        for responses in (group_of(3, [4, 9]), responses_of([(2, 5), (3, 1)]), group_of(5, [60, 7, 2]), []):
+            batch = forward.collate(responses)
+            with torch.no_grad():
+                policy(batch, 1.0), frozen(batch, 1.0), values(batch)
+            policy(batch, 1.0)[0].sum().backward()
+            values(batch).sum().backward()
+    assert 0 < counter.frame_count < 30
+    assert not [str(w.message) for w in recwarn if "view tensor" in str(w.message)], "FSDP2 could lose its hooks"
 
 
 def test_compile_layers_on_a_gpu_only(monkeypatch, tiny_folder):
