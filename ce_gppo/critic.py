@@ -120,13 +120,12 @@ def learn_values(critic: Critic | None, mini_batches: list[list[Response]], conf
     if critic is None:
         return {}
     shares = [own_share(mini_batch) for mini_batch in mini_batches]
-    with meter("critic"):
+    with meter("critic"), dist.host_threads():
         responses = flatten(shares)
         estimate(critic, responses, config, meter.device)
         set_advantages(responses, config.kl_coef)
         metrics = metrics_of(responses, with_kl=config.kl_coef > 0)
-        with dist.host_threads():
-            updates = [update(critic, share, config, meter.device) for share in shares * config.epochs]
+        updates = [update(critic, share, config, meter.device) for share in shares * config.epochs]
         dist.zero_gradients(critic.wrapped, critic.optimizer)  # no memory for gradients while vLLM samples
     if updates:
         sums = [sum(column) for column in zip(*updates, strict=True)]

@@ -269,9 +269,10 @@ def release(policy: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def host_threads():
-    """A context with all of torch's threads, for work on the host such as an offloaded optimizer's.
+    """A context, or decorator, with all of torch's threads, for work on the host such as an offloaded optimizer's.
 
-    On a GPU vLLM sets its process to one thread, and its compiled code relies on that. So the number is restored.
+    On a GPU vLLM sets its process to one thread, and its compiled code relies on that. So the number is restored. All
+    passes of the trainer have this context: torch.compile makes another variant for another number of threads.
     """
     if not torch.cuda.is_available():
         yield

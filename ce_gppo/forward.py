@@ -47,6 +47,7 @@ def hidden_states(body: PreTrainedModel, batch: "Batch") -> Tensor:
 
 
 @torch.no_grad()
+@dist.host_threads()
 def compute_old_logprobs(
     policy: torch.nn.Module, responses: list[Response], temperature: float, max_tokens: int, device: str
 ) -> None:

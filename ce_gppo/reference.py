@@ -23,6 +23,7 @@ def load_reference(config, device: str) -> torch.nn.Module | None:
 
 
 @torch.no_grad()
+@dist.host_threads()
 def set_reference_logprobs(
     reference: torch.nn.Module | None, mini_batches: list[list[Response]], config, meter: Meter
 ) -> None:

@@ -407,6 +407,27 @@ class NoMeter:
         return contextlib.nullcontext()
 
 
+def test_all_passes_have_the_same_number_of_threads(monkeypatch, tiny_model):
+    """torch.compile makes another variant of a function for another number: the head would be compiled twice."""
+    policy, made = Policy(tiny_model), critic.Critic(tiny_model, resolved(objective="ppo"))
+    config, meter, responses = (
+        resolved(objective="ppo", kl_coef=0.1),
+        perf.Meter(tiny_model, "cpu"),
+        group_of(3, [2, 4]),
+    )
+    threads, seen = [1], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
+    monkeypatch.setattr(dist, "THREADS", 16)
+    for module in (policy, made.wrapped):
+        module.register_forward_pre_hook(lambda *_: seen.append(threads[0]))
+    forward.compute_old_logprobs(policy, responses, 1.0, 100, "cpu")
+    reference.set_reference_logprobs(policy, [responses], config, meter)
+    critic.learn_values(made, [responses], config, meter)
+    assert seen == [16] * 4 and threads == [1]
+
+
 def test_updates_have_all_threads_of_the_host(monkeypatch):
     """An offloaded optimizer's step needs them, and vLLM sets the number of threads of its process to 1."""
     vllm = Path(importlib.util.find_spec("vllm").origin).parent  # not imported, which takes 10 s
