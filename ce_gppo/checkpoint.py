@@ -68,11 +68,11 @@ class Saver:
         weights = get_model_state_dict(self.model, options=WHOLE)
         named = {name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}
         weights = {name: tensor for name, tensor in weights.items() if name in named}  # tied weights once
-        record = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)}
+        record = {"optimizer": _optimizer_state(self.model, self.optimizer)}
         if self.critic:
             model, optimizer = self.critic.model, self.critic.optimizer
             record["critic"] = get_model_state_dict(model, options=WHOLE)
-            record["critic_optimizer"] = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+            record["critic_optimizer"] = _optimizer_state(model, optimizer)
         if dist.is_main():
             weights, record = self._apart((weights, record))
             record["state"] = asdict(state)
@@ -115,6 +115,23 @@ class Saver:
             prune(self.run, KEEP)
         except Exception as failure:  # of any kind: without this the checkpoint would seem to be written
             self.error = f"{folder}: {failure}"
+
+
+def _optimizer_state(model, optimizer: torch.optim.Optimizer) -> dict:
+    """The optimizer's state by the names of parameters. Collective.
+
+    torch makes a state for an optimizer that has none, by a step with gradients of 0. That is not to be counted: a
+    checkpoint in the critic's warm-up would otherwise make the policy's first updates smaller.
+    """
+    new = not optimizer.state
+    record = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if new:
+        for state in (
+            *optimizer.state.values(),
+            *record.get("state", {}).values(),
+        ):  # other ranks than 0 have no record
+            state["step"].zero_()
+    return record
 
 
 def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None:

@@ -59,6 +59,20 @@ def test_round_trip(tiny_model, optimizer, saver, tmp_path):
         assert torch.equal(p, q), name
 
 
+def test_saving_an_optimizer_without_a_step_changes_no_later_step(tiny_model, optimizer, saver):
+    """While a critic warms up, the policy's has none. torch makes its state by a step, and would count it."""
+    models = {"never saved": copy.deepcopy(tiny_model), "saved": tiny_model}
+    optimizers = {"never saved": torch.optim.AdamW(models["never saved"].parameters(), lr=1e-2), "saved": optimizer}
+    folder = save(saver, State("id", step=1))
+    models["resumed"], _ = load_model(str(folder))
+    optimizers["resumed"] = torch.optim.AdamW(models["resumed"].parameters(), lr=1e-2)
+    checkpoint.load(folder, models["resumed"], optimizers["resumed"])
+    for name, model in models.items():
+        train_a_step(model, optimizers[name], 0)
+        for parameter, expected in zip(model.parameters(), models["never saved"].parameters(), strict=True):
+            assert torch.equal(parameter, expected), name
+
+
 def test_a_save_that_fails_leaves_the_old_checkpoint(saver, tmp_path, monkeypatch, capsys):
     folder = save(saver, State("id", 1))
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
