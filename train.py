@@ -9,7 +9,6 @@ torchrun --nproc_per_node 8 train.py              the same on eight GPUs; docs/s
 
 import itertools
 import math
-import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 
 import loss
 import reward
-from ce_gppo import checkpoint, corrections, dist, runs, selection
+from ce_gppo import checkpoint, corrections, dist, runs, selection, tracking
 from ce_gppo import types as t
 from ce_gppo.betas import betas_of_step, bonus_of_step, first_control, lr_of_step, next_control
 from ce_gppo.checkpoint import State
@@ -125,7 +124,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     problems, held_out, sizes = load_sets(config, tokenizer, model.config, reward.VERIFIERS)
     policy = dist.distribute(Policy(model), config.shard, model._no_split_modules or [])  # shares the model's weights
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
-    new = State(dist.rank0_then_broadcast(lambda: secrets.token_hex(4)), control=first_control(config))
+    new = State(dist.rank0_then_broadcast(tracking.new_id), control=first_control(config))
     critic = load_critic(config, source, device)  # None without gae
     state = checkpoint.load(last, model, optimizer, critic) if last else new
     dist.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import netrc
 import os
+import secrets
 import shlex
 import sys
 from pathlib import Path
@@ -16,6 +17,11 @@ from ce_gppo.problems import updates_of_step
 from ce_gppo.types import UserError
 
 PROJECT = "ce-gppo"
+
+
+def new_id() -> str:
+    """The id of a new run in W&B. A sweep's run has one from `wandb agent`, and W&B ignores any other there."""
+    return ("WANDB_SWEEP_ID" in os.environ and os.environ.get("WANDB_RUN_ID")) or secrets.token_hex(4)
 
 
 def start_wandb(folder: Path, config, run_id: str):

@@ -296,6 +296,16 @@ def test_runs_are_grouped_by_everything_except_the_seed():
     assert name.startswith("ce_gppo-") and name != tracking.group_of(resolved(lr=3e-5))
 
 
+def test_a_run_of_a_sweep_keeps_its_id(monkeypatch):
+    """Otherwise, resumed without the agent, it would continue as another run."""
+    monkeypatch.setenv("WANDB_RUN_ID", "swrun001")
+    assert tracking.new_id() != tracking.new_id() != "swrun001"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
+    assert tracking.new_id() == "swrun001"
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert len(tracking.new_id()) == 8
+
+
 def test_wandb_turns_the_sweep_file_into_a_command_line_of_train():
     """For every combination of the file's values, through JSON and W&B's own code."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # takes 2 s
