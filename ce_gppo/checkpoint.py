@@ -179,6 +179,11 @@ def load(folder: Path, model, optimizer: torch.optim.Optimizer, critic=None) -> 
     starting(f"the optimizer in {folder} does not fit the model")
     saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
     set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=WHOLE)
+    for parameter, moments in optimizer.state.items():
+        if moments["exp_avg"].shape != parameter.shape:
+            raise UserError(f"{folder}: its optimizer belongs to another model, as the shapes differ")
+    if saved["state"]["step"] != step_of(folder):
+        raise UserError(f"{folder}: it was made after step {saved['state']['step']}, so it has another name; rename it")
     if critic:
         set_model_state_dict(critic.model, saved["critic"], options=WHOLE)
         set_optimizer_state_dict(critic.model, critic.optimizer, saved["critic_optimizer"], options=WHOLE)

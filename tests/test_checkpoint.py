@@ -11,6 +11,7 @@ from ce_gppo import checkpoint
 from ce_gppo.checkpoint import Saver, State
 from ce_gppo.model import load_model
 from ce_gppo.types import RunEnded, UserError
+from data.arithmetic.base import make_model
 
 
 def train_a_step(model, optimizer, seed: int) -> None:
@@ -151,6 +152,17 @@ def test_a_damaged_checkpoint_is_named_and_skipped(saver, tmp_path, capsys, dama
     assert f"{folders[1]} is damaged ({said})" in capsys.readouterr().err
     damage(folders[0])
     assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_renamed_checkpoint_and_another_models_optimizer_are_refused(tiny_model, optimizer, saver, tokenizer):
+    train_a_step(tiny_model, optimizer, 0)
+    folder = save(saver, State("abc", step=7))
+    wider = make_model(tokenizer, hidden_size=96, num_layers=1)
+    with pytest.raises(UserError, match="belongs to another model, as the shapes differ"):
+        checkpoint.load(folder, wider, torch.optim.AdamW(wider.parameters(), lr=1e-2))
+    folder = folder.rename(folder.with_name("checkpoint-000009"))
+    with pytest.raises(UserError, match="it was made after step 7, so it has another name"):
+        checkpoint.load(folder, tiny_model, optimizer)
 
 
 def test_the_remains_of_a_killed_save_are_no_checkpoint(saver, tmp_path):
