@@ -28,7 +28,7 @@ from ce_gppo.evaluation import check_engine, evaluate_policy
 from ce_gppo.forward import Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
-from ce_gppo.problems import FILTERS, check_files, load_sets, max_batches, problems_of_batch, seed_of_step
+from ce_gppo.problems import FILTERS, check_inputs, load_sets, max_batches, problems_of_batch, seed_of_step
 from ce_gppo.reference import load_reference, set_reference_logprobs
 from ce_gppo.report import Report, plan
 from ce_gppo.statistics import MEASURED, check_mismatch, moved_metrics, reward_metrics, step_metrics
@@ -83,8 +83,8 @@ class Config:
     old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios are less exact
     mini_batch_prompts: t.Count = 6  # groups per update; max_kept_prompts / mini_batch_prompts updates an epoch [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
-    lr: t.Positive = 5e-5  # AdamW learning rate [1e-6]
-    critic_lr: t.Positive | None = None  # AdamW learning rate of gae's critic, constant; None: 3 lr
+    lr: t.Rate = 5e-5  # AdamW learning rate [1e-6]
+    critic_lr: t.Rate | None = None  # AdamW learning rate of gae's critic, constant; None: 3 lr
     warmup_steps: t.CountOrZero = 5  # rollouts over which lr grows to its value [10]; gae: after as many for the critic
     max_micro_batch_tokens: t.Count = 16384  # tokens in one pass through the model; bounds the memory
     gradient_checkpointing: bool = False  # recompute the layers in backward: a third more time, far less memory [true]
@@ -118,7 +118,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     """The whole run, new or continued. Once `stop()` is true on any rank it saves and returns."""
     device = dist.init()
     folder, last = dist.rank0_then_broadcast(lambda: runs.locate(config, resume))
-    check_files(config.train_data, config.eval_data)  # before a large model is downloaded
+    check_inputs(config, reward.VERIFIERS)  # before a large model is downloaded
     source = str(last or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
     problems, held_out, sizes = load_sets(config, tokenizer, model.config, reward.VERIFIERS)

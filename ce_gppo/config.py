@@ -23,7 +23,7 @@ from ce_gppo.betas import read_schedule
 from ce_gppo.objectives import BETAS, USUAL
 from ce_gppo.problems import max_batches
 from ce_gppo.tracking import check_wandb
-from ce_gppo.types import STARTING, Named, OneOf, Range, RunEnded, UserError, starting
+from ce_gppo.types import STARTING, Named, OneOf, Range, RunEnded, UserError, first_line, starting
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -46,7 +46,7 @@ def command(main: Callable, Config: type | None = None, description: str | None 
             check_ranges(config)
             main(config)
         except (UserError, RunEnded) as error:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: {shortened(str(error))}", file=sys.stderr)
             sys.exit(2 if isinstance(error, UserError) else 1)
         except BrokenPipeError:  # of `| head`; any other broken pipe must be seen
             if not dist.nobody_reads():
@@ -69,25 +69,39 @@ def command(main: Callable, Config: type | None = None, description: str | None 
     record(run)() if "TORCHELASTIC_RUN_ID" in os.environ else run()
 
 
-def cli(Config: type, **options):
+def shortened(sentence: str) -> str:
+    """The sentence, with `...` for the middle of each overlong word, such as a value that was given by mistake."""
+    return re.sub(r"(\S{100})\S{100,}(\S{40})", r"\1...\2", sentence)
+
+
+def warn_of_two(arguments: list[str]) -> None:
+    """Say which settings are given twice: only the last one counts."""
+    options = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
+    names = ["--" + option.removeprefix("--").removeprefix("no-") for option in options]
+    if twice := dict.fromkeys(name for i, name in enumerate(names) if name in names[:i]):
+        dist.say(f"{', '.join(twice)} given more than once: the last one counts", warning=True)
+
+
+def cli(Config: type, args: list[str] | None = None, **options):
     """The settings on the command line. The help has 40 columns at least: with three or fewer tyro never ends it."""
     import tyro  # not at the top: bench.gpu runs without it
 
+    if args is None:  # otherwise `parse` has said it
+        warn_of_two(args := sys.argv[1:])
     if shutil.get_terminal_size().columns < 40:
         os.environ["COLUMNS"] = "40"
-    return tyro.cli(Config, **options)
+    return tyro.cli(Config, args=args, **options)
 
 
 def unexpected(error: Exception) -> str:
     """One sentence: STARTING, the first line of a library's error, and the file that has its whole traceback."""
-    cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     try:
         with tempfile.NamedTemporaryFile("w", prefix="ce-gppo-", suffix=".txt", delete=False) as file:
             traceback.print_exception(error, file=file)
         where = f"{file.name} has the whole traceback"
     except OSError as unwritten:  # no folder for such files, or a full one
         where = f"its traceback cannot be kept ({unwritten})"
-    return f"{STARTING[0]}: {type(error).__name__}: {cause[:300]}; {where}"
+    return f"{STARTING[0]}: {type(error).__name__}: {first_line(error)}; {where}"
 
 
 def open_to_append(path: Path, option: str) -> typing.TextIO:
@@ -110,6 +124,10 @@ def check_ranges(config) -> None:
                 if problem := range_.problem(one):
                     shown = repr(one) if isinstance(one, str) else f"= {one}:"
                     raise UserError(f"{name} {shown} {problem}")
+        if isinstance(value, str) and not value.isascii() and "\ufffd" in os.fsencode(value).decode(errors="replace"):
+            raise UserError(
+                f"{name} {value[:60]!r} is not text in UTF-8; the terminal's locale may have another encoding"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,6 +145,7 @@ def parse(Config: type, arguments: list[str]) -> tuple[typing.Any, str, str]:
     if space and not re.fullmatch("[1-9][0-9]{0,4}", space):
         raise UserError(f"VLLM_CPU_KVCACHE_SPACE={space} in the environment: vLLM needs a whole number of GiB")
 
+    warn_of_two(arguments)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
     parser.add_argument("--resume")

@@ -1,11 +1,12 @@
 """The trained model: loading it, refusing models that would train wrongly, and its weights by checkpoint names."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch._dynamo
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -22,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from ce_gppo import dist
 from ce_gppo.checkpoint import try_saving
 from ce_gppo.forward import Policy, collate, packed_attention
-from ce_gppo.types import Response, UserError, starting
+from ce_gppo.types import Response, UserError, first_line, starting
 
 # Final transformations of the logits in some architectures (Gemma 2, Granite, Cohere). token_statistics has none.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -40,14 +41,17 @@ def load_model(
     for a head that `token_statistics` would compute wrongly.
     """
     starting(f"model '{path}' cannot be loaded")
-    check_model(path)
+    if (quantized := getattr(check_model(path), "quantization_config", None)) is not None:
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise UserError(f"model '{path}': its weights are quantized ({kind}), and only floating-point ones train")
     cuda = device.startswith("cuda")
     device = "cpu" if shard == "offload" or (shard == "yes" and dist.world_size() > 1) else device
     disable_progress_bar()
     register_attention()
     options = {"attn_implementation": "packed", "use_safetensors": True, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # check_loaded refuses them
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
         if not model._supports_attention_backend:
             raise KeyError("packed")
     except KeyError as error:  # Falcon's class raises this
@@ -57,6 +61,7 @@ def load_model(
             f"model '{path}': transformers cannot replace the attention of this architecture; docs/models.md lists "
             "the families that train"
         ) from None
+    check_loaded(info, path)
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:
         raise UserError(f"model '{path}': its output head is not a plain linear layer without bias")
@@ -101,20 +106,73 @@ def register_attention() -> None:
 
 def check_model(path: str) -> PretrainedConfig:
     """The model's configuration. UserError if `path` is no model folder or hub name, or its logits are transformed."""
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"model '{path}': the folder has no config.json, so it is not a Hugging Face model")
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"model '{path}': the folder has no config.json, so it is not a Hugging Face model")
+        check_model_files(Path(path))
     if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
         raise UserError(f"model '{path}': no such folder, and not a hub name like 'Qwen/Qwen2.5-1.5B'")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model '{path}': cannot read its config: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of transformers and of huggingface_hub
+        raise UserError(f"model '{path}': cannot read its config: {first_line(error)}") from None
     if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
         raise UserError(f"model '{path}': the folder has no .safetensors weights (pickled ones are not read)")
     for name in LOGIT_TRANSFORMS:
         if getattr(config, name, None) not in (None, 1.0):
             raise UserError(f"model '{path}': {name} = {getattr(config, name)} changes its logits; not supported")
     return config
+
+
+JSON = ("config", "generation_config", "tokenizer_config", "tokenizer", "special_tokens_map")
+
+
+def check_model_files(folder: Path) -> None:
+    """UserError for a file of the model that is missing, cut or no JSON. The libraries' errors do not name the file."""
+    index = folder / "model.safetensors.index.json"
+    for path in (*(folder / f"{name}.json" for name in JSON), index):
+        try:
+            content = json.loads(path.read_bytes()) if path.is_file() else {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"model '{folder}': {path.name} cannot be read: {error}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"model '{folder}': {path.name} cannot be read: it is not a JSON object")
+        if path == index and content:
+            shards = content.get("weight_map")
+            shards = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else ["weight_map"]
+            if missing := [name for name in shards if not (folder / name).is_file()]:
+                raise UserError(f"model '{folder}': {path.name} names {missing[0]}, which is not there")
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            why = f"SafetensorError: {error}" if path.stat().st_size > 1000 else "it is a pointer of git-lfs, or cut"
+            raise UserError(f"model '{folder}': {path.name} cannot be read: {why}; copy it again") from None
+
+
+def check_loaded(info: dict, path: str) -> None:
+    """UserError for weights that the files lack or have in another shape; transformers has made random ones instead.
+
+    A warning for weights that the model leaves out, such as layers beyond num_hidden_layers.
+    """
+    if info["mismatched_keys"]:
+        name, stored, wanted = min(info["mismatched_keys"])
+        raise UserError(
+            f"model '{path}': config.json does not fit the weights: {name} has the shape {list(stored)} in the files, "
+            f"and {list(wanted)} by config.json"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model '{path}': {len(missing)} of its weights, such as {missing[0]}, are not in its files, though "
+            "config.json asks for them"
+        )
+    if unused := sorted(info["unexpected_keys"]):
+        dist.say(
+            f"model '{path}': {len(unused)} weights in its files, such as {unused[0]}, have no place in a model of its "
+            "config.json: they are left out, and checkpoints will lack them",
+            warning=True,
+        )
 
 
 def context_of(path: str) -> int:
@@ -183,6 +241,8 @@ def stop_token_ids(model: str, tokenizer) -> list[int]:
     ids: set[int] = set()
     for entry in named:
         ids.update(entry if isinstance(entry, list) else [] if entry is None else [entry])
+    if wrong := [entry for entry in ids if type(entry) is not int]:
+        raise UserError(f"model '{model}': eos_token_id {wrong[0]!r} in generation_config.json is no number of a token")
     return sorted(ids)
 
 

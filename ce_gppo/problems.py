@@ -11,11 +11,13 @@ import torch
 
 from ce_gppo import dist
 from ce_gppo.types import Problem, UserError, starting
-from ce_gppo.verifier.sources import assign
+from ce_gppo.verifier.sources import assign, check_names
 
 # Some chat templates print the date. A run that is resumed tomorrow must have the same prompts, so the date is always
 # this one, the default of Llama 3.2's template.
 TODAY = datetime.date(2024, 7, 26)
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def check_file(path: str) -> None:
@@ -32,6 +34,12 @@ def check_files(*paths: str) -> None:
     """`check_file` for each; a path may name several files, with commas."""
     for path in ",".join(paths).split(","):
         check_file(path)
+
+
+def check_inputs(config, verifiers: dict[str, Callable]) -> None:
+    """UserError for a file of data that is missing, or for `rewards` that no data could fit. verifiers: as in assign"""
+    check_files(config.train_data, config.eval_data)
+    check_names(config.rewards, verifiers)
 
 
 def load_rows(path: str) -> list[dict]:
@@ -57,7 +65,7 @@ def _object(pairs: list[tuple[str, typing.Any]]) -> dict:
     row = {}
     for key, value in pairs:
         if key in row:  # Python would take the last one, without a word
-            raise ValueError(f"the key '{key}' is there twice")
+            raise ValueError(f"the key '{key[:40]}' is there twice")
         row[key] = value
     return row
 
@@ -73,8 +81,12 @@ def _problem_with(row) -> str | None:
             return f"'{key}' is {json.dumps(row[key])[:40]}, where a string is needed"
     if not row["answer"].strip():
         return "'answer' is empty: no response could ever be right"
-    if not row["source"].strip() or not row["source"].isprintable():
-        return f"'source' is {json.dumps(row['source'])[:40]}; metrics get this name, so it must be printable"
+    source = row["source"]
+    if not source.isprintable() or source != source.strip() or "," in source or not 1 <= len(source) <= 100:
+        return (
+            f"'source' is {json.dumps(source)[:40]}; metrics and the setting `rewards` have this name, so it must be "
+            "printable, at most 100 characters, without a comma or spaces around it"
+        )
     if not isinstance(row["prompt"], list) or not row["prompt"]:
         return "'prompt' is not a list of messages {role, content}"
     for message in row["prompt"]:
@@ -85,8 +97,11 @@ def _problem_with(row) -> str | None:
         return "it has half of a surrogate pair, which is not valid text"
     if not row["prompt"][-1]["content"].strip():
         return "the last message of 'prompt' is empty, so there is no problem in it"
-    if row["prompt"][-1]["role"] == "assistant":
-        return "the last message of 'prompt' is the assistant's; it must be another role's, as the policy answers it"
+    for message in row["prompt"]:
+        if message["role"] not in ROLES:  # some chat templates leave such a message out
+            return f"the role {json.dumps(message['role'])[:40]} is unknown; known: {', '.join(ROLES)}"
+    if row["prompt"][-1]["role"] not in ("user", "tool"):
+        return f"the last message of 'prompt' is the {row['prompt'][-1]['role']}'s; the policy answers a user or tool"
     return None
 
 
@@ -151,6 +166,11 @@ def load_sets(
     who, (problems, held_out) = assign(config.rewards, verifiers, problems, held_out)
     if trained := len({problem.prompt for problem in held_out} & {problem.prompt for problem in problems}):
         dist.say(f"{trained} held-out problems are also trained on, so their accuracy says little", warning=True)
+    answers: dict[str, set[str]] = {}
+    for problem in problems + held_out:
+        answers.setdefault(problem.prompt, set()).add(problem.answer.strip())
+    if contradicting := sum(len(each) > 1 for each in answers.values()):
+        dist.say(f"{contradicting} problems are there several times, with different answers", warning=True)
     sizes = (
         f"{len(problems)} training and {len(held_out)} held-out problems ({dropped} and {held_out_dropped} dropped: "
         f"prompt longer than {config.max_prompt_tokens} tokens)\n"

@@ -34,7 +34,7 @@ class Report:
         self.folder, self.config = folder, config
         self.path = folder / "metrics.jsonl"
         # Steps after the checkpoint will be done again. Without a checkpoint so will the evaluation before step 1.
-        self.history = drop_later_steps(self.path, step or -1)
+        self.history = drop_later_steps(self.path, step or -1, only_numbers=True)
         drop_later_steps(folder / "samples.jsonl", step or -1)
         drop_later_steps(folder / "tokens.jsonl", step or -1)
         self.file = self.path.open("a")
@@ -179,18 +179,29 @@ def strict_json(value) -> str:
         return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None))
 
 
-def drop_later_steps(path: Path, last_step: int) -> list[dict]:
+def drop_later_steps(path: Path, last_step: int, only_numbers: bool = False) -> list[dict]:
     """Rewrite a JSONL file with only its rows up to last_step, and return them. A half-written line is dropped."""
-    rows = []
     if not path.exists():
-        return rows
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
-            rows += [row] if row["step"] <= last_step else []
+        return []
+    rows = [row for row in read_rows(path, only_numbers) if row["step"] <= last_step]
     aside = path.with_suffix(".partial")
     aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     aside.replace(path)
+    return rows
+
+
+def read_rows(path: Path, only_numbers: bool = False) -> list[dict]:
+    """The rows of a run's file that have a step. Lines that training did not write, or only in part, are left out.
+
+    only_numbers: of these rows, only the finite numbers, which is all that metrics.jsonl has.
+    """
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            row = json.loads(line)
+            if type(row["step"]) is int:
+                numbers = {k: v for k, v in row.items() if type(v) in (int, float) and math.isfinite(v)}
+                rows.append(numbers if only_numbers else row)
     return rows
 
 
@@ -214,10 +225,16 @@ def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: st
         + ", "
         f"then up to {updates_of_step(config)} updates of {config.mini_batch_prompts * config.responses_per_prompt} "
         f"responses; {config.steps} steps"
+        + ("; nothing is clipped, as a step's only update has ratio 1" if one_update(config) else "")
         + (f"; on {world} processes, {'copied' if config.shard == 'no' else 'sharded'}" if world > 1 else "")
         + ("; weights, gradients and optimizer in the host's memory" if config.shard == "offload" else "")
         + ("; shard does nothing, with one process" if config.shard == "yes" and world == 1 else "")
     )
+
+
+def one_update(config) -> bool:
+    """Whether every ratio is 1, so that the clip interval and the betas do nothing."""
+    return updates_of_step(config) == 1 and config.old_logprobs == "trainer"
 
 
 def probability_histograms(responses: list[Response]) -> dict[str, torch.Tensor]:

@@ -53,6 +53,8 @@ def locate(config, resume: str) -> tuple[Path, Path | None]:
                 )
             dist.say(f"changed since the run began: {changed}", warning=True)
         after = f"after {last.name}" if last else "from its start, as there is no checkpoint yet"
+        if last and checkpoint.step_of(last) >= config.steps:
+            after += f", though it has all its {config.steps} steps: only its last evaluation is done if it is missing"
         dist.say(f"going on with {folder} {after}; a new run of the same settings needs its own name: --run-name NAME")
     return folder, last
 
@@ -87,6 +89,8 @@ def changes(folder: Path, config) -> list[str]:
     now = {path.relative_to(ROOT): path.read_bytes() for path in sources()}
     changed = [str(path) for path in sorted(before | now) if before and before.get(path) != now.get(path)]
     recorded = json.loads((folder / "config.json").read_text()).get("inputs", {})
+    if not isinstance(recorded, dict):  # edited, or of another version
+        return [*changed, "inputs in config.json, which cannot be compared"]
     current = fingerprints(config)  # a deleted base model is no change: the checkpoint has the weights
     return changed + [path for path, mark in recorded.items() if current.get(path, mark) != mark]
 

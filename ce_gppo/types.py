@@ -92,6 +92,12 @@ def starting(what: str) -> None:
     STARTING[:] = [what] if what else []
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a library's error; the second too, where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0])[:300]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranges, to be written as the types of settings: `steps: Count = 50`
 
@@ -133,7 +139,14 @@ class Named:
             return "is blank; a name is needed"
         if not value.isprintable():
             return "has a character that cannot be printed; choose another name"
-        if any(len(part.encode()) > 255 for part in re.split("[/,]", value)):
+        parts = value.split(",")
+        if not all(map(str.strip, parts)) and value:
+            return "has no name beside a comma"
+        if any(part.startswith("~") for part in parts):  # the shell replaces ~ only at the start of a word
+            return "begins with ~, which the shell has not replaced; $HOME works everywhere"
+        if any(len(part.encode()) > 255 for part in re.split("[/,]", value)) or any(
+            len(p.encode()) > 4000 for p in parts
+        ):
             return "is too long for the name of a file"
         return None
 
@@ -148,10 +161,11 @@ NameOrEmpty = Annotated[str, Named(or_empty=True)]
 Count = Annotated[int, Range(1, 2**31 - 1)]  # vLLM and torch count in 32 or 64 bits
 CountOrZero = Annotated[int, Range(0, 2**31 - 1)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
-NonNegative = Annotated[float, Range(0)]
-Positive = Annotated[float, Range(0, above=True)]
-Temperature = Annotated[float, Range(0.01)]  # vLLM silently replaces a lower one by 0.01
-GreedyOrTemperature = Annotated[float, Range(0.01, or_zero=True)]  # at 0 it takes the most probable token
-AboveOne = Annotated[float, Range(1, above=True)]
+NonNegative = Annotated[float, Range(0, 10_000)]  # of coefficients and clip intervals: larger ones overflow
+Positive = Annotated[float, Range(0, 10_000, above=True)]
+Rate = Annotated[float, Range(0, 1, above=True), Range(1e-10, 1)]  # less is rounded away by float32, more is noise
+Temperature = Annotated[float, Range(0.01, 100)]  # vLLM silently replaces a lower one by 0.01
+GreedyOrTemperature = Annotated[float, Range(0.01, 100, or_zero=True)]  # at 0 it takes the most probable token
+AboveOne = Annotated[float, Range(1, 10_000, above=True)]
 ZeroToOne = Annotated[float, Range(0, 1)]
 Share = Annotated[float, Range(0, 1, above=True)]

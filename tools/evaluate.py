@@ -26,7 +26,7 @@ from ce_gppo.model import check_model
 from ce_gppo.problems import check_files, check_thinking, check_vocabulary, load_problems
 from ce_gppo.runs import lock_file
 from ce_gppo.types import Problem, Response, UserError
-from ce_gppo.verifier.sources import assign, files
+from ce_gppo.verifier.sources import assign, check_names, files
 from reward import VERIFIERS, extract_answer, score
 from rollout import Engine, prepare_environment
 from tools.tables import compare, print_table, read_results
@@ -34,8 +34,10 @@ from tools.tables import compare, print_table, read_results
 
 @dataclass
 class Config:
-    model: str = "data/arithmetic/base"  # folder or hub name
-    bench: str = "data/arithmetic/eval.jsonl"  # with commas: names as in data/benchmarks/<name>.jsonl, or JSONL files
+    model: t.Name = "data/arithmetic/base"  # folder or hub name
+    bench: t.Name = (
+        "data/arithmetic/eval.jsonl"  # with commas: names as in data/benchmarks/<name>.jsonl, or JSONL files
+    )
     k: t.Count = 8  # samples per problem [AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
     temperature: t.GreedyOrTemperature = 0.6  # the paper's; `make train` evaluates its small model at 1.0
     top_p: t.Share = 0.95  # the paper's; 1.0 turns it off
@@ -45,7 +47,7 @@ class Config:
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
     rewards: str = ""  # verifiers, "source=verifier,source2=mine.py:score"; empty: by the source's name, else math
-    out: str = ""  # JSONL file of the responses; empty: out/eval/<model>.<benchmarks>.k<k>.jsonl
+    out: t.NameOrEmpty = ""  # JSONL file of the responses; empty: out/eval/<model>.<benchmarks>.k<k>.jsonl
     write_every: t.Count = 512  # responses sampled between two writes: a killed run loses at most these
     gpu_memory_utilization: t.Share = 0.9  # share of the GPU's memory for vLLM
     seed: t.Seed = 0
@@ -59,6 +61,7 @@ def main(config: Config) -> None:
         raise UserError(f"temperature = 0 gives {config.k} equal samples; use k = 1")
     paths = [name if name.endswith(".jsonl") else f"data/benchmarks/{name}.jsonl" for name in config.bench.split(",")]
     check_files(*paths)  # before a large model is downloaded
+    check_names(config.rewards, VERIFIERS)
     known = check_model(config.model)
     limit = known.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
@@ -79,6 +82,8 @@ def main(config: Config) -> None:
     path = Path(config.out or default_out(config, problems))
     size = max(1, config.write_every // config.k)  # problems per chunk; each has its own seed, so it can be redone
     chunks = [problems[i : i + size] for i in range(0, len(problems), size)]
+    if path.is_dir():
+        raise UserError(f"--out {path}: a folder is there; name a file")
     if path.exists():
         lock(path.open())  # an early error if another evaluation has it; closed at once
     rows = resumed(path, settings, [len(chunk) * config.k for chunk in chunks])

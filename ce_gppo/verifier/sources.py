@@ -27,6 +27,15 @@ def read_rewards(rewards: str) -> dict[str, str]:
     return chosen
 
 
+def check_names(rewards: str, verifiers: dict[str, Callable]) -> None:
+    """UserError for what is wrong with `rewards` whatever the data are. verifiers: reward.VERIFIERS."""
+    for source, name in read_rewards(rewards).items():
+        if name not in verifiers and not (path := custom.file_of(name)):
+            outside(name, source or "gym/<task>", verifiers)
+        elif name not in verifiers and not path.is_file():
+            raise UserError(f"rewards: verifier {name}: there is no file {path}")
+
+
 def files(rewards: str) -> list[Path]:
     """The files of the user's own functions, and those beside them that they import."""
     own = [path for verifier in read_rewards(rewards).values() if (path := custom.file_of(verifier))]
@@ -43,6 +52,12 @@ def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -
     chosen, sources = read_rewards(rewards), sorted({problem.source for problem in itertools.chain(*sets)})
     if unknown := sorted(chosen.keys() - {EVERY, *sources}):
         raise UserError(f"rewards: no problem has the source '{unknown[0]}'; the data's: {', '.join(sources)}")
+    for source in sources:
+        if not {source, EVERY} & chosen.keys() and source not in verifiers and source.lower() in verifiers:
+            raise UserError(
+                f"source '{source}' is not '{source.lower()}', which has a verifier; say --rewards "
+                f"{source}={source.lower()}, or {source}=math"
+            )
     names = {source: chosen.get(source) or chosen.get(EVERY) or by_name(source, verifiers) for source in sources}
     full = {source: name if name in verifiers else outside(name, source, verifiers) for source, name in names.items()}
     check(set(full.values()) - verifiers.keys())
