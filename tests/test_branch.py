@@ -185,12 +185,18 @@ def test_results_files(tmp_path):
     path.write_text(json.dumps({"seed": 0}) + "\n")
     with pytest.raises(UserError, match="results.jsonl: not a file of branches"):
         branches.read(path)
+    path.write_text(json.dumps({"seed": 0, "step": 1, "setting": "grpo"}) + "\n")
+    with pytest.raises(UserError, match="results.jsonl: not a file of branches .KeyError: 'model'"):
+        branches.read(path)
     twice = [row(0, 1, "grpo", 1.0), row(0, 1, "grpo", 2.0)]
     path.write_text("".join(json.dumps(r) + "\n" for r in twice))
     assert [r["delta/rollout"] for r in branches.read(path)] == [2.0]
 
 
-def test_a_start_without_a_whole_checkpoint(tmp_path):
+def test_a_start_without_a_whole_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["branch.py", "--run", ""])
+    with pytest.raises(UserError, match="--run is empty"):
+        branch.main()
     (tmp_path / "checkpoint-000004").mkdir()
     with pytest.raises(UserError, match="checkpoint-000004: no whole checkpoint there"):
         branch.start_of(str(tmp_path / "checkpoint-000004"))

@@ -252,6 +252,36 @@ def test_figures_name_a_folder_that_is_no_run(tmp_path):
         figures.main(figures.Config((tmp_path,)))
 
 
+@pytest.mark.parametrize(
+    "config, metrics, message",
+    [
+        ("[]", '{"step": 1, "entropy/mean": 0.1}', "not the folder of a run"),
+        ('{"config": {}}', '{"step": 1, "entropy/mean": 0.1}', "not the folder of a run"),
+        ('{"config": {"objective": "x", "beta1": "x"}}', '{"step": 1, "entropy/mean": 0.1}', "not the folder of a run"),
+        ('{"config": {"objective": "x"}}', "", "no step of training yet"),
+        ('{"config": {"objective": "x"}}', '{"step": 0, "eval/a/avg_at_k": 0.1}\n', "no step of training yet"),
+        ('{"config": {"objective": "x"}}', '[1]\n{"step": "a", "entropy/mean": "x"}\n', "no step of training yet"),
+    ],
+)
+def test_figures_of_what_is_no_run_or_has_no_step_are_refused(tmp_path, config, metrics, message):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    with pytest.raises(UserError, match=message):
+        figures.main(figures.Config((tmp_path,), out=tmp_path))
+
+
+def test_figures_of_a_run_that_goes_on_or_is_named_twice(tmp_path):
+    """A half-written line, a quadrant without tokens in a step, and settings with a formula in them."""
+    write_run(tmp_path / "a", 0, prompt_suffix="in $\\boxed{}$ and $x_{$")
+    write_run(tmp_path / "b", 1, prompt_suffix="")
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    del rows[3]["velocity/pa_lp"]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 11, "ent')
+    names = ("a", "b", "../" + tmp_path.name + "/a")
+    figures.main(figures.Config(tuple(tmp_path / name for name in names), out=tmp_path))
+    assert "2 seeds" not in (tmp_path / "curves.svg").read_text()
+
+
 def test_metrics_are_always_json(tmp_path, monkeypatch):
     """Values that are not finite are left out: NaN is no JSON."""
     monkeypatch.setenv("WANDB_MODE", "disabled")

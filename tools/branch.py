@@ -157,7 +157,7 @@ def main() -> None:
         epilog="Without --run, all other arguments are train.py's settings.",
         allow_abbrev=False,
     )
-    parser.add_argument("--run", default="", help="folder of a run, or of one of its checkpoints")
+    parser.add_argument("--run", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--branches", type=int, default=1, help="number of branches")
     parser.add_argument("--every", type=int, default=5, help="steps from one branch to the next")
     parser.add_argument("--held-out", type=int, default=64, help="held-out problems, with four responses each")
@@ -173,6 +173,8 @@ def main() -> None:
     given, settings = parser.parse_known_args()
     if unknown := [name for name in given.settings if name not in SETTINGS]:
         raise UserError(f"--settings: '{unknown[0]}' is unknown; known: {', '.join(SETTINGS)}")
+    if given.run == "":  # as of a variable of the shell that is not set
+        raise UserError("--run is empty; leave it out, or name the folder of a run")
     options = Options(given.branches, given.every, given.held_out, [BASELINE, *given.settings], given.results)
     check_ranges(options)
     if not given.draw:

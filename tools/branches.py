@@ -21,7 +21,8 @@ def read(path: Path) -> list[dict]:
         return []
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return list({(row["seed"], row["step"], row["setting"]): row for row in rows}.values())
+        named = [[row[name] for name in ("seed", "step", "setting", *SAME)] for row in rows]  # each must have them
+        return list({tuple(names[:3]): row for names, row in zip(named, rows, strict=True)}.values())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a file of branches ({type(error).__name__}: {error})") from None
 

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ce_gppo.config import command
+from ce_gppo.report import read_rows
 from ce_gppo.types import UserError
 
 QUADRANTS = {"pa_lp": "PA&LP", "na_hp": "NA&HP", "pa_hp": "PA&HP", "na_lp": "NA&LP"}  # the first two raise entropy
@@ -37,10 +38,18 @@ def load(folder: Path) -> tuple[dict, list[dict]]:
     """(settings without the seed, rows) of a run."""
     try:
         config = json.loads((folder / "config.json").read_text())["config"]
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError, KeyError) as error:
+        rows = read_rows(folder / "metrics.jsonl", only_numbers=True)
+        label_of(config)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}: not the folder of a run, with config.json and metrics.jsonl ({error})") from None
+    if not any("entropy/mean" in row for row in rows):
+        raise UserError(f"{folder}: metrics.jsonl has no step of training yet")
     return {name: value for name, value in config.items() if name not in NOT_SETTINGS}, rows
+
+
+def label_of(config: dict) -> str:
+    betas = "" if config.get("beta1") is None else f" ({config['beta1']:g}, {config['beta2']:g})"
+    return f"{config['objective']}{betas}"
 
 
 def group_runs(runs: list[tuple[dict, list[dict]]]) -> dict[str, list[list[dict]]]:
@@ -49,13 +58,11 @@ def group_runs(runs: list[tuple[dict, list[dict]]]) -> dict[str, list[list[dict]
     names = dict.fromkeys(name for config, _ in runs for name in config)
     differing = [name for name in names if len({json.dumps(config.get(name)) for config, _ in runs}) > 1]
     for config, rows in runs:
-        label = config["objective"]
-        if config.get("beta1") is not None:
-            label += f" ({config['beta1']:g}, {config['beta2']:g})"
         others = [
             name for name in differing if name not in ("objective", "beta1", "beta2") and config.get(name) is not None
         ]
-        groups[", ".join([label, *(f"{name} {config[name]}" for name in others)])].append(rows)
+        label = ", ".join([label_of(config), *(f"{name} {config[name]}" for name in others)])
+        groups[label.replace("$", r"\$")].append(rows)  # matplotlib would read text between two $ as a formula
     return groups
 
 
@@ -76,12 +83,19 @@ def draw(axis, runs: list[list[dict]], name: str, **style) -> None:
         axis.plot(steps, run, **style | {"linewidth": 0.5, "alpha": 0.6, "label": None})
 
 
+def at(rows: list[dict], step: int, quadrant: str) -> float:
+    """A quadrant's velocity; 0 where the row of this step lacks it."""
+    return next((row.get(f"velocity/{quadrant}", 0.0) for row in rows if row["step"] == step), 0.0)
+
+
 def draw_velocity(axis, runs: list[list[dict]]) -> None:
     """The quadrants' velocities, stacked: positive ones above the axis, negative ones below. Black is the sum."""
     steps, _ = series(runs, "velocity/total")
     if len(steps) == 0:
         return
-    means = {quadrant: series(runs, f"velocity/{quadrant}")[1].mean(0) for quadrant in QUADRANTS}
+    means = {
+        quadrant: np.mean([[at(rows, step, quadrant) for step in steps] for rows in runs], 0) for quadrant in QUADRANTS
+    }
     for sign in (1, -1):
         # A quadrant keeps its place in the stack; its height is 0 at steps at which it has the other sign.
         heights = [np.maximum(sign * mean, 0) for mean in means.values()]
@@ -126,7 +140,8 @@ def figure(groups: dict[str, list[list[dict]]]) -> plt.Figure:
         draw_velocity(axis, runs)
         axis.set(title=f"entropy velocity, {label}", xlabel="step")
     below[0].set_ylabel("nats per token")
-    below[0].legend(frameon=False, ncols=2)
+    if below[0].get_legend_handles_labels()[0]:
+        below[0].legend(frameon=False, ncols=2)
     for axis in (entropy, held_out, clipped, *below):
         axis.spines[["top", "right"]].set_visible(False)
     return fig
@@ -135,7 +150,8 @@ def figure(groups: dict[str, list[list[dict]]]) -> plt.Figure:
 def main(config: Config) -> None:
     if not config.runs:
         raise UserError("name the folders of one or more runs")
-    fig = figure(group_runs([load(folder) for folder in config.runs]))
+    folders = {folder.resolve(): folder for folder in config.runs}  # each once: it would count as another seed
+    fig = figure(group_runs([load(folder) for folder in folders.values()]))
     try:
         config.out.mkdir(parents=True, exist_ok=True)
         for suffix in ("png", "svg"):

@@ -29,21 +29,33 @@ class Config:
     out: Path | None = None  # file to write; None: tokens.html in the run's folder
 
 
+def is_list_of(value, kind) -> bool:
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
 def load(run: Path) -> dict[int, list[dict]]:
     """step -> its rows of tokens.jsonl. UserError if there are none, or if training did not write a row so."""
     path = run / "tokens.jsonl"
     if not path.exists():
         raise UserError(f"{run}: no tokens.jsonl there, so it is not the folder of a run, or an older one; train again")
     steps: dict[int, list[dict]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        text = path.read_text(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            whole = {len(row[name]) for name in ("tokens", *VALUES)} == {len(row["tokens"])}
-            steps.setdefault(row["step"], []).append(row)
-        except (ValueError, KeyError, TypeError):
+            lists = is_list_of(row["tokens"], str) and all(is_list_of(row[name], float | int | None) for name in VALUES)
+            whole = lists and type(row["step"]) is int and len({len(row[name]) for name in ("tokens", *VALUES)}) == 1
+        except (ValueError, KeyError, TypeError, RecursionError):
             whole = False
+        if not whole and 1 < number == len(lines) and not text.endswith("\n"):
+            break  # training is writing it
         if not whole:
             raise UserError(f"{path}:{number}: not a row as training writes it; remove this line")
+        steps.setdefault(row["step"], []).append(row)
     if not steps:
         raise UserError(f"{path}: empty, as no step of this run had an update; more steps are needed")
     return steps
