@@ -124,10 +124,9 @@ def check_ranges(config) -> None:
                 if problem := range_.problem(one):
                     shown = repr(one) if isinstance(one, str) else f"= {one}:"
                     raise UserError(f"{name} {shown} {problem}")
-        if isinstance(value, str) and not value.isascii() and "\ufffd" in os.fsencode(value).decode(errors="replace"):
-            raise UserError(
-                f"{name} {value[:60]!r} is not text in UTF-8; the terminal's locale may have another encoding"
-            )
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # how Python keeps bytes that it cannot read
+            encoding = sys.getfilesystemencoding()
+            raise UserError(f"{name} {value[:60]!r} is not text in {encoding}, the encoding of this terminal")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

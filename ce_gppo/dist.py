@@ -40,6 +40,9 @@ def check_environment() -> None:
         raise UserError(
             f"RANK={rank} and WORLD_SIZE={world_size} in the environment: ranks go from 0 to WORLD_SIZE - 1"
         )
+    address = os.environ.get("MASTER_ADDR", "")
+    if world_size > 1 and not re.fullmatch(r"[\w.:%-]+", address):
+        raise UserError(f"MASTER_ADDR in the environment is '{address}', where a machine's name or address is needed")
     if port > 65535:
         raise UserError(f"MASTER_PORT={port} in the environment: a port is at most 65535; torchrun sets it")
 

@@ -110,6 +110,14 @@ def test_a_verifier_that_raises_is_refused_before_the_first_step(tmp_path):
         sources.assign(f"{tmp_path}/mine.py:score", VERIFIERS, [Problem("", [1], "2", "sums")])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("body", ["while True: pass", "import os; os.kill(os.getpid(), 9)", "raise KeyboardInterrupt"])
+def test_a_verifier_that_never_answers_is_refused_before_the_first_step(tmp_path, body):
+    (tmp_path / "mine.py").write_text(f"def score(response, answer):\n    {body}\n")
+    with pytest.raises(UserError, match="takes over 3 s for an empty response, or ends its process"):
+        sources.assign(f"{tmp_path}/mine.py:score", VERIFIERS, [Problem("", [1], "2", "sums")])
+
+
 @pytest.mark.parametrize(
     "name, value",
     [
@@ -155,8 +163,8 @@ def test_a_number_so_large_that_nothing_could_be_learned_is_refused(name):
 
 @pytest.mark.parametrize("name", ["system-prompt", "prompt-suffix", "rewards"])
 def test_bytes_that_are_no_text_are_refused(name):
-    with pytest.raises(UserError, match=f"^{name.replace('-', '_')} .* is not text in UTF-8"):
-        config.parse(Config, [f"--{name}", os.fsdecode(b"x \xff")])
+    with pytest.raises(UserError, match=f"^{name.replace('-', '_')} .* is not text in utf-8"):
+        config.parse(Config, [f"--{name}", "x \udcc3\udca9"])
     assert config.parse(Config, ["--system-prompt", "日本 \U0001f600"])[0].system_prompt == "日本 \U0001f600"
 
 

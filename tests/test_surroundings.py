@@ -50,11 +50,14 @@ def ended(main, capsys) -> tuple[int, str]:
         ({"RANK": None}, "RANK in the environment is 'missing'"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK in the environment is 'x'"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT in the environment is 'http'"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR in the environment is ''"),
+        ({"MASTER_ADDR": "node 1"}, "MASTER_ADDR in the environment is 'node 1', where a machine's name"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment: a port is at most 65535"),
     ],
 )
 def test_wrong_values_of_the_variables_that_torchrun_sets(variables, message, monkeypatch, capsys):
     usual = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1234"}
+    usual["MASTER_ADDR"] = "node-1.local"
     for name, value in (usual | variables).items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     code, said = ended(lambda: pytest.fail("it began"), capsys)

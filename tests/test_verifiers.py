@@ -362,6 +362,7 @@ def test_a_users_function_gives_parts_and_cannot_stop_the_run(mine, tmp_path, ca
         ("def score(response, answer): return {}", "returned {}; a number is needed"),
         ("def score(response, answer): return {'format': 1}", "returned {'format': 1}; .* with 'correctness' among"),
         ("def score(response, answer): return {'correctness': 1, 'mean': 1}", "'mean' is taken"),
+        ("def score(response, answer): return {'correctness': 1, 'a\\nb': 1}", "of numbers by name"),
         ("def score(response, answer): return [1]", r"returned \[1\]"),
         ("def score(response, answer): return 10**400", "returned 10*; a number"),
         ("def other(response, answer): return 1", "has no function score; it has: other"),

@@ -24,7 +24,7 @@ def as_parts(value, verifier: str) -> dict[str, float]:
         numbers = {name: float(part) for name, part in parts.items() if not isinstance(part, str)}
     except (TypeError, ValueError, OverflowError):
         numbers = {}
-    named = all(isinstance(name, str) and name not in ("", "mean") for name in parts)
+    named = all(isinstance(name, str) and name.isprintable() and name not in ("", "mean") for name in parts)
     if "correctness" in parts and named and len(numbers) == len(parts) and all(map(math.isfinite, numbers.values())):
         return numbers
     raise UserError(

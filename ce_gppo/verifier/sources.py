@@ -62,7 +62,11 @@ def assign(rewards: str, verifiers: dict[str, Callable], *sets: list[Problem]) -
     full = {source: name if name in verifiers else outside(name, source, verifiers) for source, name in names.items()}
     check(set(full.values()) - verifiers.keys())
     some = {full[p.source]: p.answer for p in itertools.chain(*sets) if full[p.source] not in verifiers}
-    judge([(name, "", answer) for name, answer in some.items()], timeout=3.0, num_workers=1, budget=60.0)
+    tried = judge([(name, "", answer) for name, answer in some.items()], timeout=3.0, num_workers=1, budget=60.0)
+    if failed := [name for (name, *_), parts in tried.items() if parts is None]:
+        raise UserError(
+            f"verifier {failed[0]} takes over 3 s for an empty response, or ends its process: all rewards would be 0"
+        )
     assigned = [[replace(p, verifier=full[p.source]) for p in problems] for problems in sets]
     for problem in itertools.chain(*assigned):
         if problem.verifier in verifiers:
