@@ -16,14 +16,15 @@ DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
 DEFAULT_BASE := data/arithmetic/base/model.safetensors
 WALK_DATA := data/walk/train.jsonl data/walk/eval.jsonl
 WALK_BASE := data/walk/base/model.safetensors
+COUNTDOWN_BASE := data/countdown/base/model.safetensors
 
-.PHONY: help setup data walk train eval figures view branch workspace doctor bench reproduce test test-fast torture lint clean
+.PHONY: help setup data walk countdown train eval figures view branch workspace doctor bench reproduce test test-fast torture lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
 
-train: setup $(if $(RECIPE),$(filter walk,$(RECIPE)),data)  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), or RECIPE=<name>; GPUS=8
+train: setup $(if $(RECIPE),$(filter walk countdown,$(RECIPE)),data)  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), or RECIPE=<name>; GPUS=8
 	@.venv/bin/$(if $(GPUS),torchrun --standalone --nproc_per_node $(GPUS),python) train.py $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)
 
 eval: setup $(if $(and $(MODEL),$(BENCH)),,data)  ## evaluate: MODEL=out/<run>/checkpoint-000040 BENCH=aime24,aime25 K=32
@@ -35,7 +36,7 @@ figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 view: setup  ## write an HTML page that shows a run's effect on single tokens: RUN=out/<run>
 	@.venv/bin/python -m tools.view $(RUN) $(ARGS)
 
-branch: setup $(if $(RUN),,$(if $(RECIPE),$(filter walk,$(RECIPE)),data))  ## measure how each setting changes entropy in one step: RUN=out/<run> BRANCHES=10 EVERY=5
+branch: setup $(if $(RUN),,$(if $(RECIPE),$(filter walk countdown,$(RECIPE)),data))  ## measure how each setting changes entropy in one step: RUN=out/<run> BRANCHES=10 EVERY=5
 	@.venv/bin/python -m tools.branch $(if $(RUN),--run $(RUN)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(BRANCHES),--branches $(BRANCHES)) \
 		$(if $(EVERY),--every $(EVERY)) $(ARGS)
 
@@ -86,6 +87,11 @@ data/walk/train.jsonl data/walk/eval.jsonl &: data/walk/prepare.py ce_gppo/verif
 $(WALK_BASE): data/walk/base.py data/walk/prepare.py ce_gppo/verifier/walk.py data/base.py | setup
 	@.venv/bin/python -m data.walk.base
 
+countdown: setup $(COUNTDOWN_BASE)  ## make a small base policy for `countdown` and its tasks, for make train RECIPE=countdown
+
+$(COUNTDOWN_BASE): data/countdown/base.py data/base.py | setup
+	@.venv/bin/python -m data.countdown.base
+
 setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 
 # torch is installed first, its CPU build from PyTorch's own index. If that cannot be reached, the next step installs it
@@ -111,5 +117,5 @@ setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 	@touch $@
 
 clean:  ## remove .venv, the small data sets and base policies, and caches; runs in out/ are kept
-	rm -rf .venv bench/.venv-trl .pytest_cache .ruff_cache data/arithmetic/base $(DEFAULT_DATA) data/walk/base $(WALK_DATA)
+	rm -rf .venv bench/.venv-trl .pytest_cache .ruff_cache data/arithmetic/base $(DEFAULT_DATA) data/walk/base $(WALK_DATA) data/countdown/base data/countdown/small-*.jsonl
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -52,6 +52,7 @@ def test_every_recipe_is_known():
     assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == PAPER.keys() | FIGURES.keys() | {
         ONE_GPU,
         "walk",
+        "countdown",
     }
 
 

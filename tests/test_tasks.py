@@ -7,12 +7,16 @@ from fractions import Fraction
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
+from ce_gppo.config import parse
 from ce_gppo.problems import load_rows
 from ce_gppo.types import UserError
+from data.countdown import base as small
 from data.countdown import prepare as countdown
 from data.gsm8k import prepare as gsm8k
 from helpers import score
+from train import Config
 
 
 def written(module, monkeypatch, out, *arguments) -> dict[str, list[dict]]:
@@ -56,6 +60,42 @@ def test_countdown_tasks_can_be_solved_and_their_solutions_score(tmp_path, monke
     written(countdown, monkeypatch, tmp_path, "--train", 60, "--held-out", 20)
     assert (tmp_path / "train.jsonl").read_bytes() == first
     assert written(countdown, monkeypatch, tmp_path, "--train", 60, "--held-out", 20, "--seed", 1) != rows
+
+
+def test_workings_of_the_small_countdown():
+    """Every one is right in each line."""
+    for numbers in [(1, 1, 2), (5, 7, 9), (2, 8, 9)]:
+        ways = small.workings(numbers)
+        assert len({response for response, _ in ways}) == len(ways) > 20
+        for response, value in ways:
+            first, second, last = response.split("\n")
+            for line in (first, second):
+                left, right = line.split("=")
+                assert eval(left) == int(right) <= 81
+            assert eval(last.removeprefix("<answer>").removesuffix("</answer>")) == value == int(second.split("=")[1])
+            assert score([response], [small.answer(numbers, value)], ["countdown"]) == [1]
+        assert score([ways[0][0]], [small.answer(numbers, ways[0][1] + 1)], ["countdown"]) == [0]
+    assert {value for _, value in small.workings((5, 7, 9))} >= {21, 44, 26, 80, 68, 38, 58, 28, 18}
+
+
+def test_the_base_of_the_small_countdown(tmp_path, monkeypatch):
+    monkeypatch.setattr(small, "SAMPLES", 1)
+    monkeypatch.setattr("sys.argv", ["base", "--out", str(tmp_path), "--held-out", "8", "--excess", "1000"])
+    small.main()
+    rows = {name: load_rows(str(tmp_path / f"small-{name}.jsonl")) for name in ("train", "eval")}
+    tasks = [json.loads(row["answer"]) for row in rows["train"] + rows["eval"]]
+    assert len(rows["eval"]) == 8 and len({json.dumps(task) for task in tasks}) == len(tasks) > 1000
+    assert all(task["target"] in {value for _, value in small.workings(tuple(task["numbers"]))} for task in tasks)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    response, _ = small.workings((5, 7, 9))[-1]
+    ids = tokenizer.encode(response, add_special_tokens=False)
+    assert tokenizer.decode(ids) == response and len(ids) <= 22
+    recipe = parse(Config, ["--recipe", "countdown"])[0]
+    longest = max(
+        len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"])
+        for row in rows["train"]
+    )
+    assert longest <= recipe.max_prompt_tokens and len(ids) < recipe.max_response_tokens
 
 
 def test_countdown_from_the_hubs_file(tmp_path, monkeypatch):
