@@ -93,17 +93,17 @@ def test_measurements_against_float64(step, given):
     step.learn(CONFIG)
     after, held_after = truth(flatten(rollout)), truth(held_out)
     change = np.array([b[1] - a[1] for a, b in zip(before, after, strict=True)])
-    assert row["delta/rollout"] == pytest.approx(change.mean(), abs=1e-6)
+    assert row["delta/rollout"] == pytest.approx(change.mean(), abs=5e-6)
     assert row["delta/held_out"] == pytest.approx(
-        np.mean([b[1] - a[1] for a, b in zip(held_before, held_after, strict=True)]), abs=1e-6
+        np.mean([b[1] - a[1] for a, b in zip(held_before, held_after, strict=True)]), abs=5e-6
     )
     mean = {id(r): sum(x.reward for x in group) / 4 for group in rollout for r in group}
     improbable = np.array([logprob < -entropy and r.reward > mean[id(r)] for logprob, entropy, r in before])
-    assert improbable.any() and row["delta/pa_lp"] == pytest.approx(change[improbable].mean(), abs=1e-6)
+    assert improbable.any() and row["delta/pa_lp"] == pytest.approx(change[improbable].mean(), abs=5e-6)
     assert row["delta/clipped"] + row["delta/others"] == pytest.approx(row["delta/rollout"])
     for name, wanted in (("right", 1.0), ("wrong", 0.0)):
         moved = [b[0] - a[0] for a, b in zip(held_before, held_after, strict=True) if a[2].verdict == wanted]
-        assert row[f"logprob/{name}"] == pytest.approx(np.mean(moved), abs=1e-6)
+        assert row[f"logprob/{name}"] == pytest.approx(np.mean(moved), abs=5e-6)
     log_ratio = np.array([b[0] - a[0] for a, b in zip(before, after, strict=True)])
     assert row["kl/rollout"] == pytest.approx(np.mean(np.exp(log_ratio) - 1 - log_ratio), rel=1e-4)
 
