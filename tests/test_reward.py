@@ -1077,6 +1077,16 @@ RUNS += [
     "0.",
     r"\left(",
     r"\begin{pmatrix}",
+    r"\begin{align}&",
+    "5!!",
+    "1'000",
+    r"0.12\ldots",
+    r"5 \text{ million ",
+    "five ",
+    r"\pmod{2^3}",
+    r"1 \text{ hour } 3 \text{ minutes}",
+    r"x \ne 1,",
+    "Answer: C or ",
 ]
 
 

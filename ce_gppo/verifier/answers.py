@@ -3,12 +3,15 @@ r"""When two mathematical answers are the same: a small grammar, and a compariso
 An answer is brought to one spelling (spelling.py), read as a tree (grammar.py, units.py), and compared kind by kind
 (`equal`); only scalars that are no number, and sets of reals, are left to math-verify. How answers are read:
 
-    number      007 is 7; 1,234 and 1,\!234 are 1234; 8.7e8; 2 1/2; 0.1\overline{6} is 1/6; 37_8 is 31. Decimals are
-                exact: 0.333 is not 1/3. What follows \approx does not count: 36\pi \approx 113.1 is 36\pi.
-    unit        A known unit may be left out, but not be a different one: 60 km/h is 60, not 60 mph. A number may also
-                be followed by the one plain plural noun that it counts: 5 apples is 5, not 5 pears. With other words it
-                is another answer: `4 million`, `4 is wrong`. 50% is 50 and also 1/2; 45^\circ is 45 and also \pi/4.
-                17 \pmod{20} is 17, but not 17 \pmod{21}; 30^\circ 30' is 30.5^\circ.
+    number      007 is 7; 1,234 and 1,\!234 are 1234; 8.7e8; 2 1/2; 0.1\overline{6} is 1/6; 37_8 is 31; five million.
+                Decimals are exact: 0.333 is not 1/3, but 0.333\ldots is. What follows \approx does not count:
+                36\pi \approx 113.1 is 36\pi. Numbers side by side are mixed, 2\frac12, or else multiplied, 2\frac32.
+    unit        A known unit may be left out, but not be a different one: 60 km/h is 60, not 60 mph. Exact conversions
+                count: 1 hour 30 minutes is 1.5 hours. A number may also be followed by the one plain plural noun that
+                it counts: 5 apples is 5, not 5 pears. With other words it is another answer: `4 is wrong`.
+                45^\circ is 45 and also \pi/4; 30^\circ 30' is 30.5^\circ. 17 \pmod{20} is 17, but not 17 \pmod{21}.
+    percent     25\% is \frac14, and also 25: the sign may be left out of numbers that are no fraction of 1. A number
+                between 0 and 1 is such a fraction, so 0.25\% is neither 0.25 nor \frac14.
     list        1,2 or `1 and 2`, in any order, like the set \{1,2\}. \pm 1 is the list 1,-1. \{5\} is 5,
                 but a set in a set is one: \{\emptyset\} is not \emptyset, nor \{1,\{2\}\} \{1,2\}.
     tuple       (1,2) has an order, as have the ratio 2:3 and the cells of a matrix. [1,2) and [1,2[ are intervals.
@@ -27,6 +30,7 @@ from fractions import Fraction
 from ce_gppo.verifier.extract import last_box
 from ce_gppo.verifier.grammar import SINGLE_NAME, Node, depths, is_name, read
 from ce_gppo.verifier.spelling import LONGEST, normalize
+from ce_gppo.verifier.units import convert
 
 __all__ = ["Undecided", "equal_now", "is_bomb", "normalize", "same", "squeeze"]
 
@@ -107,12 +111,14 @@ def equal(a: Node, b: Node, ask) -> bool:
         return same_equation(a, b, ask)
     if kinds <= {"list", "set"} or kinds == {"list", "region"}:  # x < 2, x > 3 is x < 2 or x > 3
         return same_unordered(list(a.parts), list(b.parts), ask)
-    if "region" in kinds or kinds == {"tuple", "scalar"}:
+    if "region" in kinds or kinds in ({"tuple", "scalar"}, {"set", "scalar"}):
         return same_region(a, b, ask)
     if kinds == {"scalar"}:
         return same_scalar(a, b, ask)
     if "ratio" in kinds and kinds <= {"ratio", "scalar"}:
         return same_ratio(a, b, ask)
+    if kinds == {"matrix", "scalar"}:  # 2 \\begin{pmatrix} ...
+        return any(node.kind == "scalar" and "matrix}" in node.text for node in (a, b)) and ask(a.text, b.text)
     if kinds == {"tuple", "list"}:
         return "()" in (a.mark, b.mark) and same_ordered(a, b, ask)
     return a.kind == b.kind and a.mark == b.mark and same_ordered(a, b, ask)
@@ -153,6 +159,10 @@ def same_equation(a: Node, b: Node, ask) -> bool:
         if all(is_name(name, SINGLE_NAME) for name in names) and names[0] not in b.text and names[1] not in a.text:
             return False  # x = 3 and y = 3
         return ask(a.text, b.text)
+    equation, other = (a, b) if a.kind == "equation" else (b, a)
+    name = equation.parts[0].text
+    if other.kind == "region" and other.mark and is_name(name, SINGLE_NAME) and squeeze(name) != other.mark:
+        return False  # k \in (0,1) and 0 < m < 1
     return all(equal(x, y, ask) for x in values(a) for y in values(b))
 
 
@@ -166,7 +176,7 @@ def values(node: Node) -> tuple[Node, ...]:
 def same_region(a: Node, b: Node, ask) -> bool:
     """Two sets of reals, not both of them plain intervals."""
     for node in (a, b):
-        if node.kind not in ("region", "tuple") and not (node.kind == "scalar" and SET_VALUED.search(node.text)):
+        if node.kind not in ("region", "tuple", "set") and not (node.kind == "scalar" and SET_VALUED.search(node.text)):
             return False
     if a.mark != b.mark and a.kind == b.kind == "region" and a.mark and b.mark:
         return False  # x > 3 and y > 3
@@ -177,11 +187,14 @@ TIME = re.compile(r"\d\d?:[0-5]\d")
 
 
 def same_ratio(a: Node, b: Node, ask) -> bool:
-    """2:3 is also 4:6 and 2/3. What may be times of day is not reduced: 3:30 is not 1:10."""
-    if a.kind == b.kind and len(a.parts) == len(b.parts) and all(map(equal, a.parts, b.parts, [ask] * len(a.parts))):
+    """2:3 is also 4:6 and 2/3, and 1:2:3 is 2:4:6. What may be times of day is not reduced: 3:30 is not 1:10."""
+    if a.kind == b.kind and same_ordered(a, b, ask):
         return True
     if TIME.fullmatch(squeeze(a.text)) and TIME.fullmatch(squeeze(b.text)):
         return False
+    if a.kind == b.kind and len(a.parts) == len(b.parts) > 2:
+        x, y = ([number(squeeze(part.text)) for part in node.parts] for node in (a, b))
+        return None not in x + y and all(x[0] * j == i * y[0] != 0 for i, j in zip(x, y, strict=True))
     if any(len(node.parts) not in (0, 2) or any(part.mark for part in node.parts) for node in (a, b)):
         return False
     a, b = (
@@ -192,19 +205,26 @@ def same_ratio(a: Node, b: Node, ask) -> bool:
 
 
 WORD = re.compile(r"(?<![\\{a-zA-Z])[a-zA-Z]{4,}|\\text ?\{[^{}]*[a-zA-Z]{2}[^{}]*\}")
+NOT_EVALUATED = re.compile(r"\\ldots|\\int(?! ?_)")  # math-verify leaves out the dots, and the constant
 
 
 def same_scalar(a: Node, b: Node, ask) -> bool:
-    if a.mark and b.mark and a.mark != b.mark:
-        return False
-    if squeeze(a.text) == squeeze(b.text):
-        return True
     x, y = number(squeeze(a.text)), number(squeeze(b.text))
+    if a.mark and b.mark and a.mark != b.mark:
+        (unit, size), (other, other_size) = convert(a.mark), convert(b.mark)
+        return None not in (x, y) and unit == other and x * size == y * other_size
     if x is not None and y is not None:
         percent = [100 if node.mark == "percent" else 1 for node in (a, b)]
-        return x == y or x * percent[1] == y * percent[0]
+        alike = percent[0] == percent[1] or not 0 < abs(x) < 1
+        return x == y and alike or x * percent[1] == y * percent[0]
+    if squeeze(a.text) == squeeze(b.text):
+        return True
+    if NOT_EVALUATED.search(f"{a.text} {b.text}"):
+        return False
     if WORD.search(a.text) or WORD.search(b.text):  # math-verify multiplies letters: east = seat
         return False
+    if a.mark != b.mark and "percent" in (a.mark, b.mark):
+        return ask(*(rf"\frac{{{node.text}}}{{100}}" if node.mark == "percent" else node.text for node in (a, b)))
     if a.mark != b.mark and "degree" in (a.mark, b.mark):
         radians = [rf"\frac{{\pi}}{{180}}({node.text})" if node.mark == "degree" else node.text for node in (a, b)]
         return ask(a.text, b.text) or ask(*radians)
@@ -212,11 +232,11 @@ def same_scalar(a: Node, b: Node, ask) -> bool:
 
 
 DECIMAL = r"[+-]?(?:\d+\.?\d*|\.\d+)"
-NUMBERS = {  # of squeezed strings: 3 or -.5; 2/3; -\frac23 or 1\frac23
+NUMBERS = {  # of squeezed strings: 3 or -.5; 2/3; -\frac23
     rf"({DECIMAL})": Fraction,
     rf"({DECIMAL})/({DECIMAL})": lambda a, b: Fraction(a) / Fraction(b),
-    rf"([+-]?)(\d*)\\frac(\d|\{{{DECIMAL}\}})(\d|\{{{DECIMAL}\}})": lambda sign, whole, a, b: (
-        int(sign + "1") * (int(whole or 0) + Fraction(a.strip("{}")) / Fraction(b.strip("{}")))
+    rf"([+-]?)\\frac(\d|\{{{DECIMAL}\}})(\d|\{{{DECIMAL}\}})": lambda sign, a, b: (
+        int(sign + "1") * Fraction(a.strip("{}")) / Fraction(b.strip("{}"))
     ),
 }
 NUMBERS = {re.compile(pattern, re.ASCII): value for pattern, value in NUMBERS.items()}

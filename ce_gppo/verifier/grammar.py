@@ -116,6 +116,8 @@ def read_brackets(text: str) -> Node | None:
     elements = [part for part in split(body[1:-1].removesuffix("\\"), ",")[::2] if part]
     if body[0] == "{":
         return read_set(text, elements)
+    if len(elements) == 1 and body[0] + body[-1] not in ("()", "[]"):
+        return Node("tuple", text, tuple(map(read, elements)), body[0] + body[-1])  # [5) is not 5
     return several("tuple", text, elements, body[0] + body[-1])
 
 
@@ -158,6 +160,7 @@ INTERVALS = {
     r"\ne": r"(-\infty,{0})\cup({0},\infty)",
 }
 VARIABLE = re.compile(r"[a-zA-Z]|\\(?:alpha|beta|theta|lambda|phi|omega)")
+RELATIONS = ("=", r"\approx", *INTERVALS)
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 REALS = re.compile(
     r"(?i)(?:([a-z]) ?= ?)?(?:\\mathbb ?\{? ?R ?\}?"
@@ -177,6 +180,11 @@ def read_region(text: str) -> Node | None:
     if match := BUILDER.fullmatch(text):
         region = read_region(match[2].strip())
         return region if region and region.mark == match[1] else None
+    left, *gaps = split(text, r"\ne", ",")
+    if len(gaps) > 1 and gaps[0] == r"\ne" and set(gaps[2::2]) <= {","}:  # x \ne 0, 1 and x \ne \pm 1
+        gaps = [variant for gap in gaps[1::2] for variant in variants(gap)]
+        if VARIABLE.fullmatch(left) and len(gaps) > 1 and all(gap and len(split(gap, *RELATIONS)) == 1 for gap in gaps):
+            return join_regions([Node("region", INTERVALS[r"\ne"].format(gap), mark=left) for gap in gaps], r"\cap")
     for separator, joint in ((r"\lor", r"\cup"), (r"\land", r"\cap"), (",", r"\cap")):
         if len(pieces := split(text, separator)[::2]) > 1:
             # A comma may mean `and` or `or`. Only before \ne the meaning is clear.
@@ -216,7 +224,7 @@ FUNCTION = r"(?:\\lim_\{[^{}]*\}|\\(?:sin|cos|tan) ?\d?(?=[A-Z\\]))?(?:m?\\(?:me
 SYMBOL = (
     r"(?:[a-zA-Z]|[A-Z]{2,4}|\\text\{[^{}]*\}|\([a-z]\\circ ?[a-z]\)|[A-Z]{2}\^2|\\sigma\^2"
     r"|\\(?:sin|cos|tan)\((?:[A-Z+-]|\\[a-z]+)+\)"
-    r"|\\(?:overline|vec|bar|hat|overrightarrow|mathbb|mathcal)(?: [a-zA-Z]|\{[a-zA-Z]+\})"
+    r"|\\(?:overline|vec|bar|hat|dot|overrightarrow|mathbb|mathcal)(?: [a-zA-Z]|\{[a-zA-Z]+\})"
     r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|gcd|max|min|deg|det|Pr) ?)"
 )
 INDEX = r"(?:_(?:\w|\{[^{}]*\}|\\[a-z]+))?"
@@ -225,8 +233,11 @@ NAME = FUNCTION + SYMBOL + INDEX + ARGUMENTS + INDEX
 SINGLE_NAME = r"(?!([a-z])\([^()]*\1)" + NAME  # x(x+1) is a product
 FRACTION = rf"-?\\frac\{{(?:{NAME}){{1,2}}\}}\{{(?:{NAME}){{1,2}}\}}"
 SUM_OF_NAMES = rf"{SINGLE_NAME}(?:(?:[:/+-]|\\c(?:dot|ap|up) ?)?{NAME}){{0,4}}|{FRACTION}"
+COORDINATE = r"(?:[a-zA-Z]|\\[a-z]+ ?)(?:_\w)?"
+DERIVATIVE = r"\\frac\{(?:d|\\partial )(?:\^\d)?\w\}\{(?:(?:d|\\partial )\w(?:\^\d)?)+\}"
 OTHER_NAMES = (
-    r"[a-zA-Z]{4,}|\([a-z](?:,[a-z])+\)|\[(?:\\triangle ?)?[A-Z]{3,}\]"
+    rf"[a-zA-Z]{{4,}}|\({COORDINATE}(?:,{COORDINATE})+\)|{DERIVATIVE}|\[(?:\\triangle ?)?[A-Z]{{3,}}\]"
+    r"|\\begin\{[pb]matrix\}[a-z](?:_\d)?(?:\\\\[a-z](?:_\d)?)+\\end\{[pb]matrix\}"
     r"|\|(?:[A-Z]+|z|\\(?:vec ?|text)\{?[a-z]\}?)\|"
 )
 MAX_NAME = 60  # characters

@@ -5,6 +5,7 @@ Examples: \dfrac12 and ½, x**2 and x², 1,\!234, 8.7e8, 37_8, 0.\dot3, \textbf{
 pair in one of these tables.
 """
 
+import math
 import re
 import unicodedata
 from fractions import Fraction
@@ -34,6 +35,7 @@ SPELLINGS = r"""
 α                                                                                    -> \alpha
 β                                                                                    -> \beta
 γ                                                                                    -> \gamma
+δ                                                                                    -> \delta
 λ                                                                                    -> \lambda
 μ                                                                                    -> \mu
 φ                                                                                    -> \phi
@@ -62,6 +64,11 @@ SPELLINGS = r"""
 ’ ′                                                                                  -> '
 ; 、                                                                                  -> ,
 。                                                                                    -> .
+⌊                                                                                     -> \lfloor
+⌋                                                                                     -> \rfloor
+⌈                                                                                     -> \lceil
+⌉                                                                                     -> \rceil
+¢                                                                                     -> cents
 ⟨ \langle                                                                            -> (
 ⟩ \rangle                                                                            -> )
 \lbrace                                                                              -> \{
@@ -89,10 +96,16 @@ for line in SPELLINGS.strip().splitlines():
     tokens, spelling = line.split("->")
     SPELLING |= dict.fromkeys(tokens.split(), spelling.strip())
 
-NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen"""
 NUMERALS = {word: value for value, word in enumerate(NUMERALS.split())}
+for tens, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=2):
+    NUMERALS |= {word: 10 * tens} | {f"{word}-{unit}": 10 * tens + NUMERALS[unit] for unit in list(NUMERALS)[1:10]}
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALE = rf"(?:{'|'.join(SCALES)})(?![a-zA-Z])"
 CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 INNER = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces, with two levels of braces in it
+TEXT_START, TEXT_END = r"^(?:\\text ?\{ ?)?", r"(?: ?\})?$"  # of a whole answer, inside or outside \text
 THOUSANDS = r"^((?:\(?[A-J]\) ?)?[^\d,()\[\]{}]*[1-9]\d{0,2})((?:[, ]\d{3})+)(?![\d,])(?=[^,()\[\]]*$)"
 BASED = r"(?<![\w.^\\])([A-Z]*\d[\dA-Z]*|[A-F]{2,}(?=_\{16\}))(?:\.(\d+))?_(?:(\d)|\{ ?(?:base )?(\w+) ?\})"
 
@@ -128,6 +141,37 @@ def arc(match: re.Match) -> str:
     return latex(whole + Fraction(minutes, 60) + Fraction(seconds, 3600)) + r"^\circ "
 
 
+def scaled(match: re.Match) -> str:
+    """5 \\text{ million euros} as 5000000\\text{ euros}"""
+    number, text, scale, end = match.groups()
+    return latex(Fraction(number) * SCALES[scale]) + ("" if text and end else text or end or "")
+
+
+def numeral(match: re.Match) -> str:
+    return str(NUMERALS[match[1].lower().replace(" ", "-")]) + (f" {match[2]}" if match[2] else "")
+
+
+def double_factorial(match: re.Match) -> str:
+    return str(math.prod(range(int(match[1]), 0, -2)))
+
+
+def modulo(match: re.Match) -> str:
+    return str(int(match[1]) % int(match[2])) if int(match[2]) else match[0]
+
+
+def mixed(match: re.Match) -> str:
+    """2\\frac{1}{3} is 7/3, but 2\\frac{4}{3} is a product."""
+    whole, above, below = map(int, match.groups())
+    if above < below:
+        return rf"\frac{{{whole * below + above}}}{{{below}}}"
+    return rf"{whole}\cdot \frac{{{above}}}{{{below}}}"
+
+
+def goes_on(match: re.Match) -> str:
+    """0.1666\\ldots as 0.1\\overline{6}: the last digit is written three times, or several digits twice."""
+    return f"{match[1]}\\overline{{{match[2] or match[3]}}}"
+
+
 def repeating(match: re.Match) -> str:
     whole, once, again = match[1], match[2], match[3] or match[4]
     return latex(Fraction(f"0{whole}.{once}0") + Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once)))
@@ -142,9 +186,13 @@ BEFORE_TOKENS = [  # in this order
     (r"[₀-₉₊₋ₙ]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}"),
     (r"[^\x00-\x7f]", lambda m: to_ascii(m[0])),
     (r"\s+", " "),
+    (r"\.{3,}", r"\\ldots "),
     # Commands and their arguments
-    (r"\\(?:left|right)\.|\\(?:textcolor|color|colorbox|tag|label|phantom|hspace) ?\{[^{}]*\}", ""),
-    (r"\\(?:begin|end) ?\{(?:aligned|align\*?|equation\*?|gathered|split)\}", ""),
+    (r"\\(?:left|right)\.|\\(?:textcolor|color|colorbox|tag|label) ?\{[^{}]*\}", ""),
+    (r"\\(?:h?phantom|hspace\*?) ?\{[^{}]*\}", " "),
+    (r"\\begin ?\{(aligned|align\*?|equation\*?|gathered|split)\}([^&]*)(?:&([^&]*))?\\end ?\{\1\}", r"\2\3"),
+    (r"(?:\\left ?)?[(\[] ?\\begin ?\{array\} ?\{[lcr]*\}", r"\\begin{pmatrix}"),
+    (r"\\end ?\{array\} ?(?:\\right ?)?[)\]]", r"\\end{pmatrix}"),
     (r"\\(?:rm|bf|it|sf|tt) ?\{", r"\\text{"),
     (r"\{ ?\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])", r"\\text{"),
     # Thousands, and spellings of keyboards, calculators and Python
@@ -167,10 +215,12 @@ AFTER_TOKENS = [
     (r"(?<!\\)((?:\\\\)*)\\? *$", r"\1"),  # the space of a last `\ ` has been stripped
     (r"^(?:\\\\| )+|(?:\\\\| )+$", ""),
     # Words, exponents and indices
+    (r"^\\text ?\{ ?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is:?|:) ?\} ?(?=.)", ""),
+    (r"^(\\text ?\{ ?)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is:?|:) (?=.)", r"\1"),
     (rf"\\text ?\{{({INNER})\}}", text_or_not),
     (r" ?([_^]) ?", r"\1"),
     (r"\\mu ?\\text\{ ?", r"\\text{u"),
-    (r"\\frac ?\{ ?\\text\{([^{}]*)\} ?\} ?\{ ?\\text\{([^{}]*)\} ?\}", r"\\text{\1/\2}"),
+    (r"\\frac ?\{ ?\\text\{([^{}]*)\} ?\} ?\{ ?\\text\{([^{}]*)\}(\^\d)? ?\}", r"\\text{\1/\2}\3"),
     (r"_\\text\{", "_{"),
     (r"_\{\\text\{([^{}]*)\}\}", r"_{\1}"),
     (r"(?<=[_^])(\d\d+|[+-]\d+)", r"{\1}"),
@@ -180,29 +230,48 @@ AFTER_TOKENS = [
     (r"(?:^|(?<=[=, ])|(?<=\\c[au]p))([\[\]])([^\[\](),]+),([^\[\](),]+)([\[\]])(?= ?(?:$|\\c[au]p))", half_open),
     (r"\\sqrt\[(\d?[13579])\] ?\{ ?- ?(\d+) ?\}", r"(-\\sqrt[\1]{\2})"),  # the real root
     # The time of day, ordinals
+    (r"^(\d\d?):00(?= ?(?:\\text\{ ?)?[AaPp]\.?[Mm])", r"\1"),
     (r"\\text\{ ?([AaPp])\.? ?[Mm]\.? ?\}|(?<=\d) ?([AP])M$|(?<=\d) ?([ap])\.m\.?$", noon),
     (r"\^\{? ?\\text\{ ?(st|nd|rd|th) ?\} ?\}?|\^\{ ?(st|nd|rd|th) ?\}", r"\\text{\1\2}"),
+    (r"(?<![\w.])(\d+)(st|nd|rd|th)$", r"\1\\text{\2}"),
     # Numerals in other bases, repeating decimals
     (r"(?<=\w) ?(?:\\text\{ ?(?:in )?base ?\}|base) ?(\d+)", r"_{\1}"),
+    (r"(?<=\w) *\( ?base (\d+) ?\)", r"_{\1}"),
     (r"\((\d+)\)_", r"\1_"),
     (BASED, based),
     (r"(?<!\d)(\d*)\.(\d*)\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?", r"\1.\2\\overline{\3\4\5}"),
-    (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar) ?(?:\{ ?(\d+) ?\}|(\d))", repeating),
+    (r"(?<![\d.])(\d+\.\d{0,12}?)(?:(\d)\2\2+|(\d{2,12}?)\3+) ?\\ldots(?! ?\d)", goes_on),
+    (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar) ?(?:\{ ?(\d+) ?\}|(\d))(?: ?\\ldots)?", repeating),
     (r"(?<!\d)(\d*)\.()\((\d+)\)()", repeating),
     # Commands
     (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
+    (rf"(\\frac ?\{{{INNER}\}}) ?(\w)", r"\1{\2}"),
+    (r"(?<![\w.^}!])(\d{1,2})!!(?!!)", double_factorial),
+    (r"^(-?\d{1,9}) ?\\bmod ?(\d{1,9})$", modulo),
+    (r"(?<![\w}^'])(?:\{ ?\} ?)?_\{?(\d+)\}? ?C_\{?(\d+)\}?", r"\\binom{\1}{\2}"),
+    (r"^(\d+) ?(?:\\text\{ ?to ?\}|to) ?(\d+)$", r"\1:\2"),
     (r"\\sqrt(\[\d\])? ?(\d)", r"\\sqrt\1{\2}"),
     (r"(?<![a-zA-Z\\])C_\{?(\d+)\}?\^\{?(\d+)\}?", r"\\binom{\1}{\2}"),
     (r"\( ?(\\approx [^()]*)\) ?$", r"\1"),  # 36\pi (\approx 113.1)
     (r"(?i)^(?:\\text ?\{)? ?(?:option|choice) \(?([A-J])\)? ?\}?$", r"\1"),
     (r"\\log_(?:e|\{e\})", r"\\ln "),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\\\{ ?\\\}|\\text ?\{ ?(?:[Tt]he )?[Ee]mpty set ?\}|^(?:[Tt]he )?[Ee]mpty set$", r"\\emptyset "),
+    (r"\\\{ ?\\\}", r"\\emptyset "),
+    (rf"{TEXT_START}(?:(?:[Tt]he|[Aa]n) )?[Ee]mpty set\.?{TEXT_END}", r"\\emptyset "),
+    (rf"{TEXT_START}(?:[Tt]here (?:is|are) )?[Nn]o solutions?(?: exists?)?\.?{TEXT_END}", r"\\emptyset "),
+    (r"(?<=[Nn]o )(real |integer |positive )solutions", r"\1solution"),
+    (rf"{TEXT_START}DNE{TEXT_END}", r"\\text{does not exist}"),
     (r"\\in(?![a-zA-Z])", "="),
     (r", ?(?=\\l(?:or|and)\b)", ""),
+    # 1'000; 1,000 also in brackets and lists, where 000 is no element; 5 million; five
+    (r"(?<![\d'.])\d{1,3}(?:'\d{3})+(?![\d'])", lambda m: m[0].replace("'", "")),
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})*,0\d\d(?:,\d{3})*(?!\d|,\d)", lambda m: m[0].replace(",", "")),
     # 1,234 or 1 234, where nothing else in the string makes it a list or a tuple; 2 1/2
     (THOUSANDS, lambda m: m[1] + re.sub("[, ]", "", m[2])),
+    (rf"(?ai){TEXT_START}({'|'.join(NUMERALS).replace('-', '[- ]')})(?: ({SCALE}))?\.?{TEXT_END}", numeral),
+    (rf"(?<![\w.,^_])(\d+(?:\.\d+)?) ?(\\text ?\{{ ?)?({SCALE})( ?\}})?", scaled),
     (r"(?<![\d/])(\d+) (\d+) ?/ ?(\d+)", r"\1\\frac{\2}{\3}"),
+    (r"(?<![\w.^}])(\d{1,9}) ?\\frac ?\{ ?(\d{1,9}) ?\} ?\{ ?(\d{1,9}) ?\}", mixed),
     (r"(?<=\d)(?<![_^]\d) +(?=\d)", ","),  # `4 5` is two numbers; math-verify would add them up
     (r"(?<!\.)\. ?$", ""),
     (r"(?<=[a-zA-Z])\. ?\}$", "}"),

@@ -7,27 +7,34 @@ words. Outside \text a single letter is a variable, and 5m a product.
 
 import re
 from collections import Counter
+from fractions import Fraction
 
 WORDS = """percent % pct percentage; degree deg; radian rad; second sec; minute min; hour hr hrs h; day; week; month;
 year yr yrs; inch in inche; foot ft feet; yard yd; mile mi; acre; hectare ha; pound lb lbs; ounce oz; ton tonne;
 gallon gal; quart qt; pint pt; cup; ohm; kelvin K; mole mol; dollar usd; cent; euro; sterling; yen; rupee rs; knot;
 am; pm; ordinal th st nd rd; revolution"""
 METRIC = """meter metre - m; gram gramme - g gm; second - s; liter litre - l L; watt - W; joule - J; newton - N;
-volt - V; hertz - Hz; pascal - Pa; byte - B; ampere amp - A; calorie - cal; electronvolt - eV"""
-PREFIXES = "nano n; micro u; milli m; centi c; deci d; kilo k; mega M; giga G"
+volt - V; coulomb - C; tesla - T; hertz - Hz; pascal - Pa; byte - B; ampere amp - A; calorie - cal; electronvolt - eV"""
+PREFIXES = "nano n -9; micro u -6; milli m -3; centi c -2; deci d -1; kilo k 3; mega M 6; giga G 9"
 ABBREVIATIONS = {"mph": "mile/hour", "mpg": "mile/gallon", "kph": "km/h", "kmph": "km/h", "rpm": "revolution/minute"}
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 BARE = {"%", "mm", "cm", "km", "in", "ft", "yd", "mi", "kg", "lb", "oz", "ml", "mL", "hr"}  # other pairs are products
 
 UNITS = {"unit": ""}  # word -> its unit; the word `units` itself is no unit
+CONVERSIONS = {  # unit -> (another unit, its size in this one)
+    **{"minute": ("second", 60), "hour": ("second", 3600), "day": ("second", 86400), "week": ("second", 604800)},
+    **{"foot": ("inch", 12), "yard": ("inch", 36), "mile": ("inch", 63360), "pound": ("ounce", 16)},
+    **{"pint": ("cup", 2), "quart": ("cup", 4), "gallon": ("cup", 16), "dollar": ("cent", 100)},
+}
 for names in WORDS.split(";"):
     UNITS |= dict.fromkeys(names.split(), names.split()[0])
 for names in METRIC.split(";"):
     words, symbols = map(str.split, names.split("-"))
     UNITS |= dict.fromkeys(words + symbols, words[0])
     for prefix in PREFIXES.split(";"):
-        long, short = prefix.split()
+        long, short, ten_to_the = prefix.split()
         UNITS |= dict.fromkeys([long + word for word in words] + [short + word for word in symbols], long + words[0])
+        CONVERSIONS[long + words[0]] = words[0], Fraction(10) ** int(ten_to_the)
 
 PLURALS = {"people", "men", "women", "children", "mice", "geese", "teeth", "sheep", "fish", "dice", "vertices"}
 NO_NOUN = re.compile(  # ends in s, and counts nothing
@@ -37,8 +44,10 @@ NO_NOUN = re.compile(  # ends in s, and counts nothing
 )
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 QUANTITY = re.compile(
-    r"(.*?)(?=\\text|(?<![\\a-zA-Z]) ?(?:[a-zA-Z%]|\\text))((?:\\text ?\{[^{}]*\}|\\cdot|\^\{?-?\d\}?|[a-zA-Z%/. ])+)"
+    r"(.*?)(?=\\text|%|(?<![\\a-zA-Z]) ?(?:[a-zA-Z]|\\text))((?:\\text ?\{[^{}]*\}|\\cdot|\^\{?-?\d\}?|[a-zA-Z%/. ])+)"
 )
+WORD_UNIT = r"(\\text ?\{[^{}]*\}|[a-zA-Z]{2,}) ?"
+COMPOUND = re.compile(rf"(\d+) ?{WORD_UNIT}(\d+) ?{WORD_UNIT}")
 CELSIUS = re.compile(r"(.*)\^\\circ ?(?:\\text ?\{)? ?([CF]?) ?\}?")
 
 MODULO = re.compile(r"(.*?)(?:\\pmod|\( ?(?:\\text ?\{ ?mod ?\}|\\bmod|\\mod|mod)) ?\{?([^{}()]*)\}? ?\)?")
@@ -51,6 +60,8 @@ def measure(text: str) -> tuple[str, str]:
         return match[1].strip(), "degree" + match[2]
     if (match := MODULO.fullmatch(text)) and match[1].strip():
         return match[1].strip(), "mod " + match[2].strip()
+    if (match := COMPOUND.fullmatch(text)) and (total := in_smaller_unit(*match.groups())):
+        return total
     if (match := QUANTITY.fullmatch(text)) and match[1].strip(" +-"):
         unit = read_unit(match[2], counts=bool(re.fullmatch(r"[+-]?[\d.]+|.*\\frac.*", match[1].strip())))
         if unit is not None:
@@ -84,6 +95,29 @@ def read_unit(text: str, counts: bool) -> str | None:
         return None
     factors = [(unit, exponent) for unit, exponent in sorted(powers.items()) if unit and exponent]
     return " ".join(unit if exponent == 1 else f"{unit}^{exponent}" for unit, exponent in factors)
+
+
+def in_smaller_unit(count: str, unit: str, rest: str, smaller: str) -> tuple[str, str] | None:
+    """1 hour 30 minutes as 90 minutes."""
+    units = read_unit(unit, counts=False), read_unit(smaller, counts=False)
+    if None in units:
+        return None
+    (base, size), (other, other_size) = map(convert, units)
+    whole = int(count) * size / other_size
+    small = base == other and int(rest) * other_size < size and whole.denominator == 1
+    return (str(whole + int(rest)), units[1]) if small else None
+
+
+def convert(unit: str) -> tuple[str, Fraction]:
+    """A unit in units that are the same for all lengths, times and so on, and its size in them: 1 km/h is 5/18 m/s."""
+    factor, powers = Fraction(1), Counter()
+    if unit.startswith("mod "):
+        return unit, factor
+    for name, _, exponent in (part.partition("^") for part in unit.split()):
+        base, size = CONVERSIONS.get(name, (name, 1))
+        powers[base] += int(exponent or 1)
+        factor *= Fraction(size) ** int(exponent or 1)
+    return " ".join(f"{base}^{power}" for base, power in sorted(powers.items()) if power), factor
 
 
 def known(word: str) -> str | None:
