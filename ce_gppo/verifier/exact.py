@@ -4,6 +4,7 @@ math-verify drops differences below its precision: it finds 3/2^2023 equal to 5/
 rationals are compared as rationals, and other numbers with enough digits to resolve their smallest part.
 """
 
+import re
 from functools import partial
 
 from latex2sympy2_extended import latex2sympy2
@@ -57,6 +58,20 @@ grader.sympy_symbolic_eq = lambda a, b: False
 # It writes all variables in lower case: to it R - r is 0, and 2 \pi R is 2 \pi r.
 cases_kept = latex2sympy2.ConversionConfig(lowercase_symbols=False)
 parser.latex2sympy = partial(latex2sympy2.latex2sympy, conversion_config=cases_kept)
+
+# latex2sympy adds up numbers side by side: to it (2)(3) is 5. Numbers that are mixed have been read by spelling.py.
+Converter = latex2sympy2._Latex2Sympy
+any_product = Converter.convert_postfix_list
+
+
+def product(self, factors: list, i: int = 0):
+    if i + 1 == len(factors) or not re.fullmatch(r"\W*\d+\W*", factors[i].getText()):
+        return any_product(self, factors, i)
+    first, rest = self.convert_postfix(factors[i]), self.convert_postfix_list(factors, i + 1)
+    return (self.mat_mul_flat if getattr(rest, "is_Matrix", False) else self.mul_flat)(first, rest)
+
+
+Converter.convert_postfix_list = product
 
 
 def equal_numbers(a: Expr, b: Expr) -> bool:

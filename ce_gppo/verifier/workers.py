@@ -176,7 +176,8 @@ def sympy_equal(answer: str, truth: str) -> bool:
     Its pitfalls, and in brackets the remedies: it compares floats to 6 places and drops small differences (decimals
     become fractions, and exact.py compares). It strips one-letter variables as units, takes any number out of text that
     it cannot parse, and then compares the raw strings (all turned off). It has no imaginary unit i, and reads I^2 as I
-    (i becomes the root of -1). It drops primes and the base of 101_2 (such answers count as different).
+    (i becomes the root of -1). It adds up numbers side by side (exact.py multiplies them). It drops primes and the base
+    of 101_2 (such answers count as different).
     """
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
