@@ -34,9 +34,16 @@ def after_hashes(response: str) -> str | None:
 
 
 def choice_letter(response: str) -> str | None:
-    """The content of the last box. Without a box: the capital letter after the last "answer is", "answer:" or ####."""
-    letters = re.findall(r"(?:[Aa]nswer(?: is)?:?|ANSWER:?|####)[ \t*]{0,4}\(?([A-Z])(?![A-Za-z])", response)
-    return last_box(response) or (letters[-1] if letters else None)
+    """The content of the last box. Without a box: the capital letter after the last "answer is", "answer:" or ####.
+
+    None if two letters stand there: `C or D`, `C, D`.
+    """
+    letters = re.findall(
+        r"(?:[Aa]nswer(?: is)?:?|ANSWER:?|####)[ \t*$]{0,4}(?:\\(?:text|textbf|mathrm)\{|\\\()?\(?([A-Z])(?![A-Za-z])"
+        r"([)*$} ]{0,4}(?:,|/|&|or|and) ?(?:or |and )?[(*$]{0,4}[A-HJ-Z](?![A-Za-z]))?",
+        response,
+    )
+    return last_box(response) or (letters[-1][0] if letters and not letters[-1][1] else None)
 
 
 def any_answer(response: str) -> str | None:
