@@ -9,12 +9,14 @@ An answer is brought to one spelling (spelling.py), read as a tree (grammar.py, 
     unit        A known unit may be left out, but not be a different one: 60 km/h is 60, not 60 mph. Exact conversions
                 count: 1 hour 30 minutes is 1.5 hours. A number may also be followed by the one plain plural noun that
                 it counts: 5 apples is 5, not 5 pears. With other words it is another answer: `4 is wrong`.
-                45^\circ is 45 and also \pi/4; 30^\circ 30' is 30.5^\circ. 17 \pmod{20} is 17, but not 17 \pmod{21}.
+                45^\circ is 45 and also \pi/4; 30^\circ 30' is 30.5^\circ. 17 \pmod{20} is 17, and 37 \pmod{20}, but not
+                17 \pmod{21}.
     percent     25\% is \frac14, and also 25: the sign may be left out of numbers that are no fraction of 1. A number
                 between 0 and 1 is such a fraction, so 0.25\% is neither 0.25 nor \frac14.
     list        1,2 or `1 and 2`, in any order, like the set \{1,2\}. \pm 1 is the list 1,-1. \{5\} is 5,
                 but a set in a set is one: \{\emptyset\} is not \emptyset, nor \{1,\{2\}\} \{1,2\}.
-    tuple       (1,2) has an order, as have the ratio 2:3 and the cells of a matrix. [1,2) and [1,2[ are intervals.
+    tuple       (1,2) has an order, as have the ratio 2:3 and the cells of a matrix. (1,2) is also a column vector.
+                [1,2) and [1,2[ are intervals.
     equation    `x = 3`, `f(2) = 3` and `1 + 2 = 3` are 3: the left side is a name, or equal. `x^2 = 4` is not 4. \in is
                 read as =.
     region      `x < 2 or x > 3` and \{x \mid x < 2 or x > 3\} are (-\infty,2)\cup(3,\infty).
@@ -119,6 +121,8 @@ def equal(a: Node, b: Node, ask) -> bool:
         return same_ratio(a, b, ask)
     if kinds == {"matrix", "scalar"}:  # 2 \\begin{pmatrix} ...
         return any(node.kind == "scalar" and "matrix}" in node.text for node in (a, b)) and ask(a.text, b.text)
+    if kinds == {"tuple", "matrix"}:  # a column vector
+        return {a.mark, b.mark} == {"()", f"{len(a.parts)} {[1] * len(a.parts)}"} and same_ordered(a, b, ask)
     if kinds == {"tuple", "list"}:
         return "()" in (a.mark, b.mark) and same_ordered(a, b, ask)
     return a.kind == b.kind and a.mark == b.mark and same_ordered(a, b, ask)
@@ -214,6 +218,8 @@ def same_scalar(a: Node, b: Node, ask) -> bool:
         (unit, size), (other, other_size) = convert(a.mark), convert(b.mark)
         return None not in (x, y) and unit == other and x * size == y * other_size
     if x is not None and y is not None:
+        if a.mark == b.mark and (modulus := re.fullmatch(r"mod ([1-9]\d{0,8})", a.mark)):
+            return (x - y) % int(modulus[1]) == 0
         percent = [100 if node.mark == "percent" else 1 for node in (a, b)]
         alike = percent[0] == percent[1] or not 0 < abs(x) < 1
         return x == y and alike or x * percent[1] == y * percent[0]

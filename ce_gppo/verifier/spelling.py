@@ -262,6 +262,8 @@ AFTER_TOKENS = [
     (r"(?<=[Nn]o )(real |integer |positive )solutions", r"\1solution"),
     (rf"{TEXT_START}DNE{TEXT_END}", r"\\text{does not exist}"),
     (r"\\in(?![a-zA-Z])", "="),
+    (r"\\mathbb ?([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}"),
+    (r"(?<=.)(?:, ?| (?=\())\(?[a-zA-Z] ?= ?\\mathbb\{Z\} ?\)?$", ""),  # \frac{\pi}{2} + k\pi, k \in \mathbb{Z}
     (r", ?(?=\\l(?:or|and)\b)", ""),
     # 1'000; 1,000 also in brackets and lists, where 000 is no element; 5 million; five
     (r"(?<![\d'.])\d{1,3}(?:'\d{3})+(?![\d'])", lambda m: m[0].replace("'", "")),
