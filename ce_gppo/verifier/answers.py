@@ -32,7 +32,7 @@ from fractions import Fraction
 from ce_gppo.verifier.extract import last_box
 from ce_gppo.verifier.grammar import SINGLE_NAME, Node, depths, is_name, read
 from ce_gppo.verifier.spelling import LONGEST, normalize
-from ce_gppo.verifier.units import convert
+from ce_gppo.verifier.units import compare
 
 __all__ = ["Undecided", "equal_now", "is_bomb", "normalize", "same", "squeeze"]
 
@@ -192,6 +192,9 @@ TIME = re.compile(r"\d\d?:[0-5]\d")
 
 def same_ratio(a: Node, b: Node, ask) -> bool:
     """2:3 is also 4:6 and 2/3, and 1:2:3 is 2:4:6. What may be times of day is not reduced: 3:30 is not 1:10."""
+    later_parts = zip(a.parts[1:], b.parts[1:], strict=False)
+    if any(re.fullmatch(r"0\d \d|\d 0\d", f"{x.text} {y.text}") for x, y in later_parts):
+        return False  # 9:05 and 9:5
     if a.kind == b.kind and same_ordered(a, b, ask):
         return True
     if TIME.fullmatch(squeeze(a.text)) and TIME.fullmatch(squeeze(b.text)):
@@ -214,9 +217,16 @@ NOT_EVALUATED = re.compile(r"\\ldots|\\int(?! ?_)")  # math-verify leaves out th
 
 def same_scalar(a: Node, b: Node, ask) -> bool:
     x, y = number(squeeze(a.text)), number(squeeze(b.text))
+    radians = [rf"\frac{{\pi}}{{180}}({node.text})" if node.mark == "degree" else node.text for node in (a, b)]
+    if {a.mark, b.mark} == {"degree", "radian"}:
+        return ask(*radians)
     if a.mark and b.mark and a.mark != b.mark:
-        (unit, size), (other, other_size) = convert(a.mark), convert(b.mark)
-        return None not in (x, y) and unit == other and x * size == y * other_size
+        size = compare(a.mark, b.mark)
+        if size is None:
+            return False
+        if None not in (x, y):
+            return x * size == y
+        a = Node("scalar", rf"\frac{{{size.numerator}}}{{{size.denominator}}}\cdot({a.text})", mark=b.mark)
     if x is not None and y is not None:
         if a.mark == b.mark and (modulus := re.fullmatch(r"mod ([1-9]\d{0,8})", a.mark)):
             return (x - y) % int(modulus[1]) == 0
@@ -232,7 +242,6 @@ def same_scalar(a: Node, b: Node, ask) -> bool:
     if a.mark != b.mark and "percent" in (a.mark, b.mark):
         return ask(*(rf"\frac{{{node.text}}}{{100}}" if node.mark == "percent" else node.text for node in (a, b)))
     if a.mark != b.mark and "degree" in (a.mark, b.mark):
-        radians = [rf"\frac{{\pi}}{{180}}({node.text})" if node.mark == "degree" else node.text for node in (a, b)]
         return ask(a.text, b.text) or ask(*radians)
     return ask(a.text, b.text)
 

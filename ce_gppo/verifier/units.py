@@ -20,7 +20,7 @@ ABBREVIATIONS = {"mph": "mile/hour", "mpg": "mile/gallon", "kph": "km/h", "kmph"
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 BARE = {"%", "mm", "cm", "km", "in", "ft", "yd", "mi", "kg", "lb", "oz", "ml", "mL", "hr"}  # other pairs are products
 
-UNITS = {"unit": ""}  # word -> its unit; the word `units` itself is no unit
+UNITS = {"unit": "unit"}  # word -> its unit
 CONVERSIONS = {  # unit -> (another unit, its size in this one)
     **{"minute": ("second", 60), "hour": ("second", 3600), "day": ("second", 86400), "week": ("second", 604800)},
     **{"foot": ("inch", 12), "yard": ("inch", 36), "mile": ("inch", 63360), "pound": ("ounce", 16)},
@@ -93,7 +93,7 @@ def read_unit(text: str, counts: bool) -> str | None:
             return noun(word) if counts and len(words) == 1 else None
     if last is None:
         return None
-    factors = [(unit, exponent) for unit, exponent in sorted(powers.items()) if unit and exponent]
+    factors = [(unit, exponent) for unit, exponent in sorted(powers.items()) if exponent]
     return " ".join(unit if exponent == 1 else f"{unit}^{exponent}" for unit, exponent in factors)
 
 
@@ -102,10 +102,19 @@ def in_smaller_unit(count: str, unit: str, rest: str, smaller: str) -> tuple[str
     units = read_unit(unit, counts=False), read_unit(smaller, counts=False)
     if None in units:
         return None
-    (base, size), (other, other_size) = map(convert, units)
-    whole = int(count) * size / other_size
-    small = base == other and int(rest) * other_size < size and whole.denominator == 1
-    return (str(whole + int(rest)), units[1]) if small else None
+    size = compare(*units)
+    if size is None or int(rest) >= size or (int(count) * size).denominator > 1:
+        return None
+    return str(int(count) * size + int(rest)), units[1]
+
+
+def compare(unit: str, other: str) -> Fraction | None:
+    """How many of the other unit one unit is: 1000 g are a kg. None if they cannot be compared, as kg and cm."""
+    generic = "unit" in (unit.partition("^")[0], other.partition("^")[0])  # 12 square units are 12 cm^2, but not 12 cm
+    if generic and unit.partition("^")[1:] == other.partition("^")[1:]:
+        return Fraction(1)
+    (base, size), (other_base, other_size) = convert(unit), convert(other)
+    return size / other_size if base == other_base else None
 
 
 def convert(unit: str) -> tuple[str, Fraction]:
