@@ -59,6 +59,7 @@ class Engine:
             options["kv_cache_memory_bytes"] = int((cpu_kv_cache_gib or CPU_CACHE_GIB) * 2**30)
         if dist.world_size() > 1:  # vLLM joins the existing process group, and takes this rank's GPU
             options["distributed_executor_backend"] = "external_launcher"
+            dist.own_shared_memory()
         try:
             with warnings.catch_warnings(action="ignore"):  # no user can act on vLLM's warnings
                 self.llm = vllm.LLM(

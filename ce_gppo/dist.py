@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import secrets
 import select
 import sys
 from collections.abc import Callable, Iterator
@@ -237,6 +238,30 @@ def pin_exactly() -> None:
     settings = torch._C._accelerator_getAllocatorSettings()  # the user's are kept
     if setting not in settings:
         torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (settings, setting))))
+
+
+def own_shared_memory() -> None:
+    """Give the shared memory of vLLM's CPU engines a name of this run's own. Call it before making them. Collective.
+
+    vLLM's name is the same in every run. An engine over several ranks could not start beside another one on this
+    machine, nor after one that was killed and left its memory in /dev/shm. So the name also goes as soon as all ranks
+    have the memory.
+    """
+    own = rank0_then_broadcast(lambda: secrets.token_hex(4))
+    if torch.cuda.is_available():
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Memory
+
+    name, init = Memory.make_group_name, Memory._init_cpu_shm
+
+    def init_and_unlink(memory):
+        handle = init(memory)  # ends with a barrier
+        with contextlib.suppress(OSError):
+            os.unlink(f"/dev/shm/{memory.group_name}_{memory.communicator.rank}")
+        return handle
+
+    Memory.make_group_name = staticmethod(lambda communicator: f"ce-gppo-{own}-{name(communicator).lstrip('/')}")
+    Memory._init_cpu_shm = init_and_unlink
 
 
 def zero_gradients(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

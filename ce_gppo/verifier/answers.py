@@ -15,8 +15,7 @@ An answer is brought to one spelling (spelling.py), read as a tree (grammar.py, 
                 between 0 and 1 is such a fraction, so 0.25\% is neither 0.25 nor \frac14.
     list        1,2 or `1 and 2`, in any order, like the set \{1,2\}. \pm 1 is the list 1,-1. \{5\} is 5,
                 but a set in a set is one: \{\emptyset\} is not \emptyset, nor \{1,\{2\}\} \{1,2\}.
-    tuple       (1,2) has an order, as have the ratio 2:3 and the cells of a matrix. (1,2) is also a column vector.
-                [1,2) and [1,2[ are intervals.
+    tuple       (1,2) has an order, as have the ratio 2:3 and the cells of a matrix. [1,2) and [1,2[ are intervals.
     equation    `x = 3`, `f(2) = 3` and `1 + 2 = 3` are 3: the left side is a name, or equal. `x^2 = 4` is not 4. \in is
                 read as =.
     region      `x < 2 or x > 3` and \{x \mid x < 2 or x > 3\} are (-\infty,2)\cup(3,\infty).
@@ -121,8 +120,6 @@ def equal(a: Node, b: Node, ask) -> bool:
         return same_ratio(a, b, ask)
     if kinds == {"matrix", "scalar"}:  # 2 \\begin{pmatrix} ...
         return any(node.kind == "scalar" and "matrix}" in node.text for node in (a, b)) and ask(a.text, b.text)
-    if kinds == {"tuple", "matrix"}:  # a column vector
-        return {a.mark, b.mark} == {"()", f"{len(a.parts)} {[1] * len(a.parts)}"} and same_ordered(a, b, ask)
     if kinds == {"tuple", "list"}:
         return "()" in (a.mark, b.mark) and same_ordered(a, b, ask)
     return a.kind == b.kind and a.mark == b.mark and same_ordered(a, b, ask)
