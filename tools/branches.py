@@ -163,11 +163,11 @@ def rank(a: np.ndarray, b: np.ndarray) -> str:
 def figure(rows: list[dict]) -> plt.Figure:
     """Bars: differences to the baseline in the measured change of entropy, and in the velocity that predicts it."""
     settings = others(rows)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.6 + 0.5 * len(settings)), sharey=True, layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.5 * len(settings)), sharey=True, layout="constrained")
     draw_measured(left, rows, settings)
     linear = [1e4 * paired(rows, name, "linear/rollout").mean() for name in settings]
     left.plot(linear, np.arange(len(settings)) - 0.2, "k|", markersize=12, label="first order in the weights")
-    left.legend(frameon=False)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=3)
     means, widths = np.array([interval(1e4 * paired(rows, name, "predicted/velocity/total")) for name in settings]).T
     right.barh(np.arange(len(settings)), means, 0.5, xerr=widths, color="gray", error_kw={"linewidth": 1})
     right.set(title=f"predicted, less {BASELINE}'s", xlabel="entropy velocity, 1e-4 nats per token")
