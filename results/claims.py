@@ -107,6 +107,7 @@ def claims(runs: Runs) -> list[tuple[str, str, str]]:
         ("6c. ce_gppo neither collapses nor explodes, nor unlearns", ("grpo", LOW_BETA, DEFAULT), steady),
         ("7a. lp_only is more accurate than gppo (ours)", (LP_ONLY, "gppo"), lp_accurate),
         ("7b. lp_only has more entropy than gppo (ours)", (LP_ONLY, "gppo"), lp_entropy),
+        ("8. the stronger bonus ends with more entropy than grpo", ("grpo", bonuses_of(runs)[1]), bonus_raises),
     ]
     if not runs.at_end("grpo", "distinct_at_k"):  # older runs did not count different answers
         table = [row for row in table if row[2] is not keeps_ways]
@@ -214,6 +215,10 @@ def lp_accurate(runs: Runs) -> tuple[str, str]:
 
 def lp_entropy(runs: Runs) -> tuple[str, str]:
     return over(runs.entropy_end, [(LP_ONLY, "gppo")], margin=entropy_margin(runs))
+
+
+def bonus_raises(runs: Runs) -> tuple[str, str]:
+    return over(runs.entropy_end, [(bonuses_of(runs)[1], "grpo")], margin=entropy_margin(runs))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     .venv/bin/python -m results.sweep                    55 runs on the task `walk`: about three hours on two cores
     .venv/bin/python -m results.sweep --quick            11 runs of 5 steps: a few minutes
-    .venv/bin/python -m results.sweep --sweep walk-32    32 updates per rollout; or arithmetic, the older sweep
+    .venv/bin/python -m results.sweep --sweep walk-32    32 updates per rollout; or countdown-32, another task
 
 Run it from the repository root. Every core (or GPU) has one run at a time. Each run adds a line to the results when it
 ends. The same command again continues the sweep: it starts the missing runs, and resumes interrupted ones. If the
@@ -101,7 +101,18 @@ SWEEPS = {
         steps=150,
     ),
     "walk-32": Sweep(
-        "walk", WALK | {"mini_batch_prompts": 2}, ("grpo", *CE[:3], "gppo", "lp_only (1, 1)"), seeds=3, steps=100
+        "walk",
+        WALK | {"mini_batch_prompts": 2},
+        ("grpo", *CE[:3], "gppo", "lp_only (1, 1)", "grpo, bonus 0.01", "grpo, bonus 0.03"),
+        seeds=3,
+        steps=100,
+    ),
+    "countdown-32": Sweep(
+        "countdown",
+        {"recipe": "countdown", "mini_batch_prompts": 2, "eval_every": 25, "eval_samples": 8},
+        ("grpo", *CE[:2], "gppo", "lp_only (1, 1)"),
+        seeds=3,
+        steps=100,
     ),
     "arithmetic": Sweep(
         "arithmetic",
@@ -123,10 +134,11 @@ def series_of(source: str) -> list[str]:
 
 @dataclass
 class Config:
-    sweep: Literal["walk", "walk-32", "arithmetic"] = "walk"
+    sweep: Literal["walk", "walk-32", "countdown-32", "arithmetic"] = "walk"
     quick: bool = False  # one seed and 5 steps: a test of the sweep itself, too short for verdicts
     results: str = ""  # file that the runs are added to; empty: results/reproduction-<sweep>.jsonl, or quick.jsonl
-    seeds: t.Count | None = None  # runs of each setting, from seed 0; None: the sweep's, quick: 1
+    seeds: t.Count | None = None  # runs of each setting; None: the sweep's, quick: 1
+    first_seed: t.Seed = 0  # the seeds of the runs start here
     steps: t.Count | None = None  # of each run; None: the sweep's, quick: 5
     settings: tuple[str, ...] = ()  # settings to run; empty: the sweep's
     out: Path = REPOSITORY / "out" / "reproduce"  # folder of the runs themselves
@@ -143,7 +155,7 @@ def main(config: Config) -> None:
         config.steps or (5 if config.quick else sweep.steps),
     )
     names = dict.fromkeys(config.settings or sweep.settings)  # each once
-    wanted = [(name, seed) for seed in range(seeds) for name in names]  # whole seeds first
+    wanted = [(name, config.first_seed + seed) for seed in range(seeds) for name in names]  # whole seeds first
     own = open_to_append(results, "--results")
     if not lock_file(own):
         raise UserError(f"{results}: another sweep, or a run of one that was killed, is at work; wait until it ends")

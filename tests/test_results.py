@@ -48,13 +48,13 @@ def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path, monkeypatch, ca
     results = tmp_path / "results.jsonl"
     names = ("grpo", "ce_gppo (1, 0.5)")
     options = {"results": str(results), "seeds": 1, "steps": 2, "settings": names, "out": tmp_path / "out", "lanes": 1}
-    config = sweep.Config(sweep="arithmetic", **options)
+    config = sweep.Config(sweep="arithmetic", first_seed=3, **options)
     sweep.main(config)
     rows = {row["setting"]: row for row in sweep.read(results)}
     assert sorted(rows) == ["ce_gppo (1, 0.5)", "grpo"]
     first = {name: row["series"]["entropy/mean"][0] for name, row in rows.items()}
     assert first["grpo"] == first["ce_gppo (1, 0.5)"]  # the same base, the same first rollout
-    metrics = (tmp_path / "out" / "arithmetic" / "grpo-2-0" / "metrics.jsonl").read_text().splitlines()
+    metrics = (tmp_path / "out" / "arithmetic" / "grpo-2-3" / "metrics.jsonl").read_text().splitlines()
     for name, values in rows["grpo"]["series"].items():
         there = [row for row in map(json.loads, metrics) if (name in row if name.startswith("eval/") else row["step"])]
         expected = [row.get(name) for row in there]  # None for a step without it
@@ -68,7 +68,7 @@ def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path, monkeypatch, ca
     always = set(sweep.series_of("arithmetic")) - {"clip/prob_low", "clip/prob_high", "optim/beta1", "optim/beta2"}
     assert all(value is not None for name in always for value in rows["grpo"]["series"][name])
     assert rows["ce_gppo (1, 0.5)"]["series"]["optim/beta1"] == [1.0, 1.0]
-    assert "--objective grpo" in rows["grpo"]["arguments"]
+    assert "--objective grpo" in rows["grpo"]["arguments"] and "--seed 3" in rows["grpo"]["arguments"]
     assert "--beta1 1.0 --beta2 0.5" in rows["ce_gppo (1, 0.5)"]["arguments"]
 
     results.write_text(json.dumps(rows["ce_gppo (1, 0.5)"]) + "\n")  # as if killed before the other line was written
@@ -170,7 +170,7 @@ def test_the_kept_runs_still_give_the_published_verdicts(tmp_path):
             [line.split("|")[1:3] for line in (folder / f"{stem}.md").read_text().splitlines() if line.startswith("|")]
             for folder in (tmp_path, ROOT / "results")
         ]
-        assert cells[0] == cells[1] and len(cells[0]) == 2 + 12 + 2 + 12
+        assert cells[0] == cells[1] and len(cells[0]) == 2 + 12 + 2 + 13
 
 
 def test_interval_is_student_s():
@@ -233,13 +233,13 @@ def test_verdicts_follow_the_runs():
     like_the_paper = {"grpo": 0.05, "ce_gppo (0, 1)": 0.3, "ce_gppo (0.5, 1)": 0.25, "ce_gppo (0.75, 1)": 0.2}
     like_the_paper |= {"ce_gppo (1, 0.5)": 0.1, "dapo": 0.2, "grpo, bonus 0.003": 0.4, "lp_only (1, 1)": 0.2}
     found = verdicts(made_up(like_the_paper, {"lp_only (1, 1)": 0.9}))
-    held = {"1a.", "1b.", "2a.", "2b.", "3a.", "4a.", "5.", "6a.", "6b.", "6c.", "7a.", "7b."}
+    held = {"1a.", "1b.", "2a.", "2b.", "3a.", "4a.", "5.", "6a.", "6b.", "6c.", "7a.", "7b.", "8."}
     assert {name for name, verdict in found.items() if verdict == "held"} == held
     assert {name for name in found if found[name] == "no difference"} == {"3b.", "4b.", "4c."}
 
     other_way = {"grpo": 0.25, "ce_gppo (0, 1)": 0.1, "ce_gppo (1, 0.5)": 0.3}
     found = verdicts(made_up(other_way, {"ce_gppo (0.75, 1)": 0.7}))
-    assert {found[name] for name in ("1a.", "1b.", "2a.", "2b.", "4a.")} == {"not held"}
+    assert {found[name] for name in ("1a.", "1b.", "2a.", "2b.", "4a.", "8.")} == {"not held"}
 
     found = verdicts(made_up(like_the_paper, {}, seeds=1))
     assert {verdict for name, verdict in found.items() if name not in ("6b.", "6c.")} == {"undecided"}
@@ -249,7 +249,7 @@ def test_a_difference_inside_the_margin_does_not_count():
     """5 % of 0.3 nats. The verdict of a claim of several parts is that of its worst part."""
     same = dict.fromkeys(SETTINGS, 0.1)
     found = verdicts(made_up(same | {"ce_gppo (0.5, 1)": 0.105}, {}))
-    assert {found[name] for name in ("1b.", "2a.", "2b.", "7a.", "7b.")} == {"no difference"}
+    assert {found[name] for name in ("1b.", "2a.", "2b.", "7a.", "7b.", "8.")} == {"no difference"}
     wide = {0: 0.03, 1: -0.03, 2: 0.0}
     assert claims.compare(wide, 0, 0.015) == claims.compare(wide, 0, 0.07) == "undecided"
     assert claims.compare(wide, 0, 0.08) == "no difference"  # 0.03 * 4.303 / sqrt(3) = 0.0745
