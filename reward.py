@@ -68,7 +68,7 @@ def score(
 
     answers   the true ones, one per response; they may have LaTeX, $ and \\boxed{}
     verifiers names in VERIFIERS, or of verifiers in custom.py, one per response; None: math for all
-    timeout   seconds that a worker may take for one response; then it is killed, and the response scores 0
+    timeout   seconds that a worker may have a core for one response; then it is killed, and the response scores 0
     workers   processes, at most (default: up to 4); started when first needed, kept between calls
     budget    seconds in workers for the whole batch; responses not reached by then score 0, and a line says how many
     thinking  a verifier gets only the text after the last </think>, and none if the thinking does not end

@@ -126,10 +126,8 @@ def _optimizer_state(model, optimizer: torch.optim.Optimizer) -> dict:
     new = not optimizer.state
     record = get_optimizer_state_dict(model, optimizer, options=WHOLE)
     if new:
-        for state in (
-            *optimizer.state.values(),
-            *record.get("state", {}).values(),
-        ):  # other ranks than 0 have no record
+        recorded = record.get("state", {})  # empty on ranks other than 0
+        for state in (*optimizer.state.values(), *recorded.values()):
             state["step"].zero_()
     return record
 

@@ -17,7 +17,7 @@ An answer is brought to one spelling (spelling.py), read as a tree (grammar.py, 
                 but a set in a set is one: \{\emptyset\} is not \emptyset, nor \{1,\{2\}\} \{1,2\}.
     tuple       (1,2) has an order, as have the ratio 2:3 and the cells of a matrix. [1,2) and [1,2[ are intervals.
     equation    `x = 3`, `f(2) = 3` and `1 + 2 = 3` are 3: the left side is a name, or equal. `x^2 = 4` is not 4. \in is
-                read as =.
+                read as =. f(n) = 2n is f(x) = 2x.
     region      `x < 2 or x > 3` and \{x \mid x < 2 or x > 3\} are (-\infty,2)\cup(3,\infty).
     choice      (C), C. and \textbf{C} are C; `(C) 12` is C and also 12, but neither D nor `(C) 13`.
     words       are compared without case, spaces and fonts.
@@ -152,8 +152,13 @@ def same_choice(a: Node, b: Node, ask) -> bool:
     return a is not None and b is not None and equal(a, b, ask)
 
 
+FUNCTION_OF = re.compile(r"([a-zA-Z])\(([a-z])\)")
+COMMAND = re.compile(r"\\[a-zA-Z]+")
+
+
 def same_equation(a: Node, b: Node, ask) -> bool:
     if a.kind == b.kind:
+        b = same_argument(a, b)
         names = [node.parts[0].text for node in (a, b)]
         if squeeze(names[0]) == squeeze(names[1]):
             return all(equal(side, b.parts[-1], ask) for side in a.parts[1:])
@@ -165,6 +170,14 @@ def same_equation(a: Node, b: Node, ask) -> bool:
     if other.kind == "region" and other.mark and is_name(name, SINGLE_NAME) and squeeze(name) != other.mark:
         return False  # k \in (0,1) and 0 < m < 1
     return all(equal(x, y, ask) for x in values(a) for y in values(b))
+
+
+def same_argument(a: Node, b: Node) -> Node:
+    """b with the variable of a's function: f(n) = 2n + 1 is f(x) = 2x + 1."""
+    f, g = (FUNCTION_OF.fullmatch(squeeze(node.parts[0].text)) for node in (a, b))
+    if not (f and g and f[1] == g[1] and f[2] != g[2]) or f[2] in COMMAND.sub("", b.text) or "\\text" in b.text:
+        return b
+    return read(re.sub(rf"{COMMAND.pattern}|{g[2]}", lambda m: f[2] if m[0] == g[2] else m[0], b.text))
 
 
 def values(node: Node) -> tuple[Node, ...]:

@@ -145,6 +145,9 @@ def read_ratio(text: str) -> Node | None:
 
 
 def read_scalar(text: str) -> Node:
+    sides = split(text, *INTERVALS)
+    if sides[1:2] and sides[1] in (">", r"\ge"):  # c > b > a is a < b < c
+        text = " ".join(FLIPPED.get(side, side) for side in reversed(sides))
     value, unit = measure(text)
     return Node("scalar", value, mark=unit)
 

@@ -27,6 +27,7 @@ from ce_gppo.verifier.answers import same
 
 MAX_MEMORY = 4 * 2**30  # bytes of address space per worker
 MAX_CACHED = 100_000  # verdicts
+PATIENCE = 10  # times its limit, at most, that a worker has on a busy machine
 STARTUP_SECONDS = 60.0  # a worker needs about 1 s on an idle machine, most of it for sympy
 MATH = "math"  # the name for math-verify; all other names are those of custom.load
 
@@ -62,8 +63,23 @@ class Worker:
         raise RuntimeError(f"the verifiers' worker does not start; `{' '.join(COMMAND)}` shows why")
 
     def read(self, timeout: float) -> bytes | None:
-        """The next line; b"" if the worker has died, None if it took more than `timeout` seconds."""
-        return self.process.stdout.readline() if wait([self.process.stdout], timeout) else None
+        """The next line; b"" if the worker has died, None if it took more than `timeout` seconds.
+
+        The time in which it waits for a core does not count: a busy machine would make right answers wrong.
+        """
+        began, _ = self.usage()
+        for _ in range(PATIENCE):
+            if wait([self.process.stdout], timeout):
+                return self.process.stdout.readline()
+            used, is_running = self.usage()
+            if not is_running or used - began > 0.8 * timeout:
+                break
+        return None
+
+    def usage(self) -> tuple[float, bool]:
+        """(seconds of a core that the worker has had, whether it computes or waits for a core)."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] == "R"
 
     def ask(self, job: Job, timeout: float) -> Parts | None:
         """The parts that the job's verifier gives. None if it takes more than `timeout` seconds, or crashes twice.
@@ -216,10 +232,16 @@ def serve():
     print("ready", file=replies, flush=True)
     for line in requests:
         verifier, response, answer, seconds = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds + 1)  # without a parent to kill it, the kernel ends this process
+        limit(seconds)
         reply = answer_to(verifier, response, answer)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        limit(0)
         print(json.dumps(reply), file=replies, flush=True)
+
+
+def limit(seconds: float) -> None:
+    """Without a parent to kill it, the kernel ends this process. 0: it does not."""
+    signal.setitimer(signal.ITIMER_PROF, seconds and 2 * seconds + 1)  # of a core
+    signal.setitimer(signal.ITIMER_REAL, seconds and PATIENCE * seconds + 1)
 
 
 def answer_to(verifier: str, response: str | None, answer: str) -> Parts | str:
