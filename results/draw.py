@@ -115,6 +115,7 @@ def finish(fig: plt.Figure, groups: dict[str, list[dict]] | None = None) -> plt.
     for axis in fig.axes:
         axis.spines[["top", "right"]].set_visible(False)
     if groups:
-        seeds = max(map(len, groups.values()))
-        fig.suptitle(f"thick lines: mean of {seeds} seeds; thin lines: each seed" if seeds > 1 else "one seed")
+        least, most = min(map(len, groups.values())), max(map(len, groups.values()))
+        seeds = f"{most}" if least == most else f"{least} to {most}"
+        fig.suptitle(f"thick lines: mean of {seeds} seeds; thin lines: each seed" if most > 1 else "one seed")
     return fig

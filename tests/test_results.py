@@ -325,6 +325,16 @@ def test_curves_of_part_of_a_sweep_have_no_empty_panels(names, titles):
     plt.close(figure)
 
 
+@pytest.mark.parametrize(
+    "runs, title", [((3, 3), "mean of 3 seeds"), ((3, 2), "mean of 2 to 3 seeds"), ((1, 1), "one seed")]
+)
+def test_the_number_of_seeds_stands_above_the_panels(runs, title):
+    made = groups_of(made_up({}, {}, seeds=3))
+    figure = draw.curves({name: made[name][:some] for name, some in zip(("grpo", "dapo"), runs, strict=True)}, "walk")
+    assert title in figure.get_suptitle()
+    plt.close(figure)
+
+
 def test_settings_outside_the_sweeps_are_compared_in_the_same_table_and_figure():
     names = ("grpo", *(name for name in sweep.SETTINGS if name not in draw.COLORS))
     rows = [row for row in sweep.read(ROOT / "results" / "arithmetic.jsonl") if row["setting"] == "grpo"]
