@@ -55,7 +55,7 @@ bench: setup data  ## measure updates, rollouts, rewards and the entropy account
 	@.venv/bin/python -m bench.attribution --repeats 7
 
 reproduce: RESULTS = results/$(if $(QUICK),quick,reproduction-walk).jsonl
-reproduce: setup walk  ## the sweep of docs/evidence.md, 55 runs: three hours on two cores; QUICK=1: a few minutes; RESULTS=<file>
+reproduce: setup walk  ## the sweep of docs/evidence.md, 55 runs: 1:40 to three hours on two cores; QUICK=1: a few minutes; RESULTS=<file>
 	@.venv/bin/python -m results.sweep --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
 	@.venv/bin/python -m results.claims $(RESULTS)
 

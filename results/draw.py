@@ -56,7 +56,8 @@ def summary(groups: dict[str, list[dict]], source: str, rows: list[dict]) -> plt
     """
     columns = 3 if rows else 2
     fig, (left, right, *last) = plt.subplots(1, columns, figsize=(4.2 * columns, 3.6), layout="constrained")
-    draw_panels(left, right, {name: groups[name] for name in SUMMARY if name in groups}, source)
+    groups = {name: groups[name] for name in SUMMARY if name in groups}
+    draw_panels(left, right, groups, source)
     left.set_title("entropy")
     right.set_title("held-out accuracy")
     for axis in last:

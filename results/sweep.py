@@ -1,6 +1,6 @@
 """The sweeps behind docs/evidence*.md: settings of the objective from the same base policy, several seeds each.
 
-    .venv/bin/python -m results.sweep                    55 runs on the task `walk`: about three hours on two cores
+    .venv/bin/python -m results.sweep                    55 runs on the task `walk`: 1:40 to three hours on two cores
     .venv/bin/python -m results.sweep --quick            11 runs of 5 steps: a few minutes
     .venv/bin/python -m results.sweep --sweep walk-32    32 updates per rollout; or countdown-32, another task
 
