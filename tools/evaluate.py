@@ -35,9 +35,7 @@ from tools.tables import compare, print_table, read_results
 @dataclass
 class Config:
     model: t.Name = "data/arithmetic/base"  # folder or hub name
-    bench: t.Name = (
-        "data/arithmetic/eval.jsonl"  # with commas: names as in data/benchmarks/<name>.jsonl, or JSONL files
-    )
+    bench: t.Name = "data/arithmetic/eval.jsonl"  # names as in data/benchmarks/<name>.jsonl, or JSONL files, "a,b"
     k: t.Count = 8  # samples per problem [AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
     temperature: t.GreedyOrTemperature = 0.6  # the paper's; `make train` evaluates its small model at 1.0
     top_p: t.Share = 0.95  # the paper's; 1.0 turns it off

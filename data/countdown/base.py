@@ -25,7 +25,7 @@ import torch
 from ce_gppo.config import command
 from ce_gppo.verifier.countdown import score
 from data.arithmetic.prepare import positive
-from data.base import Example, add_arguments, imitate, make_folder, make_model, make_tokenizer, sample
+from data.base import Example, add_arguments, imitate, make_folder, make_model, make_tokenizer, sample, summary
 from data.convert import write
 
 HERE = Path(__file__).parent
@@ -106,13 +106,7 @@ def main() -> None:
     tasks = [task for task in held_out for _ in range(SAMPLES)]
     responses, entropy = sample(model, tokenizer, [prompt(*task) for task in tasks], 32)
     scores = [score(text or "", answer(*task))["correctness"] for task, text in zip(tasks, responses, strict=True)]
-    groups = [scores[i : i + SAMPLES] for i in range(0, len(scores), SAMPLES)]
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{out}: {parameters / 1e6:.2f} M parameters, {steps} steps; at temperature 1 accuracy "
-        f"{sum(scores) / len(scores):.2f}, pass@{SAMPLES} {sum(map(max, groups)) / len(groups):.2f}, entropy "
-        f"{entropy:.2f} nats per token"
-    )
+    print(summary(out, model, steps, scores, SAMPLES, entropy))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 from ce_gppo.config import command
 from ce_gppo.verifier.walk import MAX_MOVES, after, legal_moves, score
-from data.base import Example, add_arguments, imitate, make_folder, make_model, make_tokenizer, sample
+from data.base import Example, add_arguments, imitate, make_folder, make_model, make_tokenizer, sample, summary
 from data.walk.prepare import WORDS, answer, arguments, prompt, splits
 
 HEADING = 0.7  # share of the moves that head for the target
@@ -56,13 +56,7 @@ def main() -> None:
     problems = [problem for problem in held_out for _ in range(SAMPLES)]
     responses, entropy = sample(model, tokenizer, [prompt(*p) for p in problems], 2 * MAX_MOVES + 1)
     scores = [score(text or "", answer(*problem)) for problem, text in zip(problems, responses, strict=True)]
-    groups = [scores[i : i + SAMPLES] for i in range(0, len(scores), SAMPLES)]
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{out}: {parameters / 1e6:.2f} M parameters, {steps} steps; at temperature 1 accuracy "
-        f"{sum(scores) / len(scores):.2f}, pass@{SAMPLES} {sum(map(max, groups)) / len(groups):.2f}, entropy "
-        f"{entropy:.2f} nats per token"
-    )
+    print(summary(out, model, steps, scores, SAMPLES, entropy))
 
 
 if __name__ == "__main__":
