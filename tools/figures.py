@@ -141,7 +141,7 @@ def figure(groups: dict[str, list[list[dict]]]) -> plt.Figure:
         axis.set(title=f"entropy velocity, {label}", xlabel="step")
     below[0].set_ylabel("nats per token")
     if below[0].get_legend_handles_labels()[0]:
-        below[0].legend(frameon=False, ncols=2)
+        below[-1].legend(*below[0].get_legend_handles_labels(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in (entropy, held_out, clipped, *below):
         axis.spines[["top", "right"]].set_visible(False)
     return fig
