@@ -28,7 +28,8 @@ from ce_gppo.config import command
 from ce_gppo.types import UserError
 from results import draw
 from results.series import EARLY, Runs, cut, difference, interval, text
-from results.sweep import CE, read
+from results.settings import CE
+from results.sweep import read
 from tools import branches
 from tools.figures import QUADRANTS
 

@@ -3,7 +3,7 @@
 groups: {setting: its runs}, each run a row of the results, as results/sweep.py writes them.
 """
 
-from results.sweep import CE, SETTINGS
+from results.settings import CE, SETTINGS
 from tools import branches, figures
 from tools.figures import plt
 

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.stats import t as student
 
-from results.sweep import SETTINGS
+from results.settings import SETTINGS
 
 LAST = 10  # steps; "the end" of a run is their mean
 EARLY = 15  # first steps, for claim 3

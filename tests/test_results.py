@@ -17,12 +17,12 @@ import train
 from ce_gppo.config import parse
 from ce_gppo.types import UserError
 from helpers import Forked, rows_of
-from results import claims, draw, sweep
+from results import claims, draw, settings, sweep
 from results.series import Runs, interval
 from tools.figures import QUADRANTS, plt
 
 pytestmark = pytest.mark.slow
-SETTINGS = sweep.SWEEPS["walk"].settings
+SETTINGS = settings.SWEEPS["walk"].settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,8 +43,8 @@ def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sweep, "subprocess", types.SimpleNamespace(Popen=forked))
     small = {"train_data": rows_of("train", 256), "eval_data": rows_of("eval", 16), "prompts_per_step": 24}
-    common = sweep.SWEEPS["arithmetic"].common | small | {"max_kept_prompts": 24}
-    monkeypatch.setitem(sweep.SWEEPS, "arithmetic", replace(sweep.SWEEPS["arithmetic"], common=common))
+    common = settings.SWEEPS["arithmetic"].common | small | {"max_kept_prompts": 24}
+    monkeypatch.setitem(settings.SWEEPS, "arithmetic", replace(settings.SWEEPS["arithmetic"], common=common))
     results = tmp_path / "results.jsonl"
     names = ("grpo", "ce_gppo (1, 0.5)")
     options = {"results": str(results), "seeds": 1, "steps": 2, "settings": names, "out": tmp_path / "out", "lanes": 1}
@@ -146,12 +146,12 @@ def test_a_finished_run_of_other_arguments_is_not_taken_for_this_one(tmp_path):
 
 
 def test_train_py_accepts_every_setting():
-    for one, (name, options) in itertools.product(sweep.SWEEPS.values(), sweep.SETTINGS.items()):
+    for one, (name, options) in itertools.product(settings.SWEEPS.values(), settings.SETTINGS.items()):
         config, recipe, resume = parse(train.Config, sweep.arguments(one, name, 3, 50).split())
         assert (config.seed, config.steps, recipe, resume) == (3, 50, one.common.get("recipe", ""), "")
         for key, value in (one.common | options).items():
             assert key == "recipe" or getattr(config, key) == value
-        assert set(one.settings) <= set(sweep.SETTINGS)
+        assert set(one.settings) <= set(settings.SETTINGS)
 
 
 def test_series_are_those_of_the_list_of_metrics():
@@ -282,10 +282,10 @@ def groups_of(runs):
 
 
 def test_settings_of_a_sweep_have_different_colours():
-    assert set(sweep.SETTINGS) == {name for names in draw.ROWS.values() for name in names}
-    for settings in (one.settings for one in sweep.SWEEPS.values()):
-        assert set(settings) <= set(draw.COLORS)
-        assert len({to_hex(draw.COLORS[name]) for name in settings}) == len(settings)
+    assert set(settings.SETTINGS) == {name for names in draw.ROWS.values() for name in names}
+    for names in (one.settings for one in settings.SWEEPS.values()):
+        assert set(names) <= set(draw.COLORS)
+        assert len({to_hex(draw.COLORS[name]) for name in names}) == len(names)
 
 
 def test_curves_show_each_seed_and_the_mean():
@@ -293,8 +293,8 @@ def test_curves_show_each_seed_and_the_mean():
     figure = draw.curves(groups_of(made), "walk")
     panels = np.reshape(figure.axes, (-1, 2))
     rows = list(draw.ROWS.items())[:3]
-    for (title, settings), (entropy, accuracy) in zip(rows, panels, strict=True):
-        names = [name for name in settings if name in SETTINGS]
+    for (title, members), (entropy, accuracy) in zip(rows, panels, strict=True):
+        names = [name for name in members if name in SETTINGS]
         for axis, metric in (entropy, "entropy/mean"), (accuracy, "eval/walk/avg_at_k"):
             assert title in axis.get_title() and axis.get_xlabel() == "step" and axis.get_ylabel()
             thick = [line for line in axis.lines if line.get_linewidth() >= 2]
@@ -340,7 +340,7 @@ def test_the_number_of_seeds_stands_above_the_panels(runs, title):
 
 
 def test_settings_outside_the_sweeps_are_compared_in_the_same_table_and_figure():
-    names = ("grpo", *(name for name in sweep.SETTINGS if name not in draw.COLORS))
+    names = ("grpo", *(name for name in settings.SETTINGS if name not in draw.COLORS))
     rows = [row for row in sweep.read(ROOT / "results" / "arithmetic.jsonl") if row["setting"] == "grpo"]
     made = Runs([row | {"setting": name} for row in rows for name in names])
     lines = claims.table(made).splitlines()
