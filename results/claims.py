@@ -38,7 +38,7 @@ ENTROPY_MARGIN = 0.05  # of the base policy's entropy: smaller differences count
 MARGIN = 0.02  # of accuracy and of pass@k; "at least" allows this much less
 UNLEARNED = 0.05  # a run has unlearned if its last accuracy is this far below its best
 LOW_BETA, DEFAULT = "ce_gppo (0.5, 1)", "ce_gppo (0.75, 1)"
-LP_ONLY = "lp_only (1, 1)"
+LP_ONLY, LP_HALF = "lp_only (1, 1)", "lp_only_half (0.75, 1)"
 PAIRS = [(name, other) for name in (LOW_BETA, DEFAULT) for other in ("grpo", "dapo")]
 BONUSES = (("grpo, bonus 0.001", "grpo, bonus 0.003"), ("grpo, bonus 0.01", "grpo, bonus 0.03"))  # of walk, arithmetic
 SIGNS = {"pa_lp": 1, "na_hp": 1, "pa_hp": -1, "na_lp": -1}  # of the velocities, by the theory
@@ -108,6 +108,8 @@ def claims(runs: Runs) -> list[tuple[str, str, str]]:
         ("6c. ce_gppo neither collapses nor explodes, nor unlearns", ("grpo", LOW_BETA, DEFAULT), steady),
         ("7a. lp_only is more accurate than gppo (ours)", (LP_ONLY, "gppo"), lp_accurate),
         ("7b. lp_only has more entropy than gppo (ours)", (LP_ONLY, "gppo"), lp_entropy),
+        ("7c. lp_only_half is more accurate than ce_gppo (0.75, 1) (ours)", (LP_HALF, DEFAULT), half_accurate),
+        ("7d. both are at least as accurate as grpo (ours)", (LP_ONLY, LP_HALF, "grpo"), as_accurate),
         ("8. the stronger bonus ends with more entropy than grpo", ("grpo", bonuses_of(runs)[1]), bonus_raises),
     ]
     if not runs.at_end("grpo", "distinct_at_k"):  # older runs did not count different answers
@@ -216,6 +218,14 @@ def lp_accurate(runs: Runs) -> tuple[str, str]:
 
 def lp_entropy(runs: Runs) -> tuple[str, str]:
     return over(runs.entropy_end, [(LP_ONLY, "gppo")], margin=entropy_margin(runs))
+
+
+def half_accurate(runs: Runs) -> tuple[str, str]:
+    return over(runs.at_end, [(LP_HALF, DEFAULT)], margin=MARGIN, digits=3)
+
+
+def as_accurate(runs: Runs) -> tuple[str, str]:
+    return over(runs.at_end, [(LP_ONLY, "grpo"), (LP_HALF, "grpo")], bound=-MARGIN, digits=3)
 
 
 def bonus_raises(runs: Runs) -> tuple[str, str]:

@@ -18,6 +18,7 @@ COLORS = {  # those of ce_gppo go from blue to red as beta2 - beta1 falls
     "ce_gppo (0.75, 1)": "#e6398b",
     "ce_gppo (1, 0.5)": "#b2182b",
     "lp_only (1, 1)": "#ff7f0e",
+    "lp_only_half (0.75, 1)": "#8c564b",
     "grpo, bonus 0.001": "#b8b800",
     "grpo, bonus 0.003": "#7a5c00",
     "grpo, bonus 0.01": "#b8b800",
@@ -26,7 +27,16 @@ COLORS = {  # those of ce_gppo go from blue to red as beta2 - beta1 falls
     "ce_gppo, target 0.9": "#00897b",
 }
 ROWS = {  # of panels: title -> settings
-    "objectives": ("grpo", "dapo", "gppo", "cispo", "gspo", "ce_gppo (0.75, 1)", "lp_only (1, 1)"),
+    "objectives": (
+        "grpo",
+        "dapo",
+        "gppo",
+        "cispo",
+        "gspo",
+        "ce_gppo (0.75, 1)",
+        "lp_only (1, 1)",
+        "lp_only_half (0.75, 1)",
+    ),
     "betas of ce_gppo": ("grpo", *CE),
     "entropy bonus and target": ("grpo", *(name for name in COLORS if "bonus" in name or "target" in name)),
     "others": ("grpo", *(name for name in SETTINGS if name not in COLORS)),

@@ -74,6 +74,13 @@ SWEEPS = {
         seeds=3,
         steps=100,
     ),
+    "walk-hot": Sweep(
+        "walk",
+        WALK | {"mini_batch_prompts": 2, "lr": 1e-4, "eval_every": 20},
+        ("grpo", *CE[:3], "gppo", "lp_only (1, 1)", "lp_only_half (0.75, 1)"),
+        seeds=3,
+        steps=60,
+    ),
     "countdown-32": Sweep(
         "countdown",
         {"recipe": "countdown", "mini_batch_prompts": 2, "eval_every": 25, "eval_samples": 8},
