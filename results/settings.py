@@ -79,7 +79,7 @@ SWEEPS = {
         WALK | {"mini_batch_prompts": 2, "lr": 1e-4, "eval_every": 20},
         ("grpo", *CE[:3], "gppo", "lp_only (1, 1)", "lp_only_half (0.75, 1)"),
         seeds=3,
-        steps=60,
+        steps=40,
     ),
     "countdown-32": Sweep(
         "countdown",
@@ -100,14 +100,14 @@ SWEEPS = {
             "max_kept_prompts": 8,
             "mini_batch_prompts": 1,  # up to eight updates per rollout
             "responses_per_prompt": 4,
-            "lr": 3e-6,
+            "lr": 1e-5,
             "warmup_steps": 0,
-            "eval_every": 10,
+            "eval_every": 12,
             "eval_samples": 4,
         },
-        ("grpo", *CE[:2], "gppo", "lp_only (1, 1)"),
+        ("grpo", "gppo", "lp_only (1, 1)"),
         seeds=3,
-        steps=20,
+        steps=12,
     ),
     "arithmetic": Sweep(
         "arithmetic",
