@@ -109,6 +109,13 @@ SWEEPS = {
         seeds=3,
         steps=12,
     ),
+    "arithmetic-hot": Sweep(
+        "arithmetic",
+        {"lr": 2e-4} | SIX_OF_48 | {"eval_every": 20, "eval_samples": 8},
+        ("grpo", "gppo", "ce_gppo (0, 1)", "lp_only (1, 1)"),
+        seeds=3,
+        steps=40,
+    ),
     "arithmetic": Sweep(
         "arithmetic",
         {"lr": 1e-4} | SIX_OF_48 | {"eval_every": 20, "eval_samples": 8},
