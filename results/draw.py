@@ -42,7 +42,7 @@ ROWS = {  # of panels: title -> settings
     "others": ("grpo", *(name for name in SETTINGS if name not in COLORS)),
 }
 
-SUMMARY = ("grpo", "ce_gppo (0.5, 1)", "gppo", "lp_only (1, 1)")
+SUMMARY = ("grpo", "ce_gppo (0, 1)", "ce_gppo (0.5, 1)", "gppo", "lp_only (1, 1)")
 
 
 def curves(groups: dict[str, list[dict]], source: str) -> plt.Figure:
@@ -50,7 +50,7 @@ def curves(groups: dict[str, list[dict]], source: str) -> plt.Figure:
     rows = {title: [name for name in names if name in groups] for title, names in ROWS.items()}
     rows = {title: names for title, names in rows.items() if set(names) - {"grpo"}} or {"objectives": list(groups)}
     fig, axes = plt.subplots(
-        len(rows), 2, figsize=(9, 0.4 + 3 * len(rows)), sharey="col", squeeze=False, layout="constrained"
+        len(rows), 2, figsize=(11, 0.4 + 3 * len(rows)), sharey="col", squeeze=False, layout="constrained"
     )
     for (left, right), (title, names) in zip(axes, rows.items(), strict=True):
         draw_panels(left, right, {name: groups[name] for name in names}, source)
@@ -60,12 +60,12 @@ def curves(groups: dict[str, list[dict]], source: str) -> plt.Figure:
 
 
 def summary(groups: dict[str, list[dict]], source: str, rows: list[dict]) -> plt.Figure:
-    """Four settings: entropy, accuracy, and the change of entropy in one step of each.
+    """Five settings: entropy, accuracy, and the change of entropy in one step of each.
 
     rows: branches, as tools/branch.py writes them; without rows there is no third panel.
     """
     columns = 3 if rows else 2
-    fig, (left, right, *last) = plt.subplots(1, columns, figsize=(4.2 * columns, 3.6), layout="constrained")
+    fig, (left, right, *last) = plt.subplots(1, columns, figsize=(4.2 * columns + 1.5, 3.6), layout="constrained")
     groups = {name: groups[name] for name in SUMMARY if name in groups}
     draw_panels(left, right, groups, source)
     left.set_title("entropy")
@@ -73,13 +73,13 @@ def summary(groups: dict[str, list[dict]], source: str, rows: list[dict]) -> plt
     for axis in last:
         names = [name for name in branches.others(rows) if name in ("(0.5, 1)", "(1, 1)", "lp_only (1, 1)", "(0, 1)")]
         branches.draw_measured(axis, rows, names)
-        axis.set_title(f"one step, less grpo's ({branches.count(rows)} branches)")
+        axis.set_title(f"one step at lr {rows[0]['lr']:g}, less grpo's")
         axis.legend(frameon=False)
     return finish(fig, groups)
 
 
 def draw_panels(left, right, groups: dict[str, list[dict]], source: str) -> None:
-    """Entropy on the left, accuracy with a legend for both on the right."""
+    """Entropy on the left, accuracy on the right, and beside it a legend for both."""
     others = [name for name in SETTINGS if name not in COLORS]
     for name, runs in groups.items():
         color = COLORS.get(name) or f"C{others.index(name) % 10}"
@@ -89,7 +89,7 @@ def draw_panels(left, right, groups: dict[str, list[dict]], source: str) -> None
     left.set(xlabel="step", ylabel="nats per token")
     right.set(xlabel="step", ylabel="avg@8")
     left.set_ylim(bottom=0)
-    right.legend(loc="lower right", frameon=False)  # the accuracies leave room there
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # inside, it would hide a run that unlearns
 
 
 def velocities(groups: dict[str, list[dict]]) -> plt.Figure:

@@ -333,7 +333,7 @@ def test_the_number_of_seeds_stands_above_the_panels(runs, title):
     figure = draw.curves({name: made[name][:some] for name, some in zip(("grpo", "dapo"), runs, strict=True)}, "walk")
     assert title in figure.get_suptitle()
     plt.close(figure)
-    made["dapo"] = made["dapo"][:1]  # not one of the four that the summary shows
+    made["dapo"] = made["dapo"][:1]  # not one of the settings that the summary shows
     figure = draw.summary(made, "walk", [])
     assert "mean of 3 seeds" in figure.get_suptitle()
     plt.close(figure)
