@@ -209,7 +209,8 @@ def push_of_clipped(steps: list[dict], config) -> list[str]:
     )
     if moved_by := "entropy_target" if config.entropy_target else config.beta_schedule and "beta_schedule":
         return [f"{said}; {moved_by} moved the betas."]
-    less = f"; lower beta2 ({config.beta2:g}) for less" if config.spec.has_betas and config.beta2 else ""
+    raised = config.spec.has_betas and config.beta2 and high > 0  # in a run that unlearns, high is often below 0
+    less = f"; lower beta2 ({config.beta2:g}) for less" if raised else ""
     return [f"{said}. For more entropy {more_entropy(config)}{less}."]
 
 

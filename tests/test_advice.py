@@ -99,6 +99,18 @@ def test_sentences_that_depend_on_other_settings():
     assert "the betas were still moving; raise steps (80)" in first("missed target", entropy_target=0.05)
 
 
+def test_beta2_is_lowered_for_less_entropy_only_where_it_raised_it():
+    case = next(case for case in CASES if case["name"] == "calm, betas (0, 1)")
+    for sign, said in ((1, True), (-1, False)):
+        history = [
+            row | {"velocity/clipped_high": sign * row["velocity/clipped_high"]}
+            if "velocity/clipped_high" in row
+            else row
+            for row in case["history"]
+        ]
+        assert ("lower beta2" in advice(history, resolved(**case["settings"]))[-1]) == said
+
+
 def test_every_kind_of_run_is_stored():
     assert [case["name"] for case in CASES] == list(EXPECTED)
 
