@@ -80,7 +80,7 @@ def test_a_sweep_keeps_finished_runs_and_does_the_rest(tmp_path, monkeypatch, ca
     code, output = script("claims", results)
     assert code == 0, output
     assert "| grpo | 1 |" in results.with_suffix(".md").read_text()
-    assert plt.imread(results.with_suffix(".png")).shape[1] == 1350
+    assert plt.imread(results.with_suffix(".png")).shape[1] == 1650  # 11 inches
     assert (tmp_path / "results-velocity.svg").exists()
 
 
