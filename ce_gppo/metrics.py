@@ -113,7 +113,7 @@ METRICS = {
             "clip/low high",
             "share",
             "tokens below the interval with A < 0, above it with A > 0; they keep a gradient here",
-            "0.001 to 0.03; at 0 the betas do nothing",
+            "0.001 to 0.03 together, with `beta1` above 0 to 0.01; at 0 the betas do nothing",
             always=False,
             swept=True,
         ),
