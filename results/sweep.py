@@ -20,7 +20,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -44,7 +43,7 @@ def series_of(source: str) -> list[str]:
 
 @dataclass
 class Config:
-    sweep: Literal["walk", "walk-32", "walk-hot", "countdown-32", "words", "arithmetic", "arithmetic-hot"] = "walk"
+    sweep: t.one_of(SWEEPS) = "walk"
     quick: bool = False  # one seed and 5 steps: a test of the sweep itself, too short for verdicts
     results: str = ""  # file that the runs are added to; empty: results/reproduction-<sweep>.jsonl, or quick.jsonl
     seeds: t.Count | None = None  # runs of each setting; None: the sweep's, quick: 1
