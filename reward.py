@@ -17,8 +17,9 @@ import os
 import re
 from collections.abc import Callable
 
-from ce_gppo import dist
-from ce_gppo.types import Problem, Response, UserError
+from ce_gppo import messages
+from ce_gppo.messages import UserError
+from ce_gppo.types import Problem, Response
 from ce_gppo.verifier import countdown, custom, extract, walk
 from ce_gppo.verifier.answers import Undecided, equal_now
 from ce_gppo.verifier.background import BackgroundScorer
@@ -99,7 +100,7 @@ def score(
         late += len(indices) * (verdicts.get(job, {}) is None and job[0] != "math")
     for count, why in ((unread, f"unread: a batch has {budget:g} s"), (late, f"after {timeout:g} s, or a crash")):
         if count:
-            dist.say(f"reward: {count} of {len(responses)} answers scored 0 {why}", warning=True)
+            messages.say(f"reward: {count} of {len(responses)} answers scored 0 {why}", warning=True)
     return parts
 
 

@@ -1,6 +1,8 @@
 """vLLM and nothing else: prompts in, groups of responses out, weights in."""
 
+import contextlib
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -8,9 +10,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ce_gppo import dist
+from ce_gppo import parallel
+from ce_gppo.messages import UserError
 from ce_gppo.model import stop_token_ids
-from ce_gppo.types import Response, UserError, starting
+from ce_gppo.types import Response, starting
 
 CPU_CACHE_GIB = 1  # vLLM's cache without a GPU, unless vLLM's variable VLLM_CPU_KVCACHE_SPACE is set
 
@@ -57,9 +60,9 @@ class Engine:
         else:  # here gpu_memory_utilization is the share of the RAM that must be free at the start
             options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05}
             options["kv_cache_memory_bytes"] = int((cpu_kv_cache_gib or CPU_CACHE_GIB) * 2**30)
-        if dist.world_size() > 1:  # vLLM joins the existing process group, and takes this rank's GPU
+        if parallel.world_size() > 1:  # vLLM joins the existing process group, and takes this rank's GPU
             options["distributed_executor_backend"] = "external_launcher"
-            dist.own_shared_memory()
+            own_shared_memory()
         try:
             with warnings.catch_warnings(action="ignore"):  # no user can act on vLLM's warnings
                 self.llm = vllm.LLM(
@@ -187,3 +190,27 @@ def _repack_head(model) -> None:
 def decode(tokenizer, token_ids: list[int]) -> str:
     """Text of the response. Ids beyond the tokenizer's vocabulary (padded embeddings have them) are left out."""
     return tokenizer.decode([i for i in token_ids if i < len(tokenizer)], skip_special_tokens=True)
+
+
+def own_shared_memory() -> None:
+    """Give the shared memory of vLLM's CPU engines a name of this run's own. Call it before making them. Collective.
+
+    vLLM's name is the same in every run. An engine over several ranks could not start beside another one on this
+    machine, nor after one that was killed and left its memory in /dev/shm. So the name also goes as soon as all ranks
+    have the memory.
+    """
+    own = parallel.rank0_then_broadcast(lambda: secrets.token_hex(4))
+    if torch.cuda.is_available():
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Memory
+
+    name, init = Memory.make_group_name, Memory._init_cpu_shm
+
+    def init_and_unlink(memory):
+        handle = init(memory)  # ends with a barrier
+        with contextlib.suppress(OSError):
+            os.unlink(f"/dev/shm/{memory.group_name}_{memory.communicator.rank}")
+        return handle
+
+    Memory.make_group_name = staticmethod(lambda communicator: f"ce-gppo-{own}-{name(communicator).lstrip('/')}")
+    Memory._init_cpu_shm = init_and_unlink

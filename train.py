@@ -18,7 +18,7 @@ import torch
 
 import loss
 import reward
-from ce_gppo import checkpoint, corrections, dist, runs, selection, tracking
+from ce_gppo import checkpoint, corrections, messages, parallel, runs, selection, tracking
 from ce_gppo import types as t
 from ce_gppo.betas import betas_of_step, bonus_of_step, first_control, lr_of_step, next_control
 from ce_gppo.checkpoint import State
@@ -116,19 +116,19 @@ MAX_GRAD_NORM = 1.0  # gradients are clipped to it
 
 def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) -> None:
     """The whole run, new or continued. Once `stop()` is true on any rank it saves and returns."""
-    device = dist.init()
-    folder, last = dist.rank0_then_broadcast(lambda: runs.locate(config, resume))
+    device = parallel.init()
+    folder, last = parallel.rank0_then_broadcast(lambda: runs.locate(config, resume))
     check_inputs(config, reward.VERIFIERS)  # before a large model is downloaded
     source = str(last or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
     problems, held_out, sizes = load_sets(config, tokenizer, model.config, reward.VERIFIERS)
-    policy = dist.distribute(Policy(model), config.shard, model._no_split_modules or [])  # shares the model's weights
+    policy = parallel.distribute(Policy(model), config.shard, model._no_split_modules or [])
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
-    new = State(dist.rank0_then_broadcast(tracking.new_id), control=first_control(config))
+    new = State(parallel.rank0_then_broadcast(tracking.new_id), control=first_control(config))
     critic = load_critic(config, source, device)  # None without gae
     state = checkpoint.load(last, model, optimizer, critic) if last else new
-    dist.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))
-    dist.say(plan(config, folder, model, device, sizes, state.step))
+    parallel.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))
+    messages.say(plan(config, folder, model, device, sizes, state.step))
     reference = load_reference(config, device)  # before the engine: only errors until then are told as a start's
     engine = Engine(
         source,
@@ -139,14 +139,14 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         seed=config.seed,
     )
     check_engine(engine, model, policy, problems[0], config, device)
-    log = Report(folder, config, state.step, state.wandb_id, tokenizer) if dist.is_main() else None
+    log = Report(folder, config, state.step, state.wandb_id, tokenizer) if parallel.is_main() else None
     meter = Meter(model, device)
     saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
 
     try:
         evaluate(state.step)  # before the first step, or of a resumed run that was stopped while it evaluated
-        while state.step < config.steps and not dist.any_rank(stop()):
+        while state.step < config.steps and not parallel.any_rank(stop()):
             step = state.step + 1
             chosen, groups = sample(engine, problems, state.batches, config, meter, stop)
             if not groups:
@@ -161,7 +161,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
                 engine.wake(named_weights(model))
             report(log, chosen, groups, mini_batches, updates, values, objective, lr, state, config, meter)
             ends = step == config.steps or state.no_signal >= runs.MAX_NO_SIGNAL
-            if step % config.checkpoint_every == 0 or ends or dist.any_rank(stop()):
+            if step % config.checkpoint_every == 0 or ends or parallel.any_rank(stop()):
                 saver.save(state)
             runs.check_signal(state, saver)
             evaluate(step)  # after saving, as it may take long; a run that is resumed here evaluates first
@@ -169,8 +169,8 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     finally:
         if log:
             log.close(checkpoint.all_of(folder))
-    if dist.any_rank(stop()):
-        dist.say(f'stopped after step {state.step}; continue with: make train ARGS="--resume {folder}"')
+    if parallel.any_rank(stop()):
+        messages.say(f'stopped after step {state.step}; continue with: make train ARGS="--resume {folder}"')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,22 +189,22 @@ def sample(
     for batch in range(batches + 1, batches + 1 + max_batches(config)):
         with meter("rollout"):
             new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
-            mine = dist.round_robin(len(new), config.rollout_tp)  # the prompts of this rank's engine
+            mine = parallel.round_robin(len(new), config.rollout_tp)  # the prompts of this rank's engine
             scorer = reward.in_background([new[i] for i in mine], thinking=config.thinking)
             sampled = engine.generate(
                 [new[i].prompt_ids for i in mine],
                 config.responses_per_prompt,
                 max_tokens=config.max_response_tokens,
                 temperature=config.temperature,
-                seed=seed_of_step(config.seed, batch, dist.rank() // config.rollout_tp),
+                seed=seed_of_step(config.seed, batch, parallel.rank() // config.rollout_tp),
                 on_group=scorer.add,  # the verifier starts on the first complete group
                 stop=stop,
             )
-            if dist.any_rank(stop()):
+            if parallel.any_rank(stop()):
                 return [], []
         with meter("reward"):
             reward.set_rewards(sampled, scorer.finish(), config.max_response_tokens, config.overlong)
-            chosen, groups = chosen + new, groups + dist.gather_dealt(sampled, config.rollout_tp)
+            chosen, groups = chosen + new, groups + parallel.gather_dealt(sampled, config.rollout_tp)
         if sum(map(has_signal, groups)) >= config.max_kept_prompts:
             break
     with meter("rollout"):
@@ -244,21 +244,21 @@ def learn(
         pending = [r for r in flatten(groups) if id(r) in pending]  # by group: its prompt is then computed once
         compute_old_logprobs(policy, pending, config.temperature, config.max_micro_batch_tokens, meter.device)
     updates = []
-    with meter("update"), dist.host_threads():
+    with meter("update"), parallel.host_threads():
         for share in shares * config.epochs if lr else []:  # lr 0: only the critic learns
             updates.append(update(policy, optimizer, share, objective, lr, config, meter.device))
             runs.watch_skipped(folder / "skipped", state, len(updates), share, updates[-1], config.lr)
-    dist.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
+    parallel.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
     return updates
 
 
 def update(policy, optimizer, responses: list[Response], objective, lr: float, config: Config, device: str) -> Update:
     """One optimizer step on a mini-batch, of which `responses` are this rank's share, perhaps none."""
-    dist.zero_gradients(policy, optimizer)
+    parallel.zero_gradients(policy, optimizer)
     passes = config.temperature, config.max_micro_batch_tokens, device
     losses, sums, padding = accumulate_gradients(policy, responses, loss_of(responses, objective), *passes)
-    grad_norm = dist.clip_gradients(policy, MAX_GRAD_NORM)
-    skipped = dist.any_rank(not math.isfinite(grad_norm + sum(losses)))
+    grad_norm = parallel.clip_gradients(policy, MAX_GRAD_NORM)
+    skipped = parallel.any_rank(not math.isfinite(grad_norm + sum(losses)))
     if not skipped:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -271,7 +271,7 @@ def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
 
     It divides by the tokens (or responses) of the whole mini-batch, over all its micro-batches and ranks.
     """
-    tokens, correct_tokens, sequences = dist.all_sum(
+    tokens, correct_tokens, sequences = parallel.all_sum(
         sum(len(r.response_ids) for r in responses),
         sum(len(r.response_ids) for r in responses if r.verdict > 0),
         len(responses),

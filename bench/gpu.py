@@ -39,12 +39,13 @@ from transformers import Qwen2Config
 
 import train
 from bench import common
-from ce_gppo import dist, forward, perf
+from ce_gppo import forward, parallel, perf
 from ce_gppo.config import command
 from ce_gppo.entropy import token_statistics
 from ce_gppo.forward import Policy, accumulate_gradients, collate
+from ce_gppo.messages import RunEnded
 from ce_gppo.model import compile_layers, load_model
-from ce_gppo.types import Response, RunEnded
+from ce_gppo.types import Response
 from data.arithmetic.prepare import positive
 from loss import Objective
 
@@ -315,15 +316,15 @@ def head_part(options: argparse.Namespace) -> None:
 def offload_part(options: argparse.Namespace) -> None:
     cuda = options.device.startswith("cuda")
     model = make_model(options, "offload")
-    policy = dist.distribute(Policy(model), "offload", model._no_split_modules)
+    policy = parallel.distribute(Policy(model), "offload", model._no_split_modules)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=cuda, **train.ADAMW)
     lengths = cases_of(options)["mixed"]
     responses = make_responses(lengths, options)
 
     def step():
-        with dist.host_threads():
+        with parallel.host_threads():
             optimizer.step()
-        dist.zero_gradients(policy, optimizer)
+        parallel.zero_gradients(policy, optimizer)
 
     passes, steps = [], []
     for _ in range(options.repeats + 1):  # the first one compiles, and makes the moments

@@ -30,9 +30,9 @@ import train
 from bench import common
 from ce_gppo import types as t
 from ce_gppo.config import command
+from ce_gppo.messages import UserError
 from ce_gppo.model import context_of, load_model, named_weights
 from ce_gppo.problems import load_problems
-from ce_gppo.types import UserError
 from rollout import Engine, prepare_environment
 
 ROOT = Path(__file__).parents[1]

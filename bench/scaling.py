@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 import train
-from ce_gppo import dist
+from ce_gppo import parallel
 from ce_gppo import types as t
 from ce_gppo.config import RECIPES, command, parse
 from ce_gppo.entropy import TILE_LOGITS
@@ -80,11 +80,11 @@ def parameters(name: str) -> tuple[int, int, int]:
     return in_layers + 2 * head, in_layers, head
 
 
-def host_memory(name: str, limit_mib: float = dist.PINNED_CACHED_MIB) -> dict[str, float]:
+def host_memory(name: str, limit_mib: float = parallel.PINNED_CACHED_MIB) -> dict[str, float]:
     """GiB of the host's memory with `offload` on one GPU: in an update, and of the copy that a checkpoint needs.
 
     Weights and gradients are pinned, and the two moments are not. torch rounds the bytes of a pinned tensor up to a
-    power of two, unless they are more than limit_mib (dist.pin_exactly).
+    power of two, unless they are more than limit_mib (parallel.pin_exactly).
     """
     layer, head = matrices(name)
     exact = [4 * numbers for numbers in SHAPES[name][0] * layer + [head, head]]
@@ -126,7 +126,7 @@ def memory(name: str, gpus: int, shard: str, tensor_parallel: int, config: Confi
 def imbalance(ranks: int, responses: int, mean: int, longest: int) -> dict[str, float]:
     """The most tokens of a rank over the mean, for mini-batches of long-tailed lengths: simulated, the mean of 50.
 
-    dealt: by dist.largest_first, as the code does. round_robin: groups dealt in turn. least: a lower bound,
+    dealt: by parallel.largest_first, as the code does. round_robin: groups dealt in turn. least: a lower bound,
     above 1 if a response is longer than the mean of the ranks. The lengths are log-normal, cut at the limit.
     """
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +135,7 @@ def imbalance(ranks: int, responses: int, mean: int, longest: int) -> dict[str, 
         normal = torch.randn(responses, generator=generator)  # [responses]
         lengths = ((0.8 * normal - 0.32).exp() * mean).clamp(1, longest).long().tolist()  # 0.32: half of 0.8 squared
         share = sum(lengths) / min(ranks, responses)
-        owners = dist.largest_first(lengths, ranks)
+        owners = parallel.largest_first(lengths, ranks)
         loads, turns = [0] * ranks, [0] * ranks
         for i, (length, owner) in enumerate(zip(lengths, owners, strict=True)):
             loads[owner] += length

@@ -32,7 +32,7 @@ from bench import common
 from ce_gppo import perf
 from ce_gppo import types as t
 from ce_gppo.config import command
-from ce_gppo.types import RunEnded, UserError
+from ce_gppo.messages import RunEnded, UserError
 
 ROOT = Path(__file__).parents[1]
 TRL = "trl==1.16.0"

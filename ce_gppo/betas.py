@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 
 GAIN, INTEGRAL_GAIN = 4.0, 0.4  # of the controller, per rollout; relative errors of entropy vary by about 0.03
 

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ce_gppo import dist
-from ce_gppo.types import RunEnded, UserError, starting
+from ce_gppo import messages, parallel
+from ce_gppo.messages import RunEnded, UserError
+from ce_gppo.types import starting
 
 MANIFEST = "manifest.json"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # not in shards
@@ -73,7 +74,7 @@ class Saver:
             model, optimizer = self.critic.model, self.critic.optimizer
             record["critic"] = get_model_state_dict(model, options=WHOLE)
             record["critic_optimizer"] = _optimizer_state(model, optimizer)
-        if dist.is_main():
+        if parallel.is_main():
             weights, record = self._apart((weights, record))
             record["state"] = asdict(state)
             self.thread = threading.Thread(target=self._write, args=(weights, record))
@@ -85,7 +86,7 @@ class Saver:
         optimizers = [self.optimizer, self.critic.optimizer] if self.critic else [self.optimizer]
         used = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
         used += tree_leaves([list(optimizer.state.values()) for optimizer in optimizers])
-        used = {dist.own_part(x).untyped_storage().data_ptr() for x in used if isinstance(x, torch.Tensor)}
+        used = {parallel.to_local(x).untyped_storage().data_ptr() for x in used if isinstance(x, torch.Tensor)}
         return tree_map_only(torch.Tensor, lambda x: x.clone() if x.untyped_storage().data_ptr() in used else x, record)
 
     def wait(self) -> None:
@@ -93,9 +94,9 @@ class Saver:
         if self.thread:
             self.thread.join()
             self.thread = None
-        error, self.error = dist.all_gather(self.error)[0], ""
+        error, self.error = parallel.all_gather(self.error)[0], ""
         if error:
-            dist.say(f"checkpoint not written, training goes on: {error}", warning=True)
+            messages.say(f"checkpoint not written, training goes on: {error}", warning=True)
             self.saving = self.saved
         self.saved = self.saving
 
@@ -193,7 +194,7 @@ def newest(run: Path) -> Path | None:
     for folder in reversed(all_of(run)):
         if (problem := damage(folder)) is None:
             return folder
-        dist.say(f"{folder} is damaged ({problem}); going back to the one before", warning=True)
+        messages.say(f"{folder} is damaged ({problem}); going back to the one before", warning=True)
     return None
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from ce_gppo import checkpoint, dist
+from ce_gppo import checkpoint, messages, parallel
 from ce_gppo.betas import read_schedule
+from ce_gppo.messages import RunEnded, UserError, first_line
 from ce_gppo.objectives import BETAS, USUAL
 from ce_gppo.problems import max_batches
 from ce_gppo.tracking import check_wandb
-from ce_gppo.types import STARTING, Named, OneOf, Range, RunEnded, UserError, first_line, starting
+from ce_gppo.types import STARTING, Named, OneOf, Range, starting
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -36,10 +37,10 @@ def command(main: Callable, Config: type | None = None, description: str | None 
     """
 
     def run() -> None:
-        dist.open_streams()
+        messages.open_streams()
         starting("cannot go on")
         try:
-            dist.check_environment()
+            parallel.check_environment()
             if Config is None:
                 return main()
             config = cli(Config, description=description)
@@ -49,7 +50,7 @@ def command(main: Callable, Config: type | None = None, description: str | None 
             print(f"{Path(sys.argv[0]).name}: {shortened(str(error))}", file=sys.stderr)
             sys.exit(2 if isinstance(error, UserError) else 1)
         except BrokenPipeError:  # of `| head`; any other broken pipe must be seen
-            if not dist.nobody_reads():
+            if not messages.nobody_reads():
                 raise
             sys.exit(1)
         except KeyboardInterrupt:  # train.py handles it itself, by runs.StopRequest
@@ -63,7 +64,7 @@ def command(main: Callable, Config: type | None = None, description: str | None 
             print(f"{Path(sys.argv[0]).name}: {unexpected(error)}", file=sys.stderr)
             sys.exit(2)
         finally:
-            dist.flush_streams()
+            messages.flush_streams()
 
     # With `record` torchrun shows the error of the rank that failed.
     record(run)() if "TORCHELASTIC_RUN_ID" in os.environ else run()
@@ -79,7 +80,7 @@ def warn_of_two(arguments: list[str]) -> None:
     options = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
     names = ["--" + option.removeprefix("--").removeprefix("no-") for option in options]
     if twice := dict.fromkeys(name for i, name in enumerate(names) if name in names[:i]):
-        dist.say(f"{', '.join(twice)} given more than once: the last one counts", warning=True)
+        messages.say(f"{', '.join(twice)} given more than once: the last one counts", warning=True)
 
 
 def cli(Config: type, args: list[str] | None = None, **options):
@@ -258,10 +259,10 @@ def check_together(given, config) -> None:
             "/" in config.run_name or config.run_name in (".", ".."),
             f"run_name = {config.run_name}: a name is needed, not a path; --out names the folder of the runs",
         ),
-        (config.rollout_tp > 1 and dist.world_size() % config.rollout_tp, rollout_tp_problem(config)),
+        (config.rollout_tp > 1 and parallel.world_size() % config.rollout_tp, rollout_tp_problem(config)),
         (
-            config.prompts_per_step < dist.world_size(),
-            f"prompts_per_step = {config.prompts_per_step}: fewer than the {dist.world_size()} processes, and each "
+            config.prompts_per_step < parallel.world_size(),
+            f"prompts_per_step = {config.prompts_per_step}: fewer than the {parallel.world_size()} processes, and each "
             "needs a prompt",
         ),
     ):
@@ -270,7 +271,7 @@ def check_together(given, config) -> None:
 
 
 def rollout_tp_problem(config) -> str:
-    return f"rollout_tp = {config.rollout_tp}: must divide the number of processes, {dist.world_size()}"
+    return f"rollout_tp = {config.rollout_tp}: must divide the number of processes, {parallel.world_size()}"
 
 
 def read_recipe(Config: type, name: str, children: tuple[str, ...] = ()) -> dict:
@@ -329,5 +330,5 @@ def saved_config(Config: type, folder: str):
             f"{path}: not the settings of a run; it may be half-written, and then the run has no step yet"
         ) from None
     if missing := ", ".join(field.name for field in dataclasses.fields(Config) if field.name not in saved):
-        dist.say(f"{path} has no {missing}: the defaults are used", warning=True)
+        messages.say(f"{path} has no {missing}: the defaults are used", warning=True)
     return Config(**saved)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ce_gppo import dist
+from ce_gppo import parallel
 from ce_gppo.forward import Batch, collate, even_passes, flatten, hidden_states, micro_batches, own_share, take
 from ce_gppo.model import load_model
 from ce_gppo.perf import Meter
@@ -94,7 +94,7 @@ class Critic:
 
     def __init__(self, model, config):
         self.model = ValueModel(model)
-        self.wrapped = dist.distribute(self.model, config.shard, model._no_split_modules or [])
+        self.wrapped = parallel.distribute(self.model, config.shard, model._no_split_modules or [])
         fused = torch.cuda.is_available()  # otherwise a step needs memory for one more copy of the weights
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.critic_lr, fused=fused, **ADAMW)
 
@@ -120,13 +120,13 @@ def learn_values(critic: Critic | None, mini_batches: list[list[Response]], conf
     if critic is None:
         return {}
     shares = [own_share(mini_batch) for mini_batch in mini_batches]
-    with meter("critic"), dist.host_threads():
+    with meter("critic"), parallel.host_threads():
         responses = flatten(shares)
         estimate(critic, responses, config, meter.device)
         set_advantages(responses, config.kl_coef)
         metrics = metrics_of(responses, with_kl=config.kl_coef > 0)
         updates = [update(critic, share, config, meter.device) for share in shares * config.epochs]
-        dist.zero_gradients(critic.wrapped, critic.optimizer)  # no memory for gradients while vLLM samples
+        parallel.zero_gradients(critic.wrapped, critic.optimizer)  # no memory for gradients while vLLM samples
     if updates:
         sums = [sum(column) for column in zip(*updates, strict=True)]
         metrics |= {"value/loss": sums[0] / len(updates), "value/clipped": sums[1] / len(updates)}
@@ -158,8 +158,8 @@ def set_advantages(responses: list[Response], kl_coef: float) -> None:
         returns = values + gae(rewards, values, lam=1.0)  # [B, R]
         for response, row, n in zip(responses, returns, lengths, strict=True):
             response.returns = row[:n].clone()
-    parts = dist.all_gather(torch.cat([torch.zeros(0), *advantages]))  # [n] of each rank
-    own = whitened(torch.cat(parts)).split([len(part) for part in parts])[dist.rank()]  # [n]
+    parts = parallel.all_gather(torch.cat([torch.zeros(0), *advantages]))  # [n] of each rank
+    own = whitened(torch.cat(parts)).split([len(part) for part in parts])[parallel.rank()]  # [n]
     for response, tokens in zip(responses, own.split(lengths), strict=True):
         response.advantages = tokens
 
@@ -182,22 +182,22 @@ def update(critic: Critic, responses: list[Response], config, device: str) -> tu
     Returns, over all ranks: mean loss, share of clipped values, norm of the gradient, and whether the step was skipped
     because that is not finite. The loss is the mean over the tokens of the whole mini-batch.
     """
-    dist.zero_gradients(critic.wrapped, critic.optimizer)
-    tokens = max(1.0, dist.all_sum(sum(len(r.response_ids) for r in responses))[0])
+    parallel.zero_gradients(critic.wrapped, critic.optimizer)
+    tokens = max(1.0, parallel.all_sum(sum(len(r.response_ids) for r in responses))[0])
     loss_sum = clipped_sum = 0.0
     passes = even_passes(micro_batches(responses, config.max_micro_batch_tokens))
     for index, rows in enumerate(passes, start=1):
         chosen = [responses[i] for i in rows]
         old_values = torch.cat([torch.zeros(0), *(r.values for r in chosen)]).to(device)  # [N]
         returns = torch.cat([torch.zeros(0), *(r.returns for r in chosen)]).to(device)  # [N]
-        with dist.no_sync(critic.wrapped) if index < len(passes) else contextlib.nullcontext():
+        with parallel.no_sync(critic.wrapped) if index < len(passes) else contextlib.nullcontext():
             values = critic.wrapped(collate(chosen, device))[: len(returns)]  # [N]; an empty batch has one token
             losses, clipped = value_losses(values, old_values, returns)
             loss = losses.sum() / tokens
-            (loss * dist.world_size()).backward()  # DDP and FSDP2 divide by it
+            (loss * parallel.world_size()).backward()  # DDP and FSDP2 divide by it
         loss_sum, clipped_sum = loss_sum + loss.item(), clipped_sum + clipped.sum().item() / tokens
-    grad_norm = dist.clip_gradients(critic.wrapped, MAX_GRAD_NORM)
-    loss_sum, clipped_sum = dist.all_sum(loss_sum, clipped_sum)
+    grad_norm = parallel.clip_gradients(critic.wrapped, MAX_GRAD_NORM)
+    loss_sum, clipped_sum = parallel.all_sum(loss_sum, clipped_sum)
     skipped = not torch.tensor(grad_norm + loss_sum).isfinite().item()
     if not skipped:
         critic.optimizer.step()
@@ -211,7 +211,7 @@ def metrics_of(responses: list[Response], with_kl: bool) -> dict[str, float]:
         torch.stack([r.values, r.returns, ref - r.rollout_logprobs])
         for r, ref in zip(responses, references, strict=True)
     ]
-    values, returns, gap = torch.cat(dist.all_gather(torch.cat([torch.zeros(3, 0), *own], 1)), 1)  # [N] each
+    values, returns, gap = torch.cat(parallel.all_gather(torch.cat([torch.zeros(3, 0), *own], 1)), 1)  # [N] each
     if not len(values):
         return {}
     metrics = {"value/explained_variance": explained_variance(values, returns), "value/mean": values.mean().item()}

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 
-from ce_gppo import dist
+from ce_gppo import messages, parallel
 from ce_gppo.forward import compute_old_logprobs, flatten
+from ce_gppo.messages import UserError
 from ce_gppo.model import named_weights
 from ce_gppo.statistics import MAX_MISMATCH
-from ce_gppo.types import Problem, Response, UserError
+from ce_gppo.types import Problem, Response
 
 
 def check_engine(engine, model, policy, problem: Problem, config, device: str) -> None:
@@ -58,10 +59,10 @@ def evaluate_policy(
     resumed run evaluates first.
     """
     due = step % config.eval_every == 0 or step == config.steps
-    if not due or dist.rank0_then_broadcast(lambda: log.has_evaluation(step)):
+    if not due or parallel.rank0_then_broadcast(lambda: log.has_evaluation(step)):
         return
     with meter("eval"):
-        mine = [problems[i] for i in dist.round_robin(len(problems), config.rollout_tp)]
+        mine = [problems[i] for i in parallel.round_robin(len(problems), config.rollout_tp)]
         groups = evaluate(
             engine,
             mine,
@@ -70,15 +71,15 @@ def evaluate_policy(
             max_tokens=config.eval_response_tokens,
             temperature=config.eval_temperature,
             top_p=config.eval_top_p,
-            seed=config.seed + dist.rank() // config.rollout_tp,
+            seed=config.seed + parallel.rank() // config.rollout_tp,
             stop=stop,
         )
-        if dist.any_rank(stop()):
+        if parallel.any_rank(stop()):
             return
         if step == 0:
             warn(groups, mine)
         right = [[r.text.strip() for r in group if r.verdict] for group in groups]
-        counts = dist.gather_dealt([(len(texts), len(set(texts))) for texts in right], config.rollout_tp)
+        counts = parallel.gather_dealt([(len(texts), len(set(texts))) for texts in right], config.rollout_tp)
     metrics = accuracy([problem.source for problem in problems], counts, config.eval_samples)
     if log:
         log.log(step, {f"eval/{name}": value for name, value in metrics.items()} | meter.take_part("eval"))
@@ -96,13 +97,13 @@ def warn(groups: list[list[Response]], problems: list[Problem]) -> None:
     ]
     unboxed = boxes.count(False) / max(1, len(boxes))
     if truncated > 0.9:
-        dist.say(
+        messages.say(
             f"{truncated:.0%} of the first evaluation's responses are cut at eval_response_tokens: raise it, or look "
             "in samples.jsonl for responses that never end, because of a base model or a wrong end-of-sequence token",
             warning=True,
         )
     if unboxed > 0.9:
-        dist.say(
+        messages.say(
             f"{unboxed:.0%} of the first evaluation's responses have no \\boxed{{}} answer and score 0: ask for one "
             "with prompt_suffix or system_prompt",
             warning=True,

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 
-from ce_gppo import dist
+from ce_gppo import parallel
 from ce_gppo.entropy import add_sums, token_statistics, token_sums
+from ce_gppo.messages import UserError
 from ce_gppo.tokens import follow
-from ce_gppo.types import Response, UserError
+from ce_gppo.types import Response
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The policy: a model as a function from micro-batches to logprobs, entropy and S
@@ -47,7 +48,7 @@ def hidden_states(body: PreTrainedModel, batch: "Batch") -> Tensor:
 
 
 @torch.no_grad()
-@dist.host_threads()
+@parallel.host_threads()
 def compute_old_logprobs(
     policy: torch.nn.Module, responses: list[Response], temperature: float, max_tokens: int, device: str
 ) -> None:
@@ -87,7 +88,7 @@ def accumulate_gradients(
     for index, rows in enumerate(passes, start=1):
         chosen = [responses[i] for i in rows]
         batch = collate(chosen, device)
-        with dist.no_sync(policy) if index < len(passes) else contextlib.nullcontext():
+        with parallel.no_sync(policy) if index < len(passes) else contextlib.nullcontext():
             logprobs, entropy, S = policy(batch, temperature)  # [B, R] each
             if chosen and chosen[0].entropy is None:  # not measured yet: the first update of a rollout
                 batch.old_entropy = entropy.detach()
@@ -95,7 +96,7 @@ def accumulate_gradients(
                 set_old_logprobs(chosen, logprobs, entropy, batch.response_mask)
                 batch.old_logprobs = logprobs.detach()
             loss, info = batch_loss(batch, logprobs, entropy)
-            (loss * dist.world_size()).backward()  # DDP and FSDP2 divide by it
+            (loss * parallel.world_size()).backward()  # DDP and FSDP2 divide by it
         losses.append(loss.item())
         places += len(batch.packing.order) if chosen else 0
         old = batch.old_logprobs, batch.old_entropy
@@ -117,8 +118,8 @@ def flatten(groups: Iterable[list]) -> list:
 def own_share(responses: list[Response]) -> list[Response]:
     """The responses that this rank works on, in their order; the ranks' shares have nearly equal numbers of tokens."""
     sizes = [len(r.prompt_ids) + len(r.response_ids) for r in responses]
-    owners = dist.largest_first(sizes, dist.world_size())
-    return [r for r, owner in zip(responses, owners, strict=True) if owner == dist.rank()]
+    owners = parallel.largest_first(sizes, parallel.world_size())
+    return [r for r, owner in zip(responses, owners, strict=True) if owner == parallel.rank()]
 
 
 def micro_batches(responses: list[Response], max_tokens: int) -> list[list[int]]:
@@ -141,7 +142,7 @@ def micro_batches(responses: list[Response], max_tokens: int) -> list[list[int]]
 
 def even_passes(batches: list[list[int]]) -> list[list[int]]:
     """The micro-batches, and empty ones (see `collate`) up to the number of the rank that has the most."""
-    return batches + [[]] * (max(dist.all_gather(len(batches))) - len(batches))
+    return batches + [[]] * (max(parallel.all_gather(len(batches))) - len(batches))
 
 
 @dataclasses.dataclass

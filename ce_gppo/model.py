@@ -20,10 +20,11 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ce_gppo import dist
+from ce_gppo import messages, parallel
 from ce_gppo.checkpoint import try_saving
 from ce_gppo.forward import Policy, collate, packed_attention
-from ce_gppo.types import Response, UserError, first_line, starting
+from ce_gppo.messages import UserError, first_line
+from ce_gppo.types import Response, starting
 
 # Final transformations of the logits in some architectures (Gemma 2, Granite, Cohere). token_statistics has none.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -35,7 +36,7 @@ def load_model(
     """A causal language model in float32 (the master weights) and its tokenizer, from a folder or a hub name.
 
     gradient_checkpointing: keep only the input of each layer for backward, which computes the rest again.
-    shard: as in dist.distribute. A model that will be sharded stays on the CPU; its shards move to the devices.
+    shard: as in parallel.distribute. A model that will be sharded stays on the CPU; its shards move to the devices.
 
     Only safetensors are read, and no code of the folder is run. Raises UserError for a folder that is not a model, and
     for a head that `token_statistics` would compute wrongly.
@@ -45,7 +46,7 @@ def load_model(
         kind = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise UserError(f"model '{path}': its weights are quantized ({kind}), and only floating-point ones train")
     cuda = device.startswith("cuda")
-    device = "cpu" if shard == "offload" or (shard == "yes" and dist.world_size() > 1) else device
+    device = "cpu" if shard == "offload" or (shard == "yes" and parallel.world_size() > 1) else device
     disable_progress_bar()
     register_attention()
     options = {"attn_implementation": "packed", "use_safetensors": True, "trust_remote_code": False}
@@ -168,7 +169,7 @@ def check_loaded(info: dict, path: str) -> None:
             "config.json asks for them"
         )
     if unused := sorted(info["unexpected_keys"]):
-        dist.say(
+        messages.say(
             f"model '{path}': {len(unused)} weights in its files, such as {unused[0]}, have no place in a model of its "
             "config.json: they are left out, and checkpoints will lack them",
             warning=True,
@@ -265,7 +266,7 @@ def check_end(tokenizer, path: str) -> None:
         return
     end = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
     if end and not set(end) & set(stop_token_ids(path, tokenizer)):
-        dist.say(
+        messages.say(
             f"model '{path}': its chat template ends an answer with {tokenizer.convert_ids_to_tokens(end[0])!r}, which "
             "is no end-of-sequence token; if responses run to max_response_tokens, add it to eos_token_id in "
             "generation_config.json",
@@ -278,4 +279,4 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     saved = model.state_dict(keep_vars=True).keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
     for name, tensor in [*model.named_parameters(), *buffers]:
-        yield name, dist.whole(tensor.detach())
+        yield name, parallel.full_tensor(tensor.detach())

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from ce_gppo import dist
+from ce_gppo import parallel
 from ce_gppo.types import Response
 
 
@@ -88,7 +88,7 @@ def speed(
     tokens, *needed = work_of(mini_batches)
     if tokens:
         metrics["perf/update_tokens_per_s"] = tokens / seconds["time/update"]
-        metrics["perf/mfu"] = flops(model, *needed) / seconds["time/update"] / (rate * dist.world_size())
+        metrics["perf/mfu"] = flops(model, *needed) / seconds["time/update"] / (rate * parallel.world_size())
     return metrics
 
 

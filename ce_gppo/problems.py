@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ce_gppo import dist
-from ce_gppo.types import Problem, UserError, starting
+from ce_gppo import messages
+from ce_gppo.messages import UserError
+from ce_gppo.types import Problem, starting
 from ce_gppo.verifier.sources import assign, check_names
 
 # Some chat templates print the date. A run that is resumed tomorrow must have the same prompts, so the date is always
@@ -165,12 +166,12 @@ def load_sets(
     check_vocabulary(problems + held_out, model_config.vocab_size)
     who, (problems, held_out) = assign(config.rewards, verifiers, problems, held_out)
     if trained := len({problem.prompt for problem in held_out} & {problem.prompt for problem in problems}):
-        dist.say(f"{trained} held-out problems are also trained on, so their accuracy says little", warning=True)
+        messages.say(f"{trained} held-out problems are also trained on, so their accuracy says little", warning=True)
     answers: dict[str, set[str]] = {}
     for problem in problems + held_out:
         answers.setdefault(problem.prompt, set()).add(problem.answer.strip())
     if contradicting := sum(len(each) > 1 for each in answers.values()):
-        dist.say(f"{contradicting} problems are there several times, with different answers", warning=True)
+        messages.say(f"{contradicting} problems are there several times, with different answers", warning=True)
     sizes = (
         f"{len(problems)} training and {len(held_out)} held-out problems ({dropped} and {held_out_dropped} dropped: "
         f"prompt longer than {config.max_prompt_tokens} tokens)\n"

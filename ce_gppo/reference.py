@@ -5,7 +5,7 @@ It takes 4 bytes a parameter on each device (with shard: over all devices). With
 
 import torch
 
-from ce_gppo import dist
+from ce_gppo import parallel
 from ce_gppo.forward import Policy, collate, even_passes, flatten, micro_batches, own_share
 from ce_gppo.model import load_model
 from ce_gppo.perf import Meter
@@ -19,11 +19,11 @@ def load_reference(config, device: str) -> torch.nn.Module | None:
     model, _ = load_model(config.model, device, shard=config.shard)
     policy = Policy(model)
     # Without gradients there is nothing for DDP to do.
-    return policy if config.shard == "no" else dist.distribute(policy, config.shard, model._no_split_modules or [])
+    return policy if config.shard == "no" else parallel.distribute(policy, config.shard, model._no_split_modules or [])
 
 
 @torch.no_grad()
-@dist.host_threads()
+@parallel.host_threads()
 def set_reference_logprobs(
     reference: torch.nn.Module | None, mini_batches: list[list[Response]], config, meter: Meter
 ) -> None:
@@ -39,4 +39,4 @@ def set_reference_logprobs(
             parts = logprobs[batch.response_mask].cpu().split([len(r.response_ids) for r in chosen])
             for response, ref_logprobs in zip(chosen, parts, strict=True):
                 response.ref_logprobs = ref_logprobs
-        dist.release(reference)
+        parallel.reshard(reference)

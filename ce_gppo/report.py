@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ce_gppo import dist
+from ce_gppo import messages, parallel
 from ce_gppo.advice import advice
 from ce_gppo.entropy import quadrants
 from ce_gppo.forward import flatten
@@ -74,7 +74,7 @@ class Report:
             try:
                 self._log_wandb(row, samples, histograms)
             except Exception as error:  # no error of W&B may end the run
-                dist.say(f"W&B has failed and is off now ({error}); {self.path} goes on", warning=True)
+                messages.say(f"W&B has failed and is off now ({error}); {self.path} goes on", warning=True)
                 self.wandb = None
 
     def _write(self, row: dict, samples: list[dict], tokens: list[dict]) -> None:
@@ -91,7 +91,7 @@ class Report:
                 file.writelines(strict_json({"step": row["step"], **each}) + "\n" for each in more)
                 file.flush()
         except OSError as error:
-            dist.say(f"{self.path} is not written ({error}); trying again after the next step", warning=True)
+            messages.say(f"{self.path} is not written ({error}); trying again after the next step", warning=True)
             self.incomplete = True
 
     def _log_wandb(self, row: dict, samples: list[dict], histograms: dict[str, torch.Tensor] | None) -> None:
@@ -124,7 +124,7 @@ class Report:
         }
         text = {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
         if self.bar is None:
-            return dist.say(
+            return messages.say(
                 " ".join([f"step {row['step']}/{self.config.steps}", *(f"{k} {v}" for k, v in text.items())])
             )
         try:
@@ -161,11 +161,11 @@ class Report:
             try:
                 rows.append(finish_wandb(self.wandb))
             except Exception as error:  # everything else is on the disk already
-                dist.say(f"W&B has failed at the end ({error})", warning=True)
+                messages.say(f"W&B has failed at the end ({error})", warning=True)
         width = max(len(name) for name, _ in rows)
-        dist.say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+        messages.say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
         if sentences := advice(self.history, self.config):
-            dist.say("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
+            messages.say("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
         for file in (self.file, self.samples, self.tokens):
             with contextlib.suppress(OSError):  # a full disk, reported before
                 file.close()
@@ -214,7 +214,7 @@ def plan(config, folder: Path, model: torch.nn.Module, device: str, problems: st
     responses = config.prompts_per_step * config.responses_per_prompt
     critic = f", and a critic with learning rate {config.critic_lr:g}" if config.critic_lr else ""
     betas = "no betas" if config.beta1 is None else f"beta1 {config.beta1}, beta2 {config.beta2}"
-    world = dist.world_size()
+    world = parallel.world_size()
     return (
         f"run          {folder}" + (f", continued after step {step}" if step else "") + "\n"
         f"model        {config.model}, {parameters / 1e6:,.2f} M parameters, on {device}{critic}\n"

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from ce_gppo import checkpoint, dist
-from ce_gppo.types import Response, RunEnded, Update, UserError, starting
+from ce_gppo import checkpoint, messages, parallel
+from ce_gppo.messages import RunEnded, UserError
+from ce_gppo.types import Response, Update, starting
 from ce_gppo.verifier import sources as rewards
 
 ROOT = Path(__file__).parents[1]
@@ -51,11 +52,13 @@ def locate(config, resume: str) -> tuple[Path, Path | None]:
                     f"{folder} was interrupted and would be resumed, but these have changed since: {changed}. Resume "
                     f"it anyway with --resume {shlex.quote(str(folder))}, or begin a new run with --run-name NAME"
                 )
-            dist.say(f"changed since the run began: {changed}", warning=True)
+            messages.say(f"changed since the run began: {changed}", warning=True)
         after = f"after {last.name}" if last else "from its start, as there is no checkpoint yet"
         if last and checkpoint.step_of(last) >= config.steps:
             after += f", though it has all its {config.steps} steps: only its last evaluation is done if it is missing"
-        dist.say(f"going on with {folder} {after}; a new run of the same settings needs its own name: --run-name NAME")
+        messages.say(
+            f"going on with {folder} {after}; a new run of the same settings needs its own name: --run-name NAME"
+        )
     return folder, last
 
 
@@ -214,7 +217,7 @@ def lock_file(file: typing.IO) -> bool:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        dist.say(f"{file.name} cannot be locked ({error.strerror}): start no second run there", warning=True)
+        messages.say(f"{file.name} cannot be locked ({error.strerror}): start no second run there", warning=True)
     return True
 
 
@@ -238,7 +241,7 @@ class StopRequest:
         if self.signal:
             os._exit(128 + number)  # metrics are on the disk, checkpoints are whole
         self.signal = signal.Signals(number).name
-        dist.say(f"\n{self.signal}: finishing this step's updates, then saving; once more to stop now")
+        messages.say(f"\n{self.signal}: finishing this step's updates, then saving; once more to stop now")
 
 
 def watch_skipped(
@@ -254,9 +257,9 @@ def watch_skipped(
         record = {"responses": fields, "micro_batch_losses": update.micro_batch_losses, "grad_norm": update.grad_norm}
         try:
             folder.mkdir(exist_ok=True)
-            torch.save(record, folder / f"step-{state.step + 1:06d}-update-{index}-rank-{dist.rank()}.pt")
+            torch.save(record, folder / f"step-{state.step + 1:06d}-update-{index}-rank-{parallel.rank()}.pt")
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
-            dist.say(f"the inputs of a skipped update are not kept in {folder} ({error})", warning=True)
+            messages.say(f"the inputs of a skipped update are not kept in {folder} ({error})", warning=True)
     if state.skipped >= MAX_SKIPPED_UPDATES:
         raise RunEnded(
             f"{state.skipped} updates in a row had no finite gradient; {folder} has their inputs, "

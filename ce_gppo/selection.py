@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from ce_gppo import dist
+from ce_gppo import parallel
 from ce_gppo.types import Response
 
 
@@ -17,8 +17,8 @@ def choose(responses: list[Response], picks: Callable | None) -> None:
         return
     lengths = [len(r.response_ids) for r in responses]
     columns = [torch.stack([r.old_logprobs, r.entropy, r.advantages]) for r in responses]
-    parts = dist.all_gather(torch.cat([torch.zeros(3, 0), *columns], 1))  # [3, n] of each rank
+    parts = parallel.all_gather(torch.cat([torch.zeros(3, 0), *columns], 1))  # [3, n] of each rank
     chosen = picks(*torch.cat(parts, 1)).float()  # [N]
-    start = sum(part.shape[1] for part in parts[: dist.rank()])
+    start = sum(part.shape[1] for part in parts[: parallel.rank()])
     for response, own in zip(responses, chosen[start : start + sum(lengths)].split(lengths), strict=True):
         response.chosen = own

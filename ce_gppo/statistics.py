@@ -5,9 +5,10 @@ import math
 
 import torch
 
-from ce_gppo import dist
+from ce_gppo import messages, parallel
 from ce_gppo.entropy import add_sums
-from ce_gppo.types import Problem, Response, RunEnded, Update
+from ce_gppo.messages import RunEnded
+from ce_gppo.types import Problem, Response, Update
 
 # Of mismatch/mean, nats. In float32 it is 1e-6. bfloat16 made 0.002 of it for the base policy of the default task
 # (bench/bfloat16.py), and others report 0.03 for larger models.
@@ -31,11 +32,11 @@ def step_metrics(
     for group in groups:
         for response in group:
             parts[id(response) not in trained].append(response)
-    measured = dist.all_gather([own_values(part) for part in parts])
+    measured = parallel.all_gather([own_values(part) for part in parts])
     metrics = rollout_metrics(groups, parts, measured, previous_entropy)
     metrics["rollout/prompts"] = len(groups)
     metrics["rollout/unused"] = 1 - sum(map(len, mini_batches)) / sum(map(len, groups))
-    return metrics | updates_to_metrics(dist.all_gather(updates))
+    return metrics | updates_to_metrics(parallel.all_gather(updates))
 
 
 def rollout_metrics(
@@ -125,7 +126,7 @@ def check_mismatch(metrics: dict[str, float], device: str) -> None:
 
 @functools.cache  # once at each level, not at each step
 def _warn_of_mismatch(level: float) -> None:
-    dist.say(
+    messages.say(
         f"the logprobs of vLLM and trainer differ by more than {level:g} nats on average (mismatch/mean), more than "
         f"rounding explains; --rollout-correction tis bounds what it does, and above {MAX_MISMATCH} the run ends",
         warning=True,

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ce_gppo import dist
+from ce_gppo import messages
+from ce_gppo.messages import UserError
 from ce_gppo.metrics import ALL
 from ce_gppo.problems import updates_of_step
-from ce_gppo.types import UserError
 
 PROJECT = "ce-gppo"
 
@@ -44,12 +44,12 @@ def start_wandb(folder: Path, config, run_id: str):
     try:
         run = wandb.init(**options, config=dataclasses.asdict(config))
     except Exception as error:  # no network, or a key that is not valid
-        dist.say(f"W&B cannot be reached, logging offline ({error})", warning=True)
+        messages.say(f"W&B cannot be reached, logging offline ({error})", warning=True)
         wandb.teardown()  # otherwise W&B refuses the run's id as taken
         try:
             run = wandb.init(**options | {"mode": "offline", "resume": None}, config=dataclasses.asdict(config))
         except Exception as again:  # a full disk, an environment variable that it cannot read
-            dist.say(f"W&B fails and is off, metrics.jsonl goes on ({again})", warning=True)
+            messages.say(f"W&B fails and is off, metrics.jsonl goes on ({again})", warning=True)
             return None
     run.define_metric("step", hidden=True)
     for group in dict.fromkeys(name.partition("/")[0] for metric in ALL for name in metric.each()):

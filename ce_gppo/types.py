@@ -73,14 +73,6 @@ class Update:
         return sum(self.micro_batch_losses)
 
 
-class UserError(Exception):
-    """A mistake of the user's. The message is one sentence: where the mistake is and what would be right."""
-
-
-class RunEnded(Exception):
-    """The run cannot continue. The message says why, and what to do."""
-
-
 STARTING: list[str] = []  # the problem to report if a library fails during the start; empty after the start
 
 
@@ -90,12 +82,6 @@ def starting(what: str) -> None:
     Empty: the start is over, and an unexpected error is a fault of this program, shown as a traceback.
     """
     STARTING[:] = [what] if what else []
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error; the second too, where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0])[:300]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

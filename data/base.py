@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from data.arithmetic.prepare import positive
 
 CHAT_TEMPLATE = (

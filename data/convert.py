@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from ce_gppo.verifier.answers import can_be_given
 from ce_gppo.verifier.extract import last_box
 

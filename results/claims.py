@@ -25,7 +25,7 @@ import tyro
 
 from ce_gppo import types as t
 from ce_gppo.config import command
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from results import draw
 from results.series import EARLY, Runs, cut, difference, interval, text
 from results.settings import CE

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from ce_gppo import types as t
 from ce_gppo.config import command, open_to_append
+from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.metrics import ALL
 from ce_gppo.runs import lock_file
-from ce_gppo.types import RunEnded, UserError
 from results.settings import SETTINGS, SWEEPS, Sweep
 
 HERE = Path(__file__).parent

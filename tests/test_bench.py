@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
 from bench import attribution, gpu, scaling, update
-from ce_gppo import config, dist, entropy, forward
-from ce_gppo.types import RunEnded, UserError
+from ce_gppo import config, entropy, forward, parallel
+from ce_gppo.messages import RunEnded, UserError
 from helpers import Forked
 
 pytestmark = pytest.mark.slow
@@ -274,7 +274,7 @@ def test_the_host_s_memory_with_offload():
         model = AutoModelForCausalLM.from_config(Qwen2Config(**shape, tie_word_embeddings=False))
     sizes = [4 * p.numel() for p in model.parameters()]
     assert sum(sizes) / 4 == pytest.approx(scaling.parameters("7B")[0], rel=1e-3) == pytest.approx(7.616e9, rel=1e-3)
-    for limit, gib in ((math.inf, 165), (dist.PINNED_CACHED_MIB, 114), (0, 113)):
+    for limit, gib in ((math.inf, 165), (parallel.PINNED_CACHED_MIB, 114), (0, 113)):
         pinned = sum(n if n > limit * 2**20 else 2 ** math.ceil(math.log2(n)) for n in sizes)
         found = scaling.host_memory("7B", limit)
         assert found["update"] == pytest.approx(2 * (pinned + sum(sizes)) / 2**30, rel=1e-3)

@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 
 from ce_gppo.forward import Policy, flatten
+from ce_gppo.messages import UserError
 from ce_gppo.perf import Meter
-from ce_gppo.types import UserError
 from helpers import group_of, resolved, responses_of
 from tools import branch, branches
 from tools.step import Step

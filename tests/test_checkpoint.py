@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from ce_gppo import checkpoint
 from ce_gppo.checkpoint import Saver, State
+from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.model import load_model
-from ce_gppo.types import RunEnded, UserError
 from data.arithmetic.base import make_model
 
 

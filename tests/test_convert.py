@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ce_gppo.messages import UserError
 from ce_gppo.problems import load_rows
-from ce_gppo.types import UserError
 from data import convert
 from helpers import run_here
 

@@ -15,9 +15,9 @@ from ce_gppo.betas import lr_of_step
 from ce_gppo.critic import gae, value_losses
 from ce_gppo.entropy import QUADRANTS
 from ce_gppo.forward import Policy
+from ce_gppo.messages import UserError
 from ce_gppo.model import load_model
 from ce_gppo.perf import Meter
-from ce_gppo.types import UserError
 from helpers import SMALL, by_ranks, group_of, metrics_of, resolved, responses_of, run, without_timings
 from tools import branch
 
@@ -295,14 +295,14 @@ def flat(tree: dict, prefix: str = "") -> dict[str, torch.Tensor]:
 A_ROLLOUT = """
 import sys, torch
 from pathlib import Path
-from ce_gppo import checkpoint, critic, dist
+from ce_gppo import checkpoint, critic, parallel
 from ce_gppo.model import load_model
 from ce_gppo.perf import Meter
 from helpers import resolved
 from test_critic import rewarded
 checkpoint.KEEP = 9
 folder, shard, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init()
+parallel.init()
 config = resolved(objective="ppo", shard=shard, max_micro_batch_tokens=24, critic_lr=1e-3)
 model, tokenizer = load_model(str(folder / "tiny"), shard="no")
 made = critic.load_critic(config, str(folder / "tiny"), "cpu")
@@ -311,10 +311,10 @@ made.optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-3, eps=1e-3)
 mini_batches = rewarded()
 found = critic.learn_values(made, mini_batches, config, Meter(model, "cpu"))
 own = {i: r.advantages for i, r in enumerate(mini_batches[0] + mini_batches[1]) if r.advantages is not None}
-advantages = {i: tokens for part in dist.all_gather(own) for i, tokens in part.items()}
+advantages = {i: tokens for part in parallel.all_gather(own) for i, tokens in part.items()}
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 checkpoint.Saver(folder, model, tokenizer, optimizer, critic=made).finish(checkpoint.State("id", int(name)))
-if dist.is_main():
+if parallel.is_main():
     torch.save({"metrics": found, "advantages": advantages, "own": len(own)}, folder / f"result-{name}.pt")
 """
 

@@ -6,7 +6,7 @@ import random
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from data.arithmetic import prepare
 from helpers import run_here
 

@@ -5,7 +5,6 @@ import shlex
 
 import pytest
 
-from ce_gppo import dist
 from ce_gppo.config import parse
 from helpers import ROOT
 from train import Config
@@ -42,7 +41,7 @@ def check(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_train_are_taken(page, monkeypatch):
-    monkeypatch.setattr(dist, "world_size", lambda: 8)  # for commands with GPUS=8
+    monkeypatch.setattr(parallel, "world_size", lambda: 8)  # for commands with GPUS=8
     for arguments in arguments_of(text_of(page)):
         check(arguments)
 

@@ -12,7 +12,8 @@ import torch
 from ce_gppo.config import check_ranges
 from ce_gppo.evaluation import accuracy, warn
 from ce_gppo.evaluation import evaluate as sample_and_score
-from ce_gppo.types import Problem, Response, UserError
+from ce_gppo.messages import UserError
+from ce_gppo.types import Problem, Response
 from helpers import BASE, score
 from tools import evaluate, tables
 

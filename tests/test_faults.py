@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train
 from ce_gppo import runs
 from ce_gppo.forward import Policy
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from helpers import (
     ROOT,
     SMALL,

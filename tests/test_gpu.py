@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Exaone4Config
 
 import loss
 import train
-from ce_gppo import checkpoint, critic, dist, entropy, forward, perf, reference, runs
+from ce_gppo import checkpoint, critic, entropy, forward, parallel, perf, reference, runs
 from ce_gppo.forward import Policy
 from ce_gppo.model import compile_layers, load_model
 from data.arithmetic.base import make_model, make_tokenizer
@@ -236,7 +236,7 @@ def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, tokenizer,
         names = [name for name, _ in model.named_parameters()]
         if compiled:
             compile_layers(model, backend=counter)
-        policy = dist.distribute(Policy(model), shard, model._no_split_modules)
+        policy = parallel.distribute(Policy(model), shard, model._no_split_modules)
         assert [name for name, _ in model.named_parameters()] == names, "checkpoints and vLLM use these names"
         for responses in batches:
             batch = forward.collate(responses)
@@ -246,7 +246,7 @@ def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, tokenizer,
                 policy.zero_grad()
                 logprobs, entropy, _ = policy(batch, 1.0)
                 (logprobs.sum() + 0.1 * entropy.sum()).backward()
-            gradients = {name: dist.whole(p.grad).clone() for name, p in model.named_parameters()}
+            gradients = {name: parallel.full_tensor(p.grad).clone() for name, p in model.named_parameters()}
             found.append((measured, logprobs.detach(), gradients))
             counts.append(counter.frame_count)
     half = len(batches)
@@ -278,7 +278,7 @@ def test_layers_of_two_kinds_stay_compiled(tmp_path, one_process, recwarn):
     for make, checkpointing in ((Policy, True), (critic.ValueModel, True), (Policy, False)):
         model, _ = load_model(str(tmp_path), gradient_checkpointing=checkpointing)
         compile_layers(model, backend=counter)
-        wrapped.append(dist.distribute(make(model), "offload", model._no_split_modules))
+        wrapped.append(parallel.distribute(make(model), "offload", model._no_split_modules))
     policy, values, frozen = wrapped
     no_silence = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
     with torch.compiler.set_stance("default"), no_silence:
@@ -309,7 +309,7 @@ def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses):
         normal = torch.randn(responses, generator=torch.Generator().manual_seed(seed))
         lengths = ((0.8 * normal).exp() * 4000).clamp(1, 16384).long().tolist()
         loads = [0] * ranks
-        for length, owner in zip(lengths, dist.largest_first(lengths, ranks), strict=True):
+        for length, owner in zip(lengths, parallel.largest_first(lengths, ranks), strict=True):
             loads[owner] += length
         mean = sum(lengths) / ranks
         assert max(lengths) <= mean and max(loads) <= 1.02 * mean
@@ -325,7 +325,7 @@ def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, 
     found, whole = {}, []
     for index, shard in enumerate(("no", "offload"), start=1):
         model, _ = load_model(str(tmp_path / "tiny"), shard=shard)
-        policy = dist.distribute(Policy(model), shard, model._no_split_modules)
+        policy = parallel.distribute(Policy(model), shard, model._no_split_modules)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=shard == "offload")  # as with a GPU
         if shard == "offload":
             layers = sum(p.numel() for p in model.model.layers.parameters())
@@ -335,7 +335,7 @@ def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, 
                 module.register_full_backward_pre_hook(lambda *_, m=model: whole.append(unsharded(m)))
         done = train.update(policy, optimizer, group_of(5, [3, 9, 1, 5]), objective, 1e-3, config, "cpu")
         checkpoint.Saver(tmp_path, model, tokenizer, optimizer).finish(checkpoint.State("id", index))
-        gradients = {name: dist.whole(p.grad) for name, p in model.named_parameters()}
+        gradients = {name: parallel.full_tensor(p.grad) for name, p in model.named_parameters()}
         folder = tmp_path / f"checkpoint-{index:06d}"
         moments = torch.load(folder / "trainer.pt", weights_only=True)["optimizer"]["state"]
         found[shard] = gradients, load_file(folder / "model.safetensors"), moments, done.grad_norm
@@ -354,12 +354,12 @@ def test_pinned_memory_is_not_rounded_up(monkeypatch):
     policies = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "init_device_mesh", lambda *_: types.SimpleNamespace(device_type="cuda"))
-    monkeypatch.setattr(dist, "fully_shard", lambda policy, offload_policy, **_: policies.append(offload_policy))
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *_: types.SimpleNamespace(device_type="cuda"))
+    monkeypatch.setattr(parallel, "fully_shard", lambda policy, offload_policy, **_: policies.append(offload_policy))
     for _ in range(2):  # the policy and a critic
-        dist.distribute(torch.nn.Linear(1, 1), "offload", [])
+        parallel.distribute(torch.nn.Linear(1, 1), "offload", [])
     assert [policy.pin_memory for policy in policies] == [True, True]
-    settings = f"garbage_collection_threshold:0.5,pinned_max_cached_size_mb:{dist.PINNED_CACHED_MIB}"
+    settings = f"garbage_collection_threshold:0.5,pinned_max_cached_size_mb:{parallel.PINNED_CACHED_MIB}"
     assert torch._C._accelerator_getAllocatorSettings() == settings
 
 
@@ -419,7 +419,7 @@ def test_all_passes_have_the_same_number_of_threads(monkeypatch, tiny_model):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
-    monkeypatch.setattr(dist, "THREADS", 16)
+    monkeypatch.setattr(parallel, "THREADS", 16)
     for module in (policy, made.wrapped):
         module.register_forward_pre_hook(lambda *_: seen.append(threads[0]))
     forward.compute_old_logprobs(policy, responses, 1.0, 100, "cpu")
@@ -436,7 +436,7 @@ def test_updates_have_all_threads_of_the_host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
-    monkeypatch.setattr(dist, "THREADS", 16)
+    monkeypatch.setattr(parallel, "THREADS", 16)
     monkeypatch.setattr(train, "compute_old_logprobs", lambda *_: seen.append(threads[0]))
     monkeypatch.setattr(train, "update", lambda *_: seen.append(threads[0]))
     monkeypatch.setattr(runs, "watch_skipped", lambda *_: None)

@@ -13,8 +13,9 @@ import time
 import pytest
 
 import reward
+from ce_gppo.messages import UserError
 from ce_gppo.problems import load_rows
-from ce_gppo.types import Problem, UserError
+from ce_gppo.types import Problem
 from ce_gppo.verifier import custom, gym, sources, workers
 from data.gym import prepare
 from helpers import ROOT, score

@@ -9,7 +9,7 @@ from helpers import ROOT
 
 PACKAGE = [  # each may import those above it, and those on its own line
     {"types", "verifier", "objectives", "corrections"},
-    {"dist", "entropy", "betas", "selection"},
+    {"parallel", "entropy", "betas", "selection"},
     {"forward", "tokens", "problems", "checkpoint", "metrics", "statistics", "advice"},
     {"model", "perf", "config", "runs", "report", "tracking", "evaluation", "reference", "critic"},
 ]

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ce_gppo import checkpoint, config, dist, model, report, runs, tracking
+from ce_gppo import checkpoint, config, messages, model, report, runs, tracking
+from ce_gppo.messages import UserError, first_line
 from ce_gppo.problems import check_inputs, load_problems, load_sets
-from ce_gppo.types import STARTING, Problem, Range, UserError, first_line
+from ce_gppo.types import STARTING, Problem, Range
 from ce_gppo.verifier import sources
 from data.convert import answer_of
 from helpers import ROOT, environment, in_a_fork, resolved, run_here
@@ -379,15 +380,15 @@ def test_text_left_in_a_closed_pipe_does_not_change_the_exit_code(monkeypatch):
     stream = os.fdopen(writer, "w")
     stream.write("from a library")
     monkeypatch.setattr(sys, "stdout", stream)
-    dist.flush_streams()
+    messages.flush_streams()
     stream.flush()
 
 
 @pytest.mark.slow
 def test_closed_streams_and_an_encoding_without_the_characters_raise_nothing():
     code = (
-        "import sys; from ce_gppo.config import command; from ce_gppo import dist\n"
-        "def main():\n    dist.say('\\u03b2 \\ud800'); print('more', file=sys.stderr); sys.exit(7)\ncommand(main)"
+        "import sys; from ce_gppo.config import command; from ce_gppo import messages\n"
+        "def main():\n    messages.say('\\u03b2 \\ud800'); print('more', file=sys.stderr); sys.exit(7)\ncommand(main)"
     )
     for redirections in ("", "<&- >&- 2>&-"):
         line = f'{sys.executable} -c "$CODE" {redirections}'

@@ -12,10 +12,11 @@ import train
 from ce_gppo import entropy, forward, perf
 from ce_gppo.entropy import token_statistics
 from ce_gppo.forward import Policy
+from ce_gppo.messages import UserError
 from ce_gppo.model import load_model
 from ce_gppo.perf import Meter
 from ce_gppo.reference import load_reference, set_reference_logprobs
-from ce_gppo.types import Response, UserError
+from ce_gppo.types import Response
 from helpers import group_of, naive_statistics, resolved, responses_of
 from tools import doctor
 from tools.families import build

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ce_gppo import checkpoint, dist
+from ce_gppo import checkpoint, parallel
 from ce_gppo.entropy import QUADRANTS
 from ce_gppo.model import load_model
 from ce_gppo.types import Update
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 # An update on fixed responses, which the ranks share as given; writes the gradient and a checkpoint.
 ONE_UPDATE = """
 import json, sys, torch, train
-from ce_gppo import checkpoint, dist
+from ce_gppo import checkpoint, parallel
 checkpoint.KEEP = 9
 from ce_gppo.forward import Policy
 from ce_gppo.model import load_model
@@ -29,18 +29,18 @@ from helpers import resolved
 from pathlib import Path
 from test_ranks import responses_of_shares
 folder, shard, shares, name = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
-dist.init()
+parallel.init()
 model, tokenizer = load_model(str(folder / "tiny"), shard=shard)
-policy = dist.distribute(Policy(model), shard, model._no_split_modules)
+policy = parallel.distribute(Policy(model), shard, model._no_split_modules)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
 config = resolved(max_micro_batch_tokens=24, entropy_coef=0.01, positive_nll_coef=0.1)
 objective = train.objective_of_step(config, 1, (0.5, 0.0))
-responses = responses_of_shares(shares)[dist.rank()]
+responses = responses_of_shares(shares)[parallel.rank()]
 done = train.update(policy, optimizer, responses, objective, 1e-3, config, "cpu")
-gradients = {name: dist.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
+gradients = {name: parallel.full_tensor(parameter.grad).clone() for name, parameter in model.named_parameters()}
 checkpoint.Saver(folder, model, tokenizer, optimizer).finish(checkpoint.State("id", int(name)))
-done = {"loss": dist.all_sum(done.loss)[0], "grad_norm": done.grad_norm, "skipped": done.skipped}
-if dist.is_main():
+done = {"loss": parallel.all_sum(done.loss)[0], "grad_norm": done.grad_norm, "skipped": done.skipped}
+if parallel.is_main():
     torch.save({"gradients": gradients, "done": done}, folder / f"result-{name}.pt")
 """
 
@@ -150,12 +150,12 @@ def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path, request):
     script = tmp_path / "stops.py"
     script.write_text(
         "import os, signal\n"
-        "import rollout, train\nfrom ce_gppo import dist\nfrom ce_gppo.config import command\n"
+        "import rollout, train\nfrom ce_gppo import parallel\nfrom ce_gppo.config import command\n"
         "calls, generate = 0, rollout.Engine.generate\n"
         "def stopping(engine, *args, **options):\n"
         "    global calls\n"
         "    calls += 1\n"
-        "    if calls == 4 and dist.rank() == 0:\n"  # after the check, the first evaluation and rollout
+        "    if calls == 4 and parallel.rank() == 0:\n"  # after the check, the first evaluation and rollout
         "        inner = engine.llm.llm_engine.step\n"
         "        engine.llm.llm_engine.step = lambda: (os.kill(os.getpid(), signal.SIGTERM), inner())[1]\n"
         "    return generate(engine, *args, **options)\n"
@@ -172,10 +172,10 @@ def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path, request):
 def test_a_rank_that_fails_ends_all_ranks_with_its_message(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
-        "import train\nfrom ce_gppo import dist, statistics\nfrom ce_gppo.config import command\n"
+        "import train\nfrom ce_gppo import parallel, statistics\nfrom ce_gppo.config import command\n"
         "own_values = statistics.own_values\n"
         "def fail(groups):\n"
-        "    if dist.rank() == 1: raise RuntimeError('the disk of rank 1 is on fire')\n"
+        "    if parallel.rank() == 1: raise RuntimeError('the disk of rank 1 is on fire')\n"
         "    return own_values(groups)\n"
         "statistics.own_values = fail\n"
         "command(train.main)\n"
@@ -188,7 +188,7 @@ def test_a_rank_that_fails_ends_all_ranks_with_its_message(tmp_path):
 def test_only_tensors_on_the_cpu_are_gathered():
     """A tensor on a GPU would come back on that GPU on every rank: it is refused, also deep inside other objects."""
     update = Update({"tokens": torch.ones(1)}, [0.0], 1.0, False, 0.0)
-    assert dist.all_gather([update]) == [[update]]
+    assert parallel.all_gather([update]) == [[update]]
     update.sums["clip/low"] = torch.ones(1, device="meta")
     with pytest.raises(ValueError, match="a tensor is not on the CPU"):
-        dist.all_gather((1, [update]))
+        parallel.all_gather((1, [update]))

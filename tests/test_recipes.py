@@ -9,7 +9,7 @@ import train
 from bench import scaling
 from ce_gppo import config as settings
 from ce_gppo.betas import betas_of_step
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from helpers import ROOT, Forked, quick, run_here
 
 PAPER = {  # arXiv 2509.20712, Table 1, section 4.1 and appendix A.1: objective, beta1, eps_high, average

@@ -13,7 +13,8 @@ import yaml
 
 import train
 from ce_gppo import config, metrics, report, statistics, tracking
-from ce_gppo.types import Problem, Response, UserError
+from ce_gppo.messages import UserError
+from ce_gppo.types import Problem, Response
 from helpers import ROOT, resolved
 from reward import extract_answer
 from tools import figures

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 
 import train
 from ce_gppo.config import parse
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from helpers import Forked, rows_of
 from results import claims, draw, settings, sweep
 from results.series import Runs, interval

@@ -13,9 +13,10 @@ from ce_gppo import forward, statistics
 from ce_gppo.corrections import correction_weights
 from ce_gppo.evaluation import check_engine
 from ce_gppo.forward import Policy, compute_old_logprobs
+from ce_gppo.messages import UserError
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.problems import load_problems
-from ce_gppo.types import Problem, Response, UserError
+from ce_gppo.types import Problem, Response
 from helpers import BASE, DATA, ROOT, Forked, resolved
 from rollout import Engine, decode, stop_token_ids
 

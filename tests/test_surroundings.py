@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from bench import rollout, update
-from ce_gppo import config, dist, runs, tracking
+from ce_gppo import config, parallel, runs, tracking
+from ce_gppo.messages import UserError
 from ce_gppo.problems import check_vocabulary, load_sets
 from ce_gppo.report import Report
-from ce_gppo.types import STARTING, Problem, Update, UserError, starting
+from ce_gppo.types import STARTING, Problem, Update, starting
 from ce_gppo.verifier import sources
 from ce_gppo.verifier.answers import can_be_given
 from data import convert
@@ -67,13 +68,14 @@ def test_wrong_values_of_the_variables_that_torchrun_sets(variables, message, mo
 def test_more_processes_than_gpus_and_processes_without_torchrun(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert (
-        dist.init() == "cpu" and "WORLD_SIZE=8 in the environment counts only with torchrun" in capsys.readouterr().err
+        parallel.init() == "cpu"
+        and "WORLD_SIZE=8 in the environment counts only with torchrun" in capsys.readouterr().err
     )
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="more processes are started here than the 2 GPUs"):
-        dist.init()
+        parallel.init()
 
 
 @pytest.mark.parametrize("space", ["abc", "0", "0.5", "-1"])

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ce_gppo.config import parse
+from ce_gppo.messages import UserError
 from ce_gppo.problems import load_rows
-from ce_gppo.types import UserError
 from data.countdown import base as small
 from data.countdown import prepare as countdown
 from data.gsm8k import prepare as gsm8k

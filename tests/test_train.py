@@ -20,9 +20,10 @@ from ce_gppo.betas import betas_of_step, steer, steered_betas
 from ce_gppo.checkpoint import State
 from ce_gppo.entropy import QUADRANTS
 from ce_gppo.forward import Policy, compute_old_logprobs
+from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.perf import Meter
 from ce_gppo.problems import problems_of_batch
-from ce_gppo.types import Problem, Response, RunEnded, UserError
+from ce_gppo.types import Problem, Response
 from helpers import ROOT, SMALL, Forked, group_of, metrics_of, resolved, rows_of, run, start, without_timings
 
 

@@ -15,7 +15,8 @@ import torch
 
 import reward
 from ce_gppo import metrics, runs, statistics
-from ce_gppo.types import Problem, Response, UserError
+from ce_gppo.messages import UserError
+from ce_gppo.types import Problem, Response
 from ce_gppo.verifier import countdown, custom, sources, workers
 from ce_gppo.verifier.answers import Undecided
 from helpers import resolved, score

@@ -10,8 +10,9 @@ import torch
 import train
 from ce_gppo import forward, report, tokens
 from ce_gppo.forward import Policy
+from ce_gppo.messages import UserError
 from ce_gppo.statistics import sums_to_metrics
-from ce_gppo.types import Problem, Response, UserError
+from ce_gppo.types import Problem, Response
 from helpers import resolved, responses_of
 from loss import Objective
 from tools import view

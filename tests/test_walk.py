@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from ce_gppo.verifier.walk import MOVES, score
 from data.base import make_model, make_tokenizer
 from data.walk import base, prepare

@@ -24,18 +24,19 @@ from tqdm import tqdm
 import loss
 import reward
 import train
-from ce_gppo import checkpoint, dist
+from ce_gppo import checkpoint, parallel
 from ce_gppo import types as t
 from ce_gppo.betas import first_control, next_control
 from ce_gppo.checkpoint import State
 from ce_gppo.config import check_ranges, command, open_to_append, parse, resolve
 from ce_gppo.evaluation import evaluate
 from ce_gppo.forward import Policy, flatten
+from ce_gppo.messages import UserError
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.problems import load_sets
 from ce_gppo.statistics import check_mismatch
-from ce_gppo.types import UserError, has_signal
+from ce_gppo.types import has_signal
 from rollout import Engine, prepare_environment
 from tools.branches import BASELINE, SAME, figure, read, table
 from tools.step import Step
@@ -88,7 +89,7 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
         raise UserError(f"kl_coef = {config.kl_coef}: branches have no reference policy; leave it out")
     if config.advantages == "gae":
         raise UserError("advantages = gae: branches have no critic; they need a run with group advantages")
-    device = dist.init()
+    device = parallel.init()
     source = str(start or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing)
     problems, held_out, _ = load_sets(config, tokenizer, model.config, reward.VERIFIERS)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from tools.figures import plt
 
 BASELINE = "grpo"

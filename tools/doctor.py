@@ -16,10 +16,10 @@ import torch
 
 from ce_gppo import types as t
 from ce_gppo.config import command
+from ce_gppo.messages import UserError, first_line
 from ce_gppo.model import load_model
 from ce_gppo.problems import check_file
 from ce_gppo.tracking import check_wandb, wandb_mode
-from ce_gppo.types import UserError, first_line
 from rollout import prepare_environment
 from train import Config as Defaults
 

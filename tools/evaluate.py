@@ -22,10 +22,11 @@ from transformers import AutoTokenizer
 from ce_gppo import types as t
 from ce_gppo.config import command, open_to_append
 from ce_gppo.evaluation import evaluate
+from ce_gppo.messages import UserError
 from ce_gppo.model import check_model
 from ce_gppo.problems import check_files, check_thinking, check_vocabulary, load_problems
 from ce_gppo.runs import lock_file
-from ce_gppo.types import Problem, Response, UserError
+from ce_gppo.types import Problem, Response
 from ce_gppo.verifier.sources import assign, check_names, files
 from reward import VERIFIERS, extract_answer, score
 from rollout import Engine, prepare_environment

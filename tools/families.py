@@ -16,8 +16,8 @@ import transformers
 
 from ce_gppo.config import command
 from ce_gppo.forward import Policy, collate, flatten
+from ce_gppo.messages import UserError
 from ce_gppo.model import load_model, named_weights
-from ce_gppo.types import UserError
 from data.arithmetic.base import make_tokenizer
 from rollout import Engine, prepare_environment
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from reward import score
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from ce_gppo.config import command
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 VALUES = ("old_logprobs", "entropy", "advantage", "ratio", "clipped", "weight", "velocity")

@@ -12,8 +12,8 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
 from ce_gppo.config import command
+from ce_gppo.messages import UserError
 from ce_gppo.metrics import METRICS
-from ce_gppo.types import UserError
 
 
 @dataclass

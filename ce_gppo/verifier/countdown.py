@@ -9,7 +9,7 @@ import json
 import re
 from fractions import Fraction
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from ce_gppo.verifier.extract import last_tag
 
 MAX_CHARS = 200

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from ce_gppo.verifier.extract import any_answer
 
 KINDS = ("gym/", "gym_partial/")

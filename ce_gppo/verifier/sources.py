@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ce_gppo.types import Problem, UserError
+from ce_gppo.messages import UserError
+from ce_gppo.types import Problem
 from ce_gppo.verifier import custom
 from ce_gppo.verifier.answers import can_be_given
 from ce_gppo.verifier.workers import check, judge

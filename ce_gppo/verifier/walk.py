@@ -8,7 +8,7 @@ A response is one line per move, the move and the number it leads to. From 17 to
 
 import re
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 
 LARGEST = 59  # numbers are 0 to LARGEST
 MAX_MOVES = 6

@@ -21,7 +21,7 @@ from fractions import Fraction
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from ce_gppo.verifier import custom
 from ce_gppo.verifier.answers import same
 

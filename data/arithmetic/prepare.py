@@ -17,7 +17,7 @@ import random
 from pathlib import Path
 
 from ce_gppo.config import command
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from data.convert import write
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from ce_gppo.config import command
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from data.convert import Source, convert, read_file, read_hub, write
 from data.math.prepare import KNOWN
 

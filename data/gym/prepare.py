@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from ce_gppo.config import command
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from ce_gppo.verifier import countdown, gym
 from data.arithmetic.prepare import positive
 from data.convert import write

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from ce_gppo.config import command
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from data.convert import Source, arguments, prepare, write
 
 SUBJECTS = (

@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 from ce_gppo.config import command
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError
 from data.arithmetic.prepare import positive
 from data.convert import write
 

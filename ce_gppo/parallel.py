@@ -7,9 +7,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import secrets
-import select
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -20,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ce_gppo.types import UserError
+from ce_gppo.messages import UserError, say
 
 THREADS = torch.get_num_threads()  # before vLLM changes it
 PINNED_CACHED_MIB = 32  # larger pinned tensors are neither rounded up nor kept: the weights and gradients of offload
@@ -75,49 +72,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """True on rank 0, which logs, writes checkpoints and prints messages."""
     return rank() == 0
-
-
-def say(message: str, warning: bool = False) -> None:
-    """Print a message from rank 0; a warning goes to stderr. Output that cannot be written never ends a run.
-
-    After the first failure (a full disk, a closed pipe or terminal) the output goes to /dev/null.
-    """
-    stream = sys.stderr if warning else sys.stdout
-    try:
-        if is_main():
-            print(f"WARNING: {message}" if warning else message, file=stream, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def open_streams() -> None:
-    """Closed outputs (`2>&-`) become /dev/null. Otherwise the next file that is opened would get all printed text.
-
-    Characters that a terminal's encoding lacks are printed as escapes.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is that of the closed stream
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
-        if name != "stdin":
-            with contextlib.suppress(OSError):  # if the stream was redirected after it was opened
-                getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def flush_streams() -> None:
-    """Called at the end: text that a library printed into a closed pipe must not make Python exit with 120."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def nobody_reads() -> bool:
-    """Whether the output is a pipe whose reader has gone, as `| head` does."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors are always reported
-    return bool(poll.poll(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,30 +194,6 @@ def pin_exactly() -> None:
         torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (settings, setting))))
 
 
-def own_shared_memory() -> None:
-    """Give the shared memory of vLLM's CPU engines a name of this run's own. Call it before making them. Collective.
-
-    vLLM's name is the same in every run. An engine over several ranks could not start beside another one on this
-    machine, nor after one that was killed and left its memory in /dev/shm. So the name also goes as soon as all ranks
-    have the memory.
-    """
-    own = rank0_then_broadcast(lambda: secrets.token_hex(4))
-    if torch.cuda.is_available():
-        return
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Memory
-
-    name, init = Memory.make_group_name, Memory._init_cpu_shm
-
-    def init_and_unlink(memory):
-        handle = init(memory)  # ends with a barrier
-        with contextlib.suppress(OSError):
-            os.unlink(f"/dev/shm/{memory.group_name}_{memory.communicator.rank}")
-        return handle
-
-    Memory.make_group_name = staticmethod(lambda communicator: f"ce-gppo-{own}-{name(communicator).lstrip('/')}")
-    Memory._init_cpu_shm = init_and_unlink
-
-
 def zero_gradients(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Clear the last update's gradients. DDP's are views of its buckets, and new ones would need memory again."""
     optimizer.zero_grad(set_to_none=not isinstance(policy, DistributedDataParallel))
@@ -276,20 +206,20 @@ def no_sync(policy: torch.nn.Module):
 
 def clip_gradients(policy: torch.nn.Module, max_norm: float) -> float:
     """Scale the gradients down to max_norm. Returns their norm before that, over all shards. Collective."""
-    return whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)).item()
+    return full_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)).item()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, gathered over all ranks if it is sharded, which is collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or this rank's part of it if it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def release(policy: torch.nn.Module) -> None:
+def reshard(policy: torch.nn.Module) -> None:
     """Free what FSDP2 keeps whole after a forward pass until a backward pass: of one that will have none."""
     if isinstance(policy, FSDPModule):
         policy.reshard()

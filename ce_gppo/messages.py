@@ -1,0 +1,89 @@
+"""What people read: errors that are one sentence, messages of rank 0, and output streams that may be closed."""
+
+import contextlib
+import os
+import select
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """A mistake of the user's. The message is one sentence: where the mistake is and what would be right."""
+
+
+class RunEnded(Exception):
+    """The run cannot continue. The message says why, and what to do."""
+
+
+@contextlib.contextmanager
+def explained(problem: str) -> Iterator[None]:
+    """An unexpected error inside becomes a UserError: `problem`, the error, and the file that has its traceback.
+
+    For what the user's input can make a library do: loading a model, reading data, starting vLLM.
+    """
+    try:
+        yield
+    except (UserError, RunEnded):
+        raise
+    except Exception as error:
+        try:
+            with tempfile.NamedTemporaryFile("w", prefix="ce-gppo-", suffix=".txt", delete=False) as file:
+                traceback.print_exception(error, file=file)
+            where = f"{file.name} has the whole traceback"
+        except OSError as unwritten:  # no folder for such files, or a full one
+            where = f"its traceback cannot be kept ({unwritten})"
+        raise UserError(f"{problem}: {type(error).__name__}: {first_line(error)}; {where}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error; the second too, where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0])[:300]
+
+
+def say(message: str, warning: bool = False) -> None:
+    """Print a message from rank 0; a warning goes to stderr. Output that cannot be written never ends a run.
+
+    After the first failure (a full disk, a closed pipe or terminal) the output goes to /dev/null.
+    """
+    stream = sys.stderr if warning else sys.stdout
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        print(f"WARNING: {message}" if warning else message, file=stream, flush=True)
+    except RuntimeError:  # in a signal handler, while the same stream is being written
+        return
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_streams() -> None:
+    """Closed outputs (`2>&-`) become /dev/null. Otherwise the next file that is opened would get all printed text.
+
+    Characters that a terminal's encoding lacks are printed as escapes.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is that of the closed stream
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+        if name != "stdin":
+            with contextlib.suppress(OSError):  # if the stream was redirected after it was opened
+                getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def flush_streams() -> None:
+    """Called at the end: text that a library printed into a closed pipe must not make Python exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def nobody_reads() -> bool:
+    """Whether the output is a pipe whose reader has gone, as `| head` does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are always reported
+    return bool(poll.poll(0))
