@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from ce_gppo import parallel
 from ce_gppo.config import parse
 from helpers import ROOT
 from train import Config
