@@ -160,8 +160,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
             with meter("sync"):
                 engine.wake(named_weights(model))
             report(log, chosen, rollout, mini_batches, learned, state, config, meter)
-            is_last = state.step == config.steps
-            if state.step % config.checkpoint_every == 0 or is_last or parallel.any_rank(stop()):
+            if state.step % config.checkpoint_every == 0 or state.step == config.steps or parallel.any_rank(stop()):
                 with meter("checkpoint"):
                     saver.save(state)
             run.check_end(state, saver, lr)
@@ -186,7 +185,7 @@ def sample(
     A batch of prompts is sampled, or with `refill` several, until max_kept_prompts groups have unequal rewards (DAPO's
     dynamic sampling). batches: how many were sampled in earlier steps; the problems and seeds follow from it.
     """
-    chosen, rollout, engine_rank = [], None, parallel.rank() // config.rollout_tp
+    chosen, rollout = [], None
     for batch in range(batches + 1, batches + 1 + t.max_batches(config)):
         with meter("rollout"):
             new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
@@ -197,7 +196,7 @@ def sample(
                 config.responses_per_prompt,
                 max_tokens=config.max_response_tokens,
                 temperature=config.temperature,
-                seed=seed_of_step(config.seed, batch, engine_rank),
+                seed=seed_of_step(config.seed, batch, parallel.rank() // config.rollout_tp),
                 on_group=scorer.add,  # the verifier starts on the first complete group
                 stop=stop,
             )
@@ -250,36 +249,30 @@ def learn(
         if reference:
             batches = with_reference_logprobs(reference, batches, *passes)
         origins = origins_of_old_logprobs(config, len(batches), critic_warmup)
-        ahead = [i for i, origin in enumerate(origins) if origin == "pass"]
-        *measured, others = with_old_logprobs(policy, [*(batches[i] for i in ahead), others], *passes)
-        for i, batch in zip(ahead, measured, strict=True):
-            batches[i] = batch
-    values = {}
-    if critic:
-        with meter("critic"):
-            batches, values = critic.learn(batches)
+        ahead = [batch for batch, origin in zip(batches, origins, strict=True) if origin == "pass"]
+        *ahead, others = with_old_logprobs(policy, [*ahead, others], *passes)
+        for i, origin in enumerate(origins):
+            if origin == "pass":
+                batches[i] = ahead.pop(0)
+            if origin == "sampler":
+                batches[i] = replace(batches[i], old_logprobs=batches[i].rollout_logprobs)
+    with meter("critic") if critic else contextlib.nullcontext():
+        batches, values = critic.learn(batches) if critic else (batches, {})
     updates, follows = [], state.step == 0 or (state.step + 1) % config.eval_every == 0
     with meter("update"), parallel.host_threads():
         for number in range(0 if critic_warmup else len(batches) * config.epochs):
             i = number % len(batches)
-            batch = batches[i]
-            if origins[i] == "sampler":
-                batch = replace(batch, old_logprobs=batch.rollout_logprobs)
-            batch, done = update(policy, optimizer, batch, objective, lr, config, meter.device, follows)
-            if origins[i] == "update":
-                batches[i] = batch
+            batches[i], done = update(policy, optimizer, batches[i], objective, lr, config, meter.device, follows)
             updates.append(done)
-            run.watch_skipped(folder / "skipped", state, number + 1, batch, done, lr)
+            run.watch_skipped(folder / "skipped", state, number + 1, batches[i], done, lr)
     parallel.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
-    return Learned(updates, batches, others, values, objective, lr)
+    measured = [batch for batch, origin in zip(batches, origins, strict=True) if origin != "sampler"]
+    return Learned(updates, measured, others, values, objective, lr)
 
 
 def origins_of_old_logprobs(config: Config, count: int, critic_warmup: bool) -> list[str]:
-    """Where each of `count` mini-batches gets its old logprobs:
-
-    pass      from a forward pass before the updates
-    update    from the forward pass of its own update: the rollout's first one has ratio 1
-    sampler   from vLLM
+    """Where each of `count` mini-batches gets its old logprobs from: a forward pass before the updates ("pass"), vLLM
+    ("sampler"), or the forward pass of its own update ("update"), as the rollout's first one has ratio 1.
     """
     if critic_warmup or config.spec.token_filter:  # no update; or one that picks tokens before it begins
         return ["pass"] * count
@@ -306,7 +299,7 @@ def update(
             (part_loss * parallel.world_size()).backward()  # DDP and FSDP2 divide by it
         losses.append(part_loss.item())
         sums.append(metrics.token_sums(part, info, logprobs, entropy, moment))
-        places += len(packed.packing.order)
+        places += len(packed.packing.order) if len(part) else 0
         followed += follow(part, info, logprobs, entropy, moment) if follows else []
         parts[i] = part.to("cpu")
     grad_norm = parallel.clip_gradients(policy, MAX_GRAD_NORM)
@@ -315,7 +308,7 @@ def update(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    padding = 1 - int(batch.sizes.sum()) / places
+    padding = 1 - int(batch.sizes.sum()) / places if places else 0.0
     return concat(parts), Update(metrics.add(sums).cpu(), sum(losses), grad_norm, skipped, padding, followed)
 
 

@@ -127,7 +127,7 @@ class Learned(NamedTuple):
     """What a step's updates leave, of this rank's share."""
 
     updates: list[Update]
-    batches: list[Rollout]  # the mini-batches; those with `entropy` were measured
+    measured: list[Rollout]  # mini-batches with old logprobs and entropy of the trainer's
     others: Rollout  # responses that no update used, with their entropy
     values: dict[str, float]  # the critic's metrics
     objective: object  # a loss.Objective
@@ -150,9 +150,8 @@ def step_metrics(
     Optimization: optim/lr, optim/beta1, optim/beta2, optim/entropy_coef | | in use; betas where the objective has them,
         entropy_coef where it is not 0 |
     """
-    trained = [batch for batch in learned.batches if batch.entropy is not None]
-    own = learned.updates, measured_sums(trained), measured_sums([learned.others])
-    own = *own, entropies_of([*trained, learned.others])
+    own = learned.updates, measured_sums(learned.measured), measured_sums([learned.others])
+    own = *own, entropies_of([*learned.measured, learned.others])
     updates, trained, others, entropies = zip(*parallel.all_gather(own), strict=True)  # of each rank
     unused = rollout.lengths[rollout.without(mini_batches)]  # [b]
     metrics = rollout_metrics(rollout, [problem.source for problem in problems], len(unused))
