@@ -30,7 +30,7 @@ from ce_gppo.log import Log, follow
 from ce_gppo.model import load_model, load_reference, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
-from ce_gppo.problems import Problem, load_sets, problems_of_batch, seed_of_step
+from ce_gppo.problems import Problem, check_files, load_sets, problems_of_batch, seed_of_step
 from rollout import Engine, check_engine, check_mismatch, prepare_environment
 
 
@@ -119,6 +119,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         device = parallel.init()
         files = reward.files(config.rewards)
         folder, last = parallel.rank0_then_broadcast(lambda: run.locate(config, resume, files))
+        check_files(config.train_data, config.eval_data)  # before a large model is downloaded
         source = str(last or config.model)
         model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
         problems, held_out, about = load_sets(config, tokenizer, model.config, reward.assign)
@@ -136,7 +137,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         extract = partial(reward.extract_answer, thinking=config.thinking)
         log = Log(folder, config, state, tokenizer, extract) if parallel.is_main() else None
     meter = Meter(model, device)
-    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic)
+    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic, log.accuracies if log else dict)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
 
     try:
@@ -154,6 +155,8 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or parallel.any_rank(stop()):
                 with meter("checkpoint"):
                     saver.save(state)
+            if state.step == config.steps:
+                saver.finish(state)  # before its evaluation, whose row says that the run is finished
             run.check_end(state, saver, lr)
             evaluate(state.step)  # after saving, as it may take long; a run that is resumed here evaluates first
         saver.finish(state)
@@ -227,8 +230,10 @@ def learn(
     batches = [local_batch(rollout[rows]) for rows in mini_batches]
     others = local_batch(rollout[rollout.without(mini_batches)[::MEASURED]])  # only for entropy/mean
     with meter("old_logprobs"):
-        if reference:
-            batches = with_reference_logprobs(reference, batches, *passes)
+        batches = with_reference_logprobs(reference, batches, *passes) if reference else batches
+    with meter("critic") if critic else contextlib.nullcontext():
+        batches, values = critic.learn(batches) if critic else (batches, {})
+    with meter("old_logprobs"):
         origins = origins_of_old_logprobs(config, len(batches), critic_warmup)
         ahead = [batch for batch, origin in zip(batches, origins, strict=True) if origin == "pass"]
         *ahead, others = with_old_logprobs(policy, [*ahead, others], *passes)
@@ -237,15 +242,14 @@ def learn(
                 batches[i] = ahead.pop(0)
             if origin == "sampler":
                 batches[i] = replace(batches[i], old_logprobs=batches[i].rollout_logprobs)
-    with meter("critic") if critic else contextlib.nullcontext():
-        batches, values = critic.learn(batches) if critic else (batches, {})
     updates, follows = [], state.step == 0 or (state.step + 1) % config.eval_every == 0
     with meter("update"), parallel.host_threads():
         for number in range(0 if critic_warmup else len(batches) * config.epochs):
             i = number % len(batches)
             batches[i], done = update(policy, optimizer, batches[i], objective, lr, config, meter.device, follows)
             updates.append(done)
-            run.watch_skipped(folder / "skipped", state, number + 1, batches[i], done, lr)
+            if run.watch_skipped(folder / "skipped", state, number + 1, batches[i], done, lr):
+                break
     parallel.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
     measured = [batch for batch, origin in zip(batches, origins, strict=True) if origin != "sampler"]
     return metrics.Learned(updates, measured, others, values, objective, lr)
