@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ce_gppo import evaluation
+from ce_gppo.batch import Rollout
 from ce_gppo.config import check_ranges
-from ce_gppo.evaluation import accuracy, warn
-from ce_gppo.evaluation import evaluate as sample_and_score
 from ce_gppo.messages import UserError
-from ce_gppo.types import Problem, Response
+from ce_gppo.types import Problem
 from helpers import BASE, score
 from tools import evaluate, tables
 
@@ -26,14 +26,22 @@ def row(answer: str | None, truth: str = "4", number: int = 0, sample: int = 0, 
     """A row of a result file; `answer` is what its response boxes."""
     correct = answer is not None and score([rf"\boxed{{{answer}}}"], [truth]) == [1.0]
     where = {"problem": number, "sample": sample, "source": source, "question": f"{source} {number}?"}
-    verdict = {
-        "answer": truth,
-        "extracted": answer,
-        "correct": correct,
-        "tokens": 10 + sample,
-        "truncated": sample == 1,
-    }
-    return where | verdict | {"response": ""}
+    verdict = {"answer": truth, "extracted": answer, "correct": correct}
+    return where | verdict | {"tokens": 10 + sample, "truncated": sample == 1, "response": ""}
+
+
+def rollout_of(prompts: list[list[int]], texts: list[str], cut: int = 0) -> Rollout:
+    """The texts as responses of two tokens each, equally many to each prompt; the first `cut` of them are truncated."""
+    B = len(texts)
+    return Rollout(
+        prompts=prompts,
+        prompt_of=torch.arange(len(prompts)).repeat_interleave(B // len(prompts)),
+        lengths=torch.full((B,), 2),
+        tokens=torch.ones(2 * B, dtype=torch.long),
+        rollout_logprobs=torch.zeros(2 * B),
+        truncated=torch.arange(B) < cut,
+        texts=texts,
+    )
 
 
 SAYS = {None: "hm</think> no box", "open": r"so far \boxed{4}"}
@@ -53,12 +61,9 @@ class FakeEngine:
         if FakeEngine.calls_left < 0:
             raise KeyboardInterrupt
         FakeEngine.seen += [self.tokenizer.decode(ids) for ids in prompts]
-        rng, groups = random.Random(seed), []
-        for ids in prompts:
-            boxes = [rng.choice(["1", "2", "3", "4", None, "open"]) for _ in range(k)]
-            texts = [SAYS.get(box, rf"hm</think>\boxed{{{box}}}") for box in boxes]
-            groups.append([Response(ids, [1, 2], torch.zeros(2), False, text) for text in texts])
-        return groups
+        rng = random.Random(seed)
+        boxes = [rng.choice(["1", "2", "3", "4", None, "open"]) for _ in range(k * len(prompts))]
+        return rollout_of(prompts, [SAYS.get(box, rf"hm</think>\boxed{{{box}}}") for box in boxes])
 
 
 @pytest.fixture
@@ -152,7 +157,7 @@ def test_every_response_is_written_with_its_verdict(fake, capsys):
 @pytest.mark.parametrize("calls, half_line", [(0, ""), (1, ""), (3, ""), (3, '{"problem": 6, "sam'), (5, '{"pro')])
 def test_a_stopped_evaluation_continues_and_ends_with_the_same_file(fake, monkeypatch, calls, half_line, capsys):
     fake(out="whole.jsonl")
-    table = capsys.readouterr().out.splitlines()[2:]
+    table = capsys.readouterr().out.splitlines()[3:]
     monkeypatch.setattr(FakeEngine, "calls_left", calls)
     with pytest.raises(KeyboardInterrupt):
         fake(out="cut.jsonl")
@@ -164,7 +169,7 @@ def test_a_stopped_evaluation_continues_and_ends_with_the_same_file(fake, monkey
     capsys.readouterr()
     monkeypatch.setattr(FakeEngine, "calls_left", 0)  # finished: only the table is printed
     fake(out="cut.jsonl")
-    assert capsys.readouterr().out.splitlines()[2:] == table
+    assert capsys.readouterr().out.splitlines()[3:] == table
 
 
 def test_another_verifier_gives_other_verdicts_and_belongs_to_the_settings(fake, tmp_path):
@@ -187,10 +192,9 @@ def test_an_evaluation_that_another_rank_gave_up_has_no_metrics():
 
     class GivenUp:
         def generate(self, prompts, k, **options):
-            return [[Response(prompts[0], [1, 2], torch.zeros(2), False, r"\boxed{4}")] * k, []]
+            return None
 
-    problems = [Problem(f"{i}?", [i], "4", "aime24", f"{i}?") for i in (1, 2)]
-    assert sample_and_score(GivenUp(), problems, 2, score=evaluate.score) == []
+    assert evaluation.evaluate(GivenUp(), [], 2, score=evaluate.score, thinking=False) is None
 
 
 def test_a_seed_is_another_sample(fake):
@@ -293,10 +297,11 @@ def test_files_that_cannot_be_compared(tmp_path):
 
 @pytest.mark.slow
 def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, write_rows, capsys):
-    questions = {"1+2=?": "3", "9-4+2=?": "7", "5+5-1+3+2=?": "14", "8-1-1-1-1=?": "4", "7+7=?": "14"}
-    bench = write_rows(*(problem(question, answer, "sums") for question, answer in questions.items()))
+    pairs = [(1, 5), (17, 30), (40, 3), (59, 0), (2, 51)]
+    rows = [problem(f"start ={start}\ntarget ={target}\n", f"{start} to {target}", "walk") for start, target in pairs]
+    bench = write_rows(*rows)
     path = tmp_path / "responses.jsonl"
-    config = evaluate.Config(model=BASE, bench=bench, k=4, max_response_tokens=48, write_every=8, out=str(path))
+    config = evaluate.Config(model=BASE, bench=bench, k=4, max_response_tokens=16, write_every=8, out=str(path))
     evaluate.main(config)
     whole = path.read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()[1:]]
@@ -307,21 +312,21 @@ def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, w
 
 
 def test_many_cut_or_unboxed_responses_in_the_first_evaluation_are_a_warning(capsys):
-    def groups(cut: int, text: str) -> list[list[Response]]:
-        return [[Response([1], [2], torch.zeros(1), i < cut, text)] for i in range(20)]
+    def warn(cut: int, text: str, verifier: str) -> None:
+        evaluation.warn(rollout_of([[1]] * 20, [text] * 20, cut), [verifier] * 20)
 
-    math, countdown = ([Problem("", [], "", "", verifier=name)] * 20 for name in ("math", "countdown"))
-    warn(groups(18, "\\boxed{1}"), math)
-    warn(groups(18, "1"), countdown)
+    warn(18, "\\boxed{1}", "math")
+    warn(18, "1", "countdown")
     assert not capsys.readouterr().err
-    warn(groups(19, "1"), math)
+    warn(19, "1", "math")
     warned = capsys.readouterr().err
     assert "95% of the first evaluation's responses are cut" in warned
     assert "100%" in warned and "prompt_suffix" in warned
 
 
 def test_accuracies_are_by_source():
-    """Two problems of one source with two samples each, and one of another."""
-    found = accuracy(["walk", "sums", "walk"], [(2, 1), (0, 0), (1, 1)], k=2)  # (right, of these different)
-    walk = {"walk/avg_at_k": 0.75, "walk/pass_at_k": 1.0, "walk/distinct_at_k": 1.0}
-    assert found == walk | {"sums/avg_at_k": 0.0, "sums/pass_at_k": 0.0, "sums/distinct_at_k": 0.0}
+    """Two problems of one source with two samples each, and one of another, which is no puzzle."""
+    problems = [Problem("", [], "", source, verifier=name) for source, name in (("a", "walk"), ("b", "math"))]
+    found = evaluation.accuracy([*problems, problems[0]], [(2, 1), (0, 0), (1, 1)], k=2)  # (right, of these different)
+    walk = {"a/avg_at_k": 0.75, "a/pass_at_k": 1.0, "a/distinct_at_k": 1.0}
+    assert found == walk | {"b/avg_at_k": 0.0, "b/pass_at_k": 0.0}

@@ -23,7 +23,7 @@ from data.common import arguments, split, splitting, write
 WORDS = ("start", "target", *MOVES, *(f" ={number}\n" for number in range(LARGEST + 1)))  # one token each
 MAX_TOKENS = 2 * MAX_MOVES + 1
 HEADING = 0.7  # share of the moves that head for the target: they end nearer to it
-BATCH, EXCESS = 32, 0.4  # of the imitation, see data/base.py
+BATCH, EXCESS = 32, 0.35  # of the imitation, see data/base.py
 
 
 def row(start: int, target: int) -> dict:
