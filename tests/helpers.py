@@ -30,7 +30,7 @@ BASE, DATA = (str(ROOT / "data" / "walk" / name) for name in ("base", "eval.json
 SMALL = [
     *("--steps", "4", "--prompts-per-step", "8", "--max-kept-prompts", "8", "--mini-batch-prompts", "2"),
     *("--eval-every", "2", "--eval-samples", "2", "--checkpoint-every", "2", "--max-micro-batch-tokens", "2048"),
-    *("--entropy-target", "1.0", "--filter-groups", "refill"),  # all tests of a run also test these
+    *("--entropy-target", "1.0", "--dynamic-sampling", "refill"),  # all tests of a run also test these
 ]
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 

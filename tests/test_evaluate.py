@@ -13,7 +13,7 @@ from ce_gppo import evaluation
 from ce_gppo.batch import Rollout
 from ce_gppo.config import check_ranges
 from ce_gppo.messages import UserError
-from ce_gppo.types import Problem
+from ce_gppo.problems import Problem
 from helpers import BASE, score
 from tools import evaluate, tables
 

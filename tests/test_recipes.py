@@ -4,11 +4,11 @@ import json
 import re
 
 import pytest
+from ce_gppo.betas import betas_of_step
 
 import train
 from bench import scaling
 from ce_gppo import config as settings
-from ce_gppo.betas import betas_of_step
 from ce_gppo.messages import UserError
 from helpers import ROOT, Forked, quick, run_here
 

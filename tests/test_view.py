@@ -7,11 +7,11 @@ import json
 
 import pytest
 import torch
-from ce_gppo.policy import Policy
 
 import train
 from ce_gppo import log, metrics
 from ce_gppo.messages import UserError
+from ce_gppo.policy import Policy
 from ce_gppo.problems import Problem
 from helpers import resolved, rollout_of
 from loss import Objective

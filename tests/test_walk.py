@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from ce_gppo.messages import UserError
-from ce_gppo.verifier.walk import MOVES, score
+from ce_gppo.verifier.puzzles import MOVES
+from ce_gppo.verifier.puzzles import walk as score
 from data import base
 from data.walk import prepare
 from helpers import run_here
