@@ -4,11 +4,11 @@ import json
 import re
 
 import pytest
-from ce_gppo.betas import betas_of_step
 
 import train
 from bench import scaling
 from ce_gppo import config as settings
+from ce_gppo.entropy import betas_of_step
 from ce_gppo.messages import UserError
 from helpers import ROOT, Forked, quick, run_here
 
@@ -77,7 +77,7 @@ def test_published_settings(name):
     assert ("7B" if "7b" in name else "1.5B") in config.model
     assert (config.prompts_per_step, config.max_kept_prompts, config.mini_batch_prompts) == (256, 128, 16)
     assert (config.responses_per_prompt, config.max_prompt_tokens, config.max_response_tokens) == (8, 4096, 16384)
-    assert (config.lr, config.warmup_steps, config.filter_groups) == (1e-6, 10, "on")
+    assert (config.lr, config.warmup_steps, config.dynamic_sampling) == (1e-6, 10, "filter")
     assert (train.ADAMW["weight_decay"], train.MAX_GRAD_NORM) == (0.1, 1.0)
     assert (config.aggregation, config.overlong, config.entropy_coef) == ("token-mean", "score", 0.0)
     assert (config.eval_samples, config.eval_temperature, config.eval_top_p, config.eval_every) == (32, 0.6, 0.95, 5)
@@ -200,9 +200,9 @@ def test_missing_data_names_the_script_that_makes_it():
 
 
 SMALL = {
-    **{"model": "data/arithmetic/base", "steps": 2, "eval-samples": 1},
+    **{"model": "data/walk/base", "steps": 2, "eval-samples": 1},
     **{"prompts-per-step": 16, "max-kept-prompts": 8, "mini-batch-prompts": 2, "max-micro-batch-tokens": 2048},
-    **{"max-prompt-tokens": 32, "max-response-tokens": 48, "eval-response-tokens": 48},
+    **{"max-prompt-tokens": 16, "max-response-tokens": 16, "eval-response-tokens": 16},
 }
 SCRIPT = """
 import sys
@@ -233,4 +233,4 @@ def test_two_steps(tmp_path):
         assert record["objective"] == (PAPER | FIGURES)[name][0] and record["lr"] == 1e-6
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["optim/updates"] > 0
-        assert (tmp_path / name / "checkpoint-000002").is_dir() and "eval/arithmetic/avg_at_k" in rows[2]
+        assert (tmp_path / name / "checkpoint-000002").is_dir() and "eval/walk/avg_at_k" in rows[2]
