@@ -1,5 +1,6 @@
 """The table of an evaluation, its file, and that a stopped evaluation ends with the same file."""
 
+import dataclasses
 import fcntl
 import json
 import random
@@ -14,7 +15,7 @@ from ce_gppo.batch import Rollout
 from ce_gppo.config import check_ranges
 from ce_gppo.messages import UserError
 from ce_gppo.problems import Problem
-from helpers import BASE, score
+from helpers import BASE, rollout_of, score
 from tools import evaluate, tables
 
 
@@ -30,18 +31,11 @@ def row(answer: str | None, truth: str = "4", number: int = 0, sample: int = 0, 
     return where | verdict | {"tokens": 10 + sample, "truncated": sample == 1, "response": ""}
 
 
-def rollout_of(prompts: list[list[int]], texts: list[str], cut: int = 0) -> Rollout:
-    """The texts as responses of two tokens each, equally many to each prompt; the first `cut` of them are truncated."""
-    B = len(texts)
-    return Rollout(
-        prompts=prompts,
-        prompt_of=torch.arange(len(prompts)).repeat_interleave(B // len(prompts)),
-        lengths=torch.full((B,), 2),
-        tokens=torch.ones(2 * B, dtype=torch.long),
-        rollout_logprobs=torch.zeros(2 * B),
-        truncated=torch.arange(B) < cut,
-        texts=texts,
-    )
+def says(prompts: list[list[int]], texts: list[str], cut: int = 0) -> Rollout:
+    """The texts as responses, equally many to each prompt; the first `cut` of them are truncated."""
+    B, prompt_of = len(texts), torch.arange(len(prompts)).repeat_interleave(len(texts) // len(prompts))
+    columns = {"prompts": prompts, "prompt_of": prompt_of, "texts": texts, "truncated": torch.arange(B) < cut}
+    return dataclasses.replace(rollout_of([(1, 2)] * B), **columns)
 
 
 SAYS = {None: "hm</think> no box", "open": r"so far \boxed{4}"}
@@ -63,7 +57,7 @@ class FakeEngine:
         FakeEngine.seen += [self.tokenizer.decode(ids) for ids in prompts]
         rng = random.Random(seed)
         boxes = [rng.choice(["1", "2", "3", "4", None, "open"]) for _ in range(k * len(prompts))]
-        return rollout_of(prompts, [SAYS.get(box, rf"hm</think>\boxed{{{box}}}") for box in boxes])
+        return says(prompts, [SAYS.get(box, rf"hm</think>\boxed{{{box}}}") for box in boxes])
 
 
 @pytest.fixture
@@ -83,6 +77,10 @@ def fake(monkeypatch, tmp_path, tiny_folder):
         evaluate.main(evaluate.Config(**settings))
 
     return run
+
+
+def rows_in(name: str) -> list[dict]:
+    return [json.loads(line) for line in Path(name).read_text().splitlines()[1:]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,8 +175,7 @@ def test_another_verifier_gives_other_verdicts_and_belongs_to_the_settings(fake,
     mine = tmp_path / "mine.py"
     mine.write_text("def score(response, answer): return {'correctness': float('3' in response), 'other': 7}")
     fake(rewards=f"amc23={mine}:score", out="own.jsonl")
-    rows = [json.loads(line) for line in Path("own.jsonl").read_text().splitlines()][1:]
-    for r in rows:
+    for r in rows_in("own.jsonl"):
         assert r["correct"] is (r["extracted"] == ("3" if r["source"] == "amc23" else "4"))
     mine.write_text(mine.read_text() + "\n")
     with pytest.raises(UserError, match="made with other settings .data: "):
@@ -197,12 +194,15 @@ def test_an_evaluation_that_another_rank_gave_up_has_no_metrics():
     assert evaluation.evaluate(GivenUp(), [], 2, score=evaluate.score, thinking=False) is None
 
 
-def test_a_seed_is_another_sample(fake):
-    fake(out="a.jsonl")
-    fake(out="b.jsonl", seed=1)
-    a, b = (Path(name).read_text().splitlines()[1:] for name in ("a.jsonl", "b.jsonl"))
-    a, b = ([json.loads(line)["response"] for line in lines] for lines in (a, b))  # without the rows' numbers
-    assert a != b and a[:8] != a[8:16], "each chunk has its own seed"
+def test_a_seed_is_another_sample_and_only_answers_after_thinking_count(fake):
+    for name, settings in (("a", {}), ("b", {"seed": 1}), ("c", {"thinking": True})):
+        fake(out=f"{name}.jsonl", **settings)
+    first, second, thinking = (rows_in(f"{name}.jsonl") for name in "abc")
+    texts, others = ([r["response"] for r in rows] for rows in (first, second))
+    assert texts != others and texts[:8] != texts[8:16], "each chunk has its own seed"
+    for r, without in zip(thinking, first, strict=True):
+        assert without["correct"] is ("4" in r["response"]) and r["correct"] is ("</think>\\boxed{4}" in r["response"])
+    assert 0 < sum(r["correct"] for r in thinking) < sum(r["correct"] for r in first)
 
 
 def test_a_file_of_other_settings_is_not_touched(fake, tiny_model, tiny_folder, monkeypatch):
@@ -224,16 +224,6 @@ def test_a_file_of_other_settings_is_not_touched(fake, tiny_model, tiny_folder, 
     assert Path("notes.jsonl").read_text() == '{"mine": 1}\n'
 
 
-def test_thinking(fake):
-    """Only answers after </think> count."""
-    fake(out="a.jsonl", thinking=True)
-    fake(out="b.jsonl")
-    a, b = ([json.loads(line) for line in Path(name).read_text().splitlines()[1:]] for name in ("a.jsonl", "b.jsonl"))
-    for r, without in zip(a, b, strict=True):
-        assert without["correct"] is ("4" in r["response"]) and r["correct"] is ("</think>\\boxed{4}" in r["response"])
-    assert 0 < sum(r["correct"] for r in a) < sum(r["correct"] for r in b)
-
-
 def test_benchmarks_that_are_not_there(fake):
     Path("data/benchmarks/prepare.py").touch()
     with pytest.raises(UserError, match=r"hmmt25\.jsonl: no such file; make it with .*data\.benchmarks\.prepare"):
@@ -242,12 +232,16 @@ def test_benchmarks_that_are_not_there(fake):
         fake(bench="mine.jsonl")
 
 
-@pytest.mark.parametrize(
-    "name, value", [("k", 0), ("temperature", 0.005), ("top_p", 0.0), ("max_response_tokens", 0), ("write_every", 0)]
-)
-def test_settings_out_of_range(name, value):
-    with pytest.raises(UserError, match=f"{name} = {value}"):
-        check_ranges(evaluate.Config(**{name: value}))
+def test_settings_out_of_range():
+    for name, value in (
+        ("k", 0),
+        ("temperature", 0.005),
+        ("top_p", 0.0),
+        ("max_response_tokens", 0),
+        ("write_every", 0),
+    ):
+        with pytest.raises(UserError, match=f"{name} = {value}"):
+            check_ranges(evaluate.Config(**{name: value}))
 
 
 def test_one_evaluation_writes_a_file_at_a_time(fake):
@@ -313,7 +307,7 @@ def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, w
 
 def test_many_cut_or_unboxed_responses_in_the_first_evaluation_are_a_warning(capsys):
     def warn(cut: int, text: str, verifier: str) -> None:
-        evaluation.warn(rollout_of([[1]] * 20, [text] * 20, cut), [verifier] * 20)
+        evaluation.warn(says([[1]] * 20, [text] * 20, cut), [verifier] * 20)
 
     warn(18, "\\boxed{1}", "math")
     warn(18, "1", "countdown")
