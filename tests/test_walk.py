@@ -5,6 +5,7 @@ import random
 from collections import Counter, defaultdict
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from ce_gppo.messages import UserError
@@ -159,3 +160,22 @@ def test_moves_and_numbers_are_one_token_each(tmp_path):
     assert len(loaded) == AutoConfig.from_pretrained(tmp_path).vocab_size
     for move in MOVES:
         assert len(tokenizer.encode(f"{move} =9\n", add_special_tokens=False)) == 2
+
+
+def test_the_targets_of_the_imitation():
+    """At each place before a token of the trace: the probabilities of all tokens that could stand there; else 0."""
+    tokenizer, rng = base.make_tokenizer(prepare.WORDS), random.Random(0)
+    vocabulary = tokenizer.get_vocab()
+    traces = [[*prepare.trace(rng, *problem), (tokenizer.eos_token, {})] for problem in ((17, 18), (0, 59))]
+    prompts = [[1, 2, 3], [4, 5]]
+    pairs = list(zip(prompts, traces, strict=True))
+    input_ids, target = base.batch(pairs, lambda text: [vocabulary[text]], len(vocabulary))
+    assert len(traces[0]) != len(traces[1])
+    for i, (prompt, trace) in enumerate(pairs):
+        assert input_ids[i, : len(prompt)].tolist() == prompt
+        expected = torch.zeros_like(target[i])
+        for place, (text, choices) in enumerate(trace, start=len(prompt)):
+            assert input_ids[i, place] == vocabulary[text]
+            for choice, p in (choices or {text: 1.0}).items():
+                expected[place - 1, vocabulary[choice]] = p
+        assert torch.equal(target[i], expected)
