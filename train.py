@@ -87,7 +87,7 @@ class Config:
     old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios are less exact
     mini_batch_prompts: t.Count = 8  # groups per update; max_kept_prompts / mini_batch_prompts updates an epoch [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
-    lr: t.Rate = 1e-4  # AdamW learning rate [1e-6]
+    lr: t.Rate = 8e-5  # AdamW learning rate [1e-6]
     critic_lr: t.Rate | None = None  # AdamW learning rate of gae's critic, constant; None: 3 lr
     warmup_steps: t.CountOrZero = 5  # rollouts over which lr grows to its value [10]; gae: after as many for the critic
     max_micro_batch_tokens: t.Count = 16384  # tokens in one pass through the model; bounds the memory
