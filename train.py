@@ -43,7 +43,7 @@ class Config:
     train_data: t.Name = "data/walk/train.jsonl"  # problems, JSONL; or several, "a,b" [KlearReasoner-MathSub-30K]
     eval_data: t.Name = "data/walk/eval.jsonl"  # held-out problems, JSONL; or several [AIME24, AIME25]
     out: t.Name = "out"  # folder of the runs
-    run_name: t.NameOrEmpty = ""  # its folder in `out`; empty: objective, seed and time, or an interrupted run's
+    run_name: t.NameOrEmpty = ""  # its folder in `out`, which the same name continues; empty: objective, seed and time
     rewards: str = ""  # verifiers, "source=verifier,source2=mine.py:score"; empty: by the source's name, else math
     seed: t.Seed = 0  # for the samples and the order of the problems
 
@@ -54,9 +54,7 @@ class Config:
     temperature: t.Temperature = 1.0  # sampling temperature; logprobs in training use it too
     max_prompt_tokens: t.Count = 16  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: t.Count = 16  # longer responses are cut, and are wrong unless already boxed [16384]
-    dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = (
-        None  # filter: drop groups of equal rewards; refill: and sample more; off
-    )
+    dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = None  # filter: drop equal rewards; refill: and sample more
     max_kept_prompts: t.Count = 64  # groups trained on in a step, at most [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
@@ -73,7 +71,7 @@ class Config:
     entropy_target: t.Positive | None = None  # in nats; a controller moves the betas, or without betas entropy_coef
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
-    advantages: t.one_of(ADVANTAGES) | None = None  # of groups, see loss.py; gae: a critic's, by token
+    advantages: t.one_of(ADVANTAGES) | None = None  # of groups, see advantages.py; gae: of tokens, by a critic
     kl_coef: t.NonNegative = 0.0  # KL from the model that the run began with, in the loss; gae: in the reward; 0: off
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ce_gppo.forward import Policy
 from safetensors.torch import load_file
 
 import train
-from ce_gppo.forward import Policy
 from helpers import (
     ROOT,
     SMALL,
