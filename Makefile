@@ -46,13 +46,11 @@ workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
 doctor: setup data  ## check the machine, the setup and a model: MODEL=<folder or hub name>
 	@.venv/bin/python -m tools.doctor $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-bench: setup data  ## measure updates, rollouts, rewards and the entropy accounting: ten minutes on two cores
+bench: setup data  ## measure updates and rollouts: minutes on two cores
 	@.venv/bin/python -m bench.update
 	@.venv/bin/python -m bench.update --equal
 	@.venv/bin/python -m bench.update --equal --shared-prompt
 	@.venv/bin/python -m bench.rollout
-	@.venv/bin/python -m bench.reward
-	@.venv/bin/python -m bench.attribution --repeats 7
 
 reproduce: RESULTS = results/$(if $(QUICK),quick,reproduction-walk).jsonl
 reproduce: setup walk  ## the sweep of docs/evidence.md, 55 runs: 1:40 to three hours on two cores; QUICK=1: a few minutes; RESULTS=<file>
@@ -81,10 +79,10 @@ $(DEFAULT_BASE): data/arithmetic/base.py data/arithmetic/prepare.py data/base.py
 
 walk: setup $(WALK_DATA) $(WALK_BASE)  ## make the data set `walk` and its base policy, for make train RECIPE=walk
 
-data/walk/train.jsonl data/walk/eval.jsonl &: data/walk/prepare.py ce_gppo/verifier/walk.py | setup
+data/walk/train.jsonl data/walk/eval.jsonl &: data/walk/prepare.py ce_gppo/verifier/puzzles.py | setup
 	@.venv/bin/python -m data.walk.prepare
 
-$(WALK_BASE): data/walk/base.py data/walk/prepare.py ce_gppo/verifier/walk.py data/base.py | setup
+$(WALK_BASE): data/walk/base.py data/walk/prepare.py ce_gppo/verifier/puzzles.py data/base.py | setup
 	@.venv/bin/python -m data.walk.base
 
 countdown: setup $(COUNTDOWN_BASE)  ## make a small base policy for `countdown` and its tasks, for make train RECIPE=countdown

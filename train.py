@@ -118,10 +118,10 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     """The whole run, new or continued. Once `stop()` is true on any rank it saves and returns."""
     device = parallel.init()
     folder, last = parallel.rank0_then_broadcast(lambda: runs.locate(config, resume))
-    check_inputs(config, reward.VERIFIERS)  # before a large model is downloaded
+    check_inputs(config, reward.check_names)  # before a large model is downloaded
     source = str(last or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
-    problems, held_out, sizes = load_sets(config, tokenizer, model.config, reward.VERIFIERS)
+    problems, held_out, sizes = load_sets(config, tokenizer, model.config, reward.assign)
     policy = parallel.distribute(Policy(model), config.shard, model._no_split_modules or [])
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
     new = State(parallel.rank0_then_broadcast(tracking.new_id), control=first_control(config))
@@ -190,20 +190,24 @@ def sample(
         with meter("rollout"):
             new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
             mine = parallel.round_robin(len(new), config.rollout_tp)  # the prompts of this rank's engine
-            scorer = reward.in_background([new[i] for i in mine], thinking=config.thinking)
+            scorer = reward.in_background([new[i] for i in mine], thinking=config.thinking, budget=60.0)
             sampled = engine.generate(
                 [new[i].prompt_ids for i in mine],
                 config.responses_per_prompt,
                 max_tokens=config.max_response_tokens,
                 temperature=config.temperature,
                 seed=seed_of_step(config.seed, batch, parallel.rank() // config.rollout_tp),
-                on_group=scorer.add,  # the verifier starts on the first complete group
+                on_group=lambda i, group, scorer=scorer: scorer.add(i, [r.text for r in group]),
                 stop=stop,
             )
             if parallel.any_rank(stop()):
                 return [], []
         with meter("reward"):
-            reward.set_rewards(sampled, scorer.finish(), config.max_response_tokens, config.overlong)
+            for group, scores in zip(sampled, scorer.finish(), strict=True):
+                for r, parts in zip(group, scores, strict=True):
+                    r.parts, r.verdict = parts, float(parts["correctness"] >= 1)
+                    penalty = reward.overlong_penalty(len(r.response_ids), config.max_response_tokens, config.overlong)
+                    r.reward = sum(parts.values()) + penalty
             chosen, groups = chosen + new, groups + parallel.gather_dealt(sampled, config.rollout_tp)
         if sum(map(has_signal, groups)) >= config.max_kept_prompts:
             break

@@ -12,7 +12,6 @@ import torch
 from ce_gppo import messages
 from ce_gppo.messages import UserError
 from ce_gppo.types import Problem, starting
-from ce_gppo.verifier.sources import assign, check_names
 
 # Some chat templates print the date. A run that is resumed tomorrow must have the same prompts, so the date is always
 # this one, the default of Llama 3.2's template.
@@ -37,10 +36,10 @@ def check_files(*paths: str) -> None:
         check_file(path)
 
 
-def check_inputs(config, verifiers: dict[str, Callable]) -> None:
-    """UserError for a file of data that is missing, or for `rewards` that no data could fit. verifiers: as in assign"""
+def check_inputs(config, check_names: Callable) -> None:
+    """UserError for a file of data that is missing, or for `rewards` that no data could fit. check_names: reward's"""
     check_files(config.train_data, config.eval_data)
-    check_names(config.rewards, verifiers)
+    check_names(config.rewards)
 
 
 def load_rows(path: str) -> list[dict]:
@@ -145,12 +144,10 @@ def load_problems(
     return problems, len(rows) - len(problems)
 
 
-def load_sets(
-    config, tokenizer, model_config, verifiers: dict[str, Callable]
-) -> tuple[list[Problem], list[Problem], str]:
+def load_sets(config, tokenizer, model_config, assign: Callable) -> tuple[list[Problem], list[Problem], str]:
     """(training problems, held-out problems, a text with their numbers and verifiers) for train.py's settings.
 
-    model_config: of transformers. verifiers: reward.VERIFIERS. UserError if prompts and responses do not fit into the
+    model_config: of transformers. assign: reward.assign. UserError if prompts and responses do not fit into the
     model's context or its vocabulary, or its tokenizer hides </think>.
     """
     starting(f"problems of {config.train_data} and {config.eval_data} cannot be read")
@@ -164,7 +161,7 @@ def load_sets(
     problems, dropped = load_problems(config.train_data, tokenizer, *limits)
     held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *limits)
     check_vocabulary(problems + held_out, model_config.vocab_size)
-    who, (problems, held_out) = assign(config.rewards, verifiers, problems, held_out)
+    who, (problems, held_out) = assign(config.rewards, problems, held_out)
     if trained := len({problem.prompt for problem in held_out} & {problem.prompt for problem in problems}):
         messages.say(f"{trained} held-out problems are also trained on, so their accuracy says little", warning=True)
     answers: dict[str, set[str]] = {}

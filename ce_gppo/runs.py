@@ -23,7 +23,6 @@ import torch
 from ce_gppo import checkpoint, messages, parallel
 from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.types import Response, Update, starting
-from ce_gppo.verifier import sources as rewards
 
 ROOT = Path(__file__).parents[1]
 COPIES = re.compile(r"source(-from-step-\d{6,})?")  # folders with other names belong to the user
@@ -101,7 +100,9 @@ def changes(folder: Path, config) -> list[str]:
 def fingerprints(config) -> dict[str, str]:
     """A checksum for each file of data, verifiers and base model; of large files (WHOLE) only of size and both ends."""
     paths = [Path(path) for path in f"{config.train_data},{config.eval_data}".split(",")]
-    paths += [path for path in rewards.files(config.rewards) if path.resolve() not in sources()]
+    import reward
+
+    paths += [path for path in reward.files(config.rewards) if path.resolve() not in sources()]
     if Path(config.model).is_dir():
         paths += sorted(path for level in ("*", "*/*") for path in Path(config.model).glob(level))
     marks = {}

@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import reward
 from ce_gppo import checkpoint, config, messages, model, report, runs, tracking
 from ce_gppo.messages import UserError, first_line
 from ce_gppo.problems import check_inputs, load_problems, load_sets
 from ce_gppo.types import STARTING, Problem, Range
-from ce_gppo.verifier import sources
 from data.convert import answer_of
 from helpers import ROOT, environment, in_a_fork, resolved, run_here
-from reward import VERIFIERS
 from tools import doctor, evaluate, tables
 from train import Config
 
@@ -108,7 +107,7 @@ def test_an_unreadable_generation_config_is_refused_and_a_missing_one_is_not(tin
 def test_a_verifier_that_raises_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "mine.py").write_text("def score(response): return 1.0\n")
     with pytest.raises(UserError, match="raised TypeError.*2 were given"):
-        sources.assign(f"{tmp_path}/mine.py:score", VERIFIERS, [Problem("", [1], "2", "sums")])
+        reward.assign(f"{tmp_path}/mine.py:score", [Problem("", [1], "2", "sums")])
 
 
 @pytest.mark.slow
@@ -116,7 +115,7 @@ def test_a_verifier_that_raises_is_refused_before_the_first_step(tmp_path):
 def test_a_verifier_that_never_answers_is_refused_before_the_first_step(tmp_path, body):
     (tmp_path / "mine.py").write_text(f"def score(response, answer):\n    {body}\n")
     with pytest.raises(UserError, match="takes over 3 s for an empty response, or ends its process"):
-        sources.assign(f"{tmp_path}/mine.py:score", VERIFIERS, [Problem("", [1], "2", "sums")])
+        reward.assign(f"{tmp_path}/mine.py:score", [Problem("", [1], "2", "sums")])
 
 
 @pytest.mark.parametrize(
@@ -196,29 +195,28 @@ def test_a_library_error_whose_first_line_only_announces_it_is_told_with_the_sec
         ("=exact", "where source=verifier is needed"),
         ("sums=nonsense", "verifier 'nonsense' of source sums is unknown"),
         ("nonsense", "verifier 'nonsense' .* is unknown"),
-        ("sums=gym", "is unknown"),
         ("nowhere/mine.py:score", "there is no file nowhere/mine.py"),
     ],
 )
 def test_rewards_that_fit_no_data_are_refused_before_a_model_is_loaded(write_rows, rewards, message):
     path = write_rows(ROW)
-    check_inputs(resolved(train_data=path, eval_data=path, rewards="sums=exact,gym/x=gym"), VERIFIERS)
+    check_inputs(resolved(train_data=path, eval_data=path, rewards="sums=exact"), reward.check_names)
     with pytest.raises(UserError, match=message):
-        check_inputs(resolved(train_data=path, eval_data=path, rewards=rewards), VERIFIERS)
+        check_inputs(resolved(train_data=path, eval_data=path, rewards=rewards), reward.check_names)
 
 
 def test_a_source_that_is_a_verifier_but_for_its_case_is_refused():
     problem = Problem("", [1], "2", "GSM8K")
     with pytest.raises(UserError, match="source 'GSM8K' is not 'gsm8k', .*--rewards GSM8K=gsm8k, or GSM8K=math"):
-        sources.assign("", VERIFIERS, [problem])
+        reward.assign("", [problem])
     for chosen in ("GSM8K=math", "math"):
-        assert sources.assign(chosen, VERIFIERS, [problem])[1][0][0].verifier == "math"
+        assert reward.assign(chosen, [problem])[1][0][0].verifier == "math"
 
 
 def test_one_problem_with_two_answers_is_told(tokenizer, write_rows, capsys):
     settings = {"train_data": write_rows(ROW, ROW, ROW | {"answer": "3"}), "eval_data": write_rows(ROW, name="e.jsonl")}
     limits = types.SimpleNamespace(max_position_embeddings=512, vocab_size=len(tokenizer))
-    load_sets(resolved(**settings), tokenizer, limits, VERIFIERS)
+    load_sets(resolved(**settings), tokenizer, limits, reward.assign)
     assert "1 problems are there several times, with different answers" in capsys.readouterr().err
 
 

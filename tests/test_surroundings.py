@@ -9,19 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import reward
 from bench import rollout, update
 from ce_gppo import config, parallel, runs, tracking
 from ce_gppo.messages import UserError
 from ce_gppo.problems import check_vocabulary, load_sets
 from ce_gppo.report import Report
 from ce_gppo.types import STARTING, Problem, Update, starting
-from ce_gppo.verifier import sources
 from ce_gppo.verifier.answers import can_be_given
 from data import convert
 from data.words import prepare as words
 from helpers import resolved
 from results import sweep
-from reward import VERIFIERS
 from tools import figures
 from train import Config
 
@@ -159,7 +158,7 @@ def test_modules_that_a_users_verifier_imports_are_compared_too(tmp_path):
         if str(tmp_path) in path and before[path] != after.get(path)
     }
     assert changed == files.keys() - {"other.py"}
-    assert sources.files(f"{tmp_path}/nothing.py:score") == [tmp_path / "nothing.py"]
+    assert reward.files(f"{tmp_path}/nothing.py:score") == [tmp_path / "nothing.py"]
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored():
@@ -253,8 +252,8 @@ def test_data_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_an_answer_that_no_response_could_give_is_refused(answer):
     assert not can_be_given(answer) and convert.answer_of({"answer": answer}) is None
     with pytest.raises(UserError, match="no response could equal it"):
-        sources.assign("", VERIFIERS, [Problem("", [1], answer, "sums")])
-    sources.assign("exact", VERIFIERS, [Problem("", [1], answer, "sums")])
+        reward.assign("", [Problem("", [1], answer, "sums")])
+    reward.assign("exact", [Problem("", [1], answer, "sums")])
 
 
 @pytest.mark.parametrize(
@@ -268,7 +267,7 @@ def test_held_out_problems_that_are_trained_on_and_tokens_that_the_model_lacks(t
     path = write_rows(ROW)
     settings = resolved(train_data=path, eval_data=path)
     model_config = types.SimpleNamespace(max_position_embeddings=512, vocab_size=len(tokenizer))
-    load_sets(settings, tokenizer, model_config, VERIFIERS)
+    load_sets(settings, tokenizer, model_config, reward.assign)
     assert "1 held-out problems are also trained on" in capsys.readouterr().err
     check_vocabulary([Problem("", [3, 9], "", "")], 10)
     with pytest.raises(UserError, match="has the token 10, and the model only has 10"):

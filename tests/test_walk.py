@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ce_gppo.messages import UserError
-from ce_gppo.verifier.walk import MOVES, score
+from ce_gppo.verifier.puzzles import MOVES
+from ce_gppo.verifier.puzzles import walk as score
 from data.base import make_model, make_tokenizer
 from data.walk import base, prepare
 from helpers import run_here

@@ -27,8 +27,7 @@ from ce_gppo.model import check_model
 from ce_gppo.problems import check_files, check_thinking, check_vocabulary, load_problems
 from ce_gppo.runs import lock_file
 from ce_gppo.types import Problem, Response
-from ce_gppo.verifier.sources import assign, check_names, files
-from reward import VERIFIERS, extract_answer, score
+from reward import assign, check_names, extract_answer, files, score
 from rollout import Engine, prepare_environment
 from tools.tables import compare, print_table, read_results
 
@@ -60,7 +59,7 @@ def main(config: Config) -> None:
         raise UserError(f"temperature = 0 gives {config.k} equal samples; use k = 1")
     paths = [name if name.endswith(".jsonl") else f"data/benchmarks/{name}.jsonl" for name in config.bench.split(",")]
     check_files(*paths)  # before a large model is downloaded
-    check_names(config.rewards, VERIFIERS)
+    check_names(config.rewards)
     known = check_model(config.model)
     limit = known.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
@@ -69,7 +68,7 @@ def main(config: Config) -> None:
     longest = min(config.max_prompt_tokens, limit - 1)
     problems, dropped = load_problems(",".join(paths), tokenizer, longest, config.system_prompt, config.prompt_suffix)
     check_vocabulary(problems, known.vocab_size)
-    verifiers, (problems,) = assign(config.rewards, VERIFIERS, problems)
+    verifiers, (problems,) = assign(config.rewards, problems)
     longest = max(len(problem.prompt_ids) for problem in problems)
     max_tokens = config.max_response_tokens or min(16384, limit - longest)
     if longest + max_tokens > limit:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from ce_gppo.config import command
-from ce_gppo.verifier.countdown import score
+from ce_gppo.verifier.puzzles import countdown as score
 from data.arithmetic.prepare import positive
 from data.base import Example, add_arguments, imitate, make_folder, make_model, make_tokenizer, sample, summary
 from data.convert import write
@@ -71,7 +71,7 @@ def prompt(numbers: tuple[int, ...], target: int) -> list[dict[str, str]]:
 
 
 def answer(numbers: tuple[int, ...], target: int) -> str:
-    """The task, in the form that ce_gppo/verifier/countdown.py reads."""
+    """The task, in the form that ce_gppo/verifier/puzzles.py reads."""
     return json.dumps({"numbers": list(numbers), "target": target})
 
 

@@ -13,7 +13,8 @@ import random
 import torch
 
 from ce_gppo.config import command
-from ce_gppo.verifier.walk import MAX_MOVES, after, legal_moves, score
+from ce_gppo.verifier.puzzles import MAX_MOVES, after, legal_moves
+from ce_gppo.verifier.puzzles import walk as score
 from data.base import Example, add_arguments, imitate, make_folder, make_model, make_tokenizer, sample, summary
 from data.walk.prepare import WORDS, answer, arguments, prompt, splits
 

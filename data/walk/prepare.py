@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ce_gppo.config import command
 from ce_gppo.messages import UserError
-from ce_gppo.verifier.walk import LARGEST, MOVES
+from ce_gppo.verifier.puzzles import LARGEST, MOVES
 from data.arithmetic.prepare import positive
 from data.convert import write
 
@@ -30,7 +30,7 @@ def prompt(start: int, target: int) -> list[dict[str, str]]:
 
 
 def answer(start: int, target: int) -> str:
-    """The problem, in the form that ce_gppo/verifier/walk.py reads."""
+    """The problem, in the form that ce_gppo/verifier/puzzles.py reads."""
     return f"{start} to {target}"
 
 
