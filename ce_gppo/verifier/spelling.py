@@ -9,6 +9,7 @@ import re
 import unicodedata
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 
 LONGEST = 1_000  # characters; longer texts are not read
 
@@ -242,3 +243,26 @@ def to_ascii(char: str) -> str:
 def spell(token: str) -> str:
     spelling = SPELLING.get(token, token)
     return spelling + " " if spelling != token and "\\" in spelling else spelling
+
+
+def split(text: str, *separators: str) -> list[str]:
+    """The text split at separators outside all brackets: parts and separators in turn."""
+    parts, depth = [""], 0
+    for token in TOKEN.findall(text):
+        depth += (token[-1] in "([{") - (token[-1] in ")]}")
+        if depth == 0 and token in separators:
+            parts += [token, ""]
+        else:
+            parts[-1] += token
+    return [part.strip() for part in parts]
+
+
+def depths(text: str) -> list[int]:
+    """The bracket depth after each character. Any bracket closes any other: [1, 2) is an interval."""
+    return list(accumulate((char in "([{") - (char in ")]}") for char in text))
+
+
+def enclosed(text: str) -> bool:
+    """Whether the first bracket is closed by the last."""
+    levels = depths(text)
+    return text[:1] in ("(", "[", "{") and 0 in levels and levels.index(0) == len(text) - 1

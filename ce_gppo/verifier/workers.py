@@ -22,14 +22,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from ce_gppo.messages import UserError
-from ce_gppo.verifier import custom
-from ce_gppo.verifier.answers import math_verify, same
+from ce_gppo.verifier import outside
+from ce_gppo.verifier.answers import same
 
 MAX_MEMORY = 4 * 2**30  # bytes of address space per worker
 MAX_CACHED = 100_000  # results
 PATIENCE = 10  # times its limit, at most, that a worker has on a busy machine
 STARTUP_SECONDS = 60.0  # a worker needs about 1 s on an idle machine, most of it for sympy
-MATH = "math"  # the name for math-verify; all other names are those of custom.load
+MATH = "math"  # the name for math-verify; all other names are those of outside.load
 
 Job = tuple[str, str, str]  # verifier, response (of math only its answer), true answer
 Components = dict[str, float]
@@ -255,17 +255,17 @@ def limit(seconds: float) -> None:
 
 def answer_to(verifier: str, response: str | None, answer: str) -> Components | str:
     if verifier == MATH and response is None:  # imports sympy, prepares the parser
-        math_verify(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")
+        outside.math_verify(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")
         return {}
     if verifier == MATH:
         try:
-            return {"correctness": float(same(response, answer, math_verify))}
+            return {"correctness": float(same(response, answer, outside.math_verify))}
         except Exception:  # sympy can raise any error: the answers then count as different
             return {"correctness": 0.0}
     try:
         if response is not None:
-            return custom.call(verifier, response, answer)
-        custom.load(verifier)
+            return outside.call(verifier, response, answer)
+        outside.load(verifier)
         return {}
     except UserError as error:
         return str(error)
