@@ -19,6 +19,10 @@ MAX_DEPTH = 12  # brackets; math-verify's parser takes 1.5 s for 16, and minutes
 class Undecided(Exception):
     """Only math-verify can decide whether these answers are equal."""
 
+    @staticmethod
+    def ask(answer: str, truth: str) -> bool:
+        raise Undecided
+
 
 def equal_now(answer: str | None, truth: str) -> float:
     r"""1.0 if an answer equals the true one, else 0.0. Both may be LaTeX, with $; the truth may be in a \boxed{}.
@@ -83,11 +87,7 @@ def is_bomb(text: str) -> bool:
     return bool(BOMB.search(text)) or any(int(a) ** min(int(b), 99) > 10_000 for a, b in TOWER.findall(text))
 
 
-def undecided(answer: str, truth: str) -> bool:
-    raise Undecided
-
-
-def same(answer: str, truth: str, ask=undecided) -> bool:
+def same(answer: str, truth: str, ask=Undecided.ask) -> bool:
     """Whether two normalized answers are equal. ask: compares two LaTeX strings, where the grammar cannot decide."""
     if squeeze(answer) == squeeze(truth):
         return True
@@ -132,13 +132,15 @@ def same_ordered(parts: tuple[Node, ...], others: tuple[Node, ...], ask) -> bool
 
 
 def same_unordered(parts: tuple[Node, ...], others: tuple[Node, ...], ask) -> bool:
+    if len(parts) != len(others):
+        return False
     left = list(others)
     for part in parts:  # greedy is enough, for equality is transitive
         match = next((i for i, other in enumerate(left) if equal(part, other, ask)), None)
         if match is None:
             return False
         del left[match]
-    return len(parts) == len(others)
+    return True
 
 
 def same_choice(a: Node, b: Node, ask) -> bool:

@@ -1,8 +1,7 @@
 r"""Grammar: an answer in one spelling is read as a tree of nodes, by recursive descent, and a scalar with its unit.
 
 `read` tries one reader after the other, from the loosest binding to the tightest: a choice such as `(C) 12`, a region
-such as `x < 2 or x > 3`, a list, an equation, brackets, a ratio. Each returns a node, or None if the text is
-not of its kind. Any other text is a scalar. Readers split a text only outside all brackets.
+such as `x < 2 or x > 3`, a list, an equation, brackets. Each returns a node, or None if the text is not of its kind.
 """
 
 import re
@@ -218,9 +217,10 @@ for names in METRIC.split(";"):
 
 NOUN = re.compile(  # a plural; but not what ends in s and counts nothing
     r"people|men|women|children|mice|geese|teeth|sheep|fish|dice|vertices"
-    r"|(?!(?:.*([iu]s|ss)|was|has|does|goes|means|gives|makes|fails|equals|exceeds|remains|always|perhaps|sometimes|times"
-    r"|ones|tens|dozens|hundreds|thousands|lakhs|crores|\w*illions|halves|quarters|thirds|fifths|eighths|ninths|twelfths"
-    r"|(four|six|seven|ten|eleven|\w+teen|hundred|thousand|\w*illion|\w+tie)ths|\w+ties)$)[a-z]{3,}s"
+    r"|(?!(?:.*([iu]s|ss)|does|goes|means|gives|makes|fails|equals|exceeds|remains|always|perhaps|sometimes|times|ones|tens"
+    r"|dozens|hundreds|thousands|lakhs|crores|\w*illions|halves|quarters|thirds|fifths|eighths|ninths|twelfths"
+    r"|(four|six|seven|ten|eleven|\w+teen|hundred|thousand|\w*illion|\w+tie)ths"
+    r"|(twen|thir|for|fif|six|seven|eigh|nine)ties)$)[a-z]{3,}s"
 )
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 QUANTITY = re.compile(
@@ -229,7 +229,7 @@ QUANTITY = re.compile(
 WORD_UNIT = r"(\\text ?\{[^{}]*\}|[a-zA-Z]{2,}) ?"
 COMPOUND = re.compile(rf"(\d+) ?{WORD_UNIT}(\d+) ?{WORD_UNIT}")
 CELSIUS = re.compile(r"(?!.*\\(?:sin|cos|tan|cot|sec|csc))(.*)\^\\circ ?(?:\\text ?\{)? ?([CF]?) ?\}?")
-MODULO = re.compile(r"(.*?\S.*?) ?(?:\\pmod|\( ?(?:\\text ?\{ ?mod ?\}|\\bmod|\\mod|mod)) ?\{?([^{}()]*)\}? ?\)?")
+MODULO = re.compile(r"(.*?\S) ?(?:\\pmod|\( ?(?:\\text ?\{ ?mod ?\}|\\bmod|\\mod|mod)) ?\{?([^{}()]*)\}? ?\)?")
 
 
 def measure(text: str) -> tuple[str, str]:

@@ -122,9 +122,7 @@ BEFORE_TOKENS = [  # in this order
     (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
 ]
 AFTER_TOKENS = [
-    # sqrt(2) and x^(1/2) are \sqrt{2} and x^{1/2}; twice, for those inside others
-    (ARGUMENT, r"\1{\2}"),
-    (ARGUMENT, r"\1{\2}"),
+    *[(ARGUMENT, r"\1{\2}")] * 2,  # sqrt(2), x^(1/2); twice, for those inside others
     # Spaces, and line breaks at both ends
     (r" +", " "),
     (r"(?<!\\)((?:\\\\)*)\\? *$", r"\1"),  # the space of a last `\ ` has been stripped

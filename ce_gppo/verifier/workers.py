@@ -177,10 +177,7 @@ def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> d
 
 
 class BackgroundScorer:
-    """`reward.score` in a thread, for groups of responses that arrive one by one.
-
-    Groups that arrive while the thread is busy are scored as one batch.
-    """
+    """`reward.score` in a thread. Groups of responses that arrive while it is busy are scored as one batch."""
 
     def __init__(self, score: Callable, problems: list, **options):
         """problems: one for each group to come, with `answer` and `verifier`. options: keyword arguments of `score`."""
@@ -221,12 +218,8 @@ class BackgroundScorer:
                 self.error = error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The worker's side
-
-
 def serve():
-    """One "ready", then a JSON reply for each JSON line [verifier, response, answer, seconds].
+    """The worker's side: one "ready", then a JSON reply for each JSON line [verifier, response, answer, seconds].
 
     Without a response it only imports the verifier. A reply is the components, or a sentence about what is wrong.
     """
