@@ -136,31 +136,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(tmp_path):
         config.parse(Config, ["--resume", str(tmp_path / "mine" / "checkpoint-000002")])
 
 
-def test_modules_that_a_users_verifier_imports_are_compared_too(tmp_path):
-    (tmp_path / "parts").mkdir()
-    files = {
-        "mine.py": "import json, helper",
-        "helper.py": "def f():\n    from parts import one",
-        "parts/__init__.py": "",
-        "parts/one.py": "import missing",
-        "other.py": "",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text + "\n")
-    settings = resolved(rewards=f"sums={tmp_path}/mine.py:score")
-    before = runs.fingerprints(settings)
-    for name in files:
-        (tmp_path / name).write_text("x = 1\n")
-    after = runs.fingerprints(settings)
-    changed = {
-        Path(path).relative_to(tmp_path).as_posix()
-        for path in before
-        if str(tmp_path) in path and before[path] != after.get(path)
-    }
-    assert changed == files.keys() - {"other.py"}
-    assert reward.files(f"{tmp_path}/nothing.py:score") == [tmp_path / "nothing.py"]
-
-
 def test_a_signal_that_nohup_ignores_stays_ignored():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
