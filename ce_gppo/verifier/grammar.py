@@ -229,7 +229,7 @@ QUANTITY = re.compile(
 WORD_UNIT = r"(\\text ?\{[^{}]*\}|[a-zA-Z]{2,}) ?"
 COMPOUND = re.compile(rf"(\d+) ?{WORD_UNIT}(\d+) ?{WORD_UNIT}")
 CELSIUS = re.compile(r"(?!.*\\(?:sin|cos|tan|cot|sec|csc))(.*)\^\\circ ?(?:\\text ?\{)? ?([CF]?) ?\}?")
-MODULO = re.compile(r"(.*?\S) ?(?:\\pmod|\( ?(?:\\text ?\{ ?mod ?\}|\\bmod|\\mod|mod)) ?\{?([^{}()]*)\}? ?\)?")
+MODULO = re.compile(r"(.*?\S) *(?:\\pmod|\( ?(?:\\text ?\{ ?mod ?\}|\\bmod|\\mod|mod)) ?\{?([^{}()]*)\}? ?\)?")
 
 
 def measure(text: str) -> tuple[str, str]:

@@ -98,6 +98,10 @@ def repeating(match: re.Match) -> str:
     return latex(Fraction(f"0{whole}.{once}0") + Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once)))
 
 
+def except_for(match: re.Match) -> str:
+    return r"x \ne " + match[1].replace(r"\land", ",")
+
+
 BEFORE_TOKENS = [  # in this order
     (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
     (r"[₀-₉₊₋ₙ]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}"),
@@ -122,7 +126,7 @@ BEFORE_TOKENS = [  # in this order
     (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
 ]
 AFTER_TOKENS = [
-    *[(ARGUMENT, r"\1{\2}")] * 2,  # sqrt(2), x^(1/2); twice, for those inside others
+    *[(ARGUMENT, r"\1{\2}")] * 3,  # sqrt(2), x^(1/2); thrice, for those inside others
     # Spaces, and line breaks at both ends
     (r" +", " "),
     (r"(?<!\\)((?:\\\\)*)\\? *$", r"\1"),  # the space of a last `\ ` has been stripped
@@ -152,7 +156,7 @@ AFTER_TOKENS = [
         lambda m: rf"\text{{{m[m.lastindex]}}}",
     ),
     # Numerals in other bases, repeating decimals: \dot{3}, (36) and 0.1666\ldots are \overline first
-    (r"(?<=\w) *\( ?base (\d+) ?\)", r"_{\1}"),
+    (r"(?<=\w) *(?:\( ?base (\d+) ?\)|(?:\\text\{ ?(?:in )?base ?\}|base) ?(\d+))", r"_{\1\2}"),
     (r"\((\d+)\)_", r"\1_"),
     (BASED, based),
     (r"(?<!\d)(\d*)\.(\d*)\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?", r"\1.\2\\overline{\3\4\5}"),
@@ -184,7 +188,7 @@ AFTER_TOKENS = [
     (rf"{TEXT_START}DNE{TEXT_END}", r"\\text{does not exist}"),
     (r"\\in(?![a-zA-Z])", "="),
     (r"\\mathbb ?([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}"),
-    (rf"(?i:{TEXT_START}all real(?:s| numbers) except(?: for)? ?\}}? ?(?:[a-z] ?= ?)?)(.+)", r"x \\ne \1"),
+    (rf"(?i:{TEXT_START}all real(?:s| numbers) except(?: for)? ?\}}? ?(?:[a-z] ?= ?)?)(.+)", except_for),
     (rf"(?i:{TEXT_START}(?:the set of )?(?:all|any) real(?:s| numbers?| values)?{TEXT_END})", r"\\mathbb{R}"),
     (r"([a-z]) ?= ?\\mathbb\{R\} ?(?:,|\\land) ?(?=\1)", ""),
     (r"^\\\{ ?([a-z])(?: ?= ?\\mathbb\{R\})? ?[|:](?=.*\1)(.*(?:[<>]|\\[lgn]e(?![a-z])).*)\\\}$", r"\2"),
