@@ -92,7 +92,7 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
     device = parallel.init()
     source = str(start or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing)
-    problems, held_out, _ = load_sets(config, tokenizer, model.config, reward.VERIFIERS)
+    problems, held_out, _ = load_sets(config, tokenizer, model.config, reward.assign)
     policy = Policy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **train.ADAMW)
     state = checkpoint.load(start, model, optimizer) if start else State("", control=first_control(config))
