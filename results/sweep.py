@@ -1,4 +1,4 @@
-"""The sweeps behind docs/evidence*.md: settings of the objective from the same base policy, several seeds each.
+"""The sweeps behind docs/evidence.md: settings of the objective from the same base policy, several seeds each.
 
     .venv/bin/python -m results.sweep                    55 runs on the task `walk`: 1:40 to three hours on two cores
     .venv/bin/python -m results.sweep --quick            11 runs of 5 steps: a few minutes
@@ -13,6 +13,7 @@ results/claims.py makes figures and tables of the results.
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,18 +28,15 @@ from tqdm import tqdm
 from ce_gppo import types as t
 from ce_gppo.config import command, open_to_append
 from ce_gppo.messages import RunEnded, UserError
-from ce_gppo.metrics import ALL
 from ce_gppo.runs import lock_file
 from results.settings import SETTINGS, SWEEPS, Sweep
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-
-
-def series_of(source: str) -> list[str]:
-    """The metrics of metrics.jsonl that are kept, as lists by step with five significant digits: 20 kB per run."""
-    return [name.replace("<source>", source) for metric in ALL if metric.swept for name in metric.each()]
+KEPT = re.compile(  # metrics that are kept of a run, as lists by step with five significant digits: 20 kB per run
+    "(clip|kl|ratio|response|velocity)/.+|eval/.+_at_k|entropy/(mean|p10|p90)|optim/beta[12]|reward/mean"
+)
 
 
 @dataclass
@@ -59,18 +57,15 @@ def main(config: Config) -> None:
         raise UserError(f"setting '{unknown[0]}' is unknown; known: {', '.join(SETTINGS)}")
     sweep = SWEEPS[config.sweep]
     results = Path(config.results or HERE / ("quick.jsonl" if config.quick else f"reproduction-{config.sweep}.jsonl"))
-    seeds, steps = (
-        config.seeds or (1 if config.quick else sweep.seeds),
-        config.steps or (5 if config.quick else sweep.steps),
-    )
+    seeds = config.seeds or (1 if config.quick else sweep.seeds)
+    steps = config.steps or (5 if config.quick else sweep.steps)
     names = dict.fromkeys(config.settings or sweep.settings)  # each once
     wanted = [(name, config.first_seed + seed) for seed in range(seeds) for name in names]  # whole seeds first
     own = open_to_append(results, "--results")
     if not lock_file(own):
         raise UserError(f"{results}: another sweep, or a run of one that was killed, is at work; wait until it ends")
     done = {(row["setting"], row["seed"]): row["arguments"] for row in read(results)}
-    other = [job for job in wanted if done.get(job, arguments(sweep, *job, steps)) != arguments(sweep, *job, steps)]
-    if other:
+    if other := [job for job in wanted if done.get(job, given := arguments(sweep, *job, steps)) != given]:
         raise UserError(f"{results} has {other[0][0]} with other arguments; name another file with --results")
     waiting = [job for job in wanted if job not in done]
     lanes = lanes_of_this_machine()[: config.lanes]
@@ -90,7 +85,8 @@ def main(config: Config) -> None:
                 bar.update()
                 if run.process.returncode == 0:
                     row = run.row()
-                    append(results, row)
+                    with results.open("a") as file:
+                        file.write(json.dumps(row, separators=(",", ":")) + "\n")
                     bar.write(describe(row))
                 else:
                     failed.append(run)
@@ -114,25 +110,21 @@ class Run:
     """One run of train.py, on one lane: a core or a GPU. It holds the file `own`, and so its lock, until it ends."""
 
     def __init__(self, sweep: Sweep, setting: str, seed: int, steps: int, out: Path, lane: tuple[str, int], own: int):
-        self.sweep, self.setting, self.seed = sweep, setting, seed
+        self.source, self.setting, self.seed = sweep.source, setting, seed
         self.arguments = arguments(sweep, setting, seed, steps)
         name = "".join(c if c.isalnum() or c in "._" else "-" for c in f"{setting}-{steps}-{seed}").replace("--", "-")
-        self.folder = out / name
-        self.log = out / f"{name}.log"
+        self.folder, self.log = out / name, out / f"{name}.log"
         out.mkdir(parents=True, exist_ok=True)
         kind, index = lane
-        environment = {"WANDB_MODE": "disabled"} | os.environ
-        if kind == "gpu":
-            environment["CUDA_VISIBLE_DEVICES"] = str(index)
-        else:
-            environment["OMP_NUM_THREADS"] = "1"  # more threads than cores would slow each other down many times
+        # More threads than cores would slow each other down many times.
+        own_part = {"CUDA_VISIBLE_DEVICES": str(index)} if kind == "gpu" else {"OMP_NUM_THREADS": "1"}
         place = ["--out", str(out.resolve()), "--run-name", name]
         training = [sys.executable, "train.py", *self.arguments.split(), *place]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 ["true"] if self.finished(steps) else training,
                 cwd=REPOSITORY,
-                env=environment,
+                env={"WANDB_MODE": "disabled"} | os.environ | own_part,
                 stdout=log,
                 stderr=log,
                 pass_fds=[own],
@@ -148,19 +140,22 @@ class Run:
 
     def row(self) -> dict:
         metrics = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        kept = series_of(self.sweep.source)
-        series = {name: [shorten(row.get(name)) for row in metrics if row["step"]] for name in kept}
-        evaluations = [row for row in metrics if f"eval/{self.sweep.source}/avg_at_k" in row]
-        series |= {name: [shorten(row[name]) for row in evaluations] for name in kept if name.startswith("eval/")}
+        kept = sorted(name for name in set().union(*metrics) if KEPT.fullmatch(name))
+        steps = [row for row in metrics if row["step"]]
+        evaluations = [row for row in metrics if f"eval/{self.source}/avg_at_k" in row]
+        seconds = sum(row.get(name, 0.0) for row in metrics for name in ("time/step", "time/eval"))
         return {
             "setting": self.setting,
             "seed": self.seed,
-            "source": self.sweep.source,
+            "source": self.source,
             "arguments": self.arguments,
             "commit": json.loads((self.folder / "config.json").read_text())["git_commit"],
-            "minutes": round(sum(map(seconds, metrics)) / 60, 2),
+            "minutes": round(seconds / 60, 2),
             "eval_steps": [row["step"] for row in evaluations],
-            "series": series,
+            "series": {
+                name: [shorten(row.get(name)) for row in (evaluations if name.startswith("eval/") else steps)]
+                for name in kept
+            },
         }
 
 
@@ -170,11 +165,6 @@ def attach(lane: tuple[str, int]) -> None:
     kind, index = lane
     if kind == "core":
         os.sched_setaffinity(0, {index})
-
-
-def seconds(row: dict) -> float:
-    """Seconds of the step, the evaluation, or both, that a row of metrics.jsonl is about."""
-    return row.get("time/step", 0.0) + row.get("time/eval", 0.0)
 
 
 def arguments(sweep: Sweep, setting: str, seed: int, steps: int) -> str:
@@ -200,11 +190,6 @@ def read(path: Path) -> list[dict]:
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{path}:{number}: not a run as sweep.py writes it; remove this line") from None
     return rows
-
-
-def append(path: Path, row: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row, separators=(",", ":")) + "\n")
 
 
 def describe(row: dict) -> str:
