@@ -1,62 +1,60 @@
-"""Table and figure of the branches that results/branch.py made: paired differences, their intervals, the predictions.
+"""Table and figure of the branches that results/branch.py made: differences to grpo's, their intervals, predictions.
 
 Values are {(seed, step): number}, one for each branch.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from ce_gppo.messages import UserError
+from results import series
 from results.series import difference, interval, markdown
+from results.settings import SETTINGS
 from tools.figures import QUADRANTS, plt
 
-BASELINE = "grpo"
-OWN, SMALL, COAST = "the run's own", "the run's own, lr / 10", "no gradient"  # controls, in every branch
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
+BASELINE, OWN = "grpo", "the run's own"
 # Settings of a run that all branches in one file have in common.
 SAME = ("model", "objective", "beta1", "beta2", "lr", "max_kept_prompts", "mini_batch_prompts", "responses_per_prompt")
+MEASURED = {  # columns of the table
+    "on the rollout": "delta/rollout",
+    "to first order in the weights": "linear/rollout",
+    "beyond it": "beyond/rollout",
+    "velocity": "predicted/velocity/total",
+    "on held-out tokens": "delta/held_out",
+    "log p of right": "logprob/right",
+    "of wrong": "logprob/wrong",
+    "KL": "kl/rollout",
+}
 
 
 def read(path: Path) -> list[dict]:
     """The rows of a results file, none if there is no file. If a branch was made twice, the later one counts."""
-    if not path.exists():
-        return []
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        named = [[row[name] for name in ("seed", "step", "setting", *SAME)] for row in rows]  # each must have them
-        return list({tuple(names[:3]): row for names, row in zip(named, rows, strict=True)}.values())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a file of branches ({type(error).__name__}: {error})") from None
+    rows = series.read(path, ("seed", "step", "setting", "delta/rollout", "linear/rollout", *SAME))
+    rows = [row | {"beyond/rollout": row["delta/rollout"] - row["linear/rollout"]} for row in rows]
+    return list({(row["seed"], row["step"], row["setting"]): row for row in rows}.values())
 
 
-def values_of(rows: list[dict], setting: str, name: str) -> dict:
+def values(rows: list[dict], setting: str, name: str) -> dict:
     return {(row["seed"], row["step"]): row[name] for row in rows if row["setting"] == setting and name in row}
 
 
 def paired(rows: list[dict], setting: str, name: str) -> dict:
     """A metric of a setting minus the baseline's in the same branch, for the branches that have both."""
-    own = values_of(rows, setting, name)
-    return own if setting == BASELINE else difference(own, values_of(rows, BASELINE, name))
+    own = values(rows, setting, name)
+    return own if setting == BASELINE else difference(own, values(rows, BASELINE, name))
 
 
-def text(values: dict, unit: float = 1e-4) -> str:
-    mean, half = interval(value / unit for value in values.values())
-    return f"{mean:+.2f}" * bool(values) + f" ± {half:.2f}" * bool(np.isfinite(half))
+def others(rows: list[dict]) -> list[str]:
+    """The settings that are compared with the baseline."""
+    there = {row["setting"] for row in rows} - {BASELINE}
+    return [name for name in (*SETTINGS, OWN) if name in there]
 
 
-def clipped_text(rows: list[dict], setting: str, side: str) -> str:
-    """Share of tokens beyond one end of the clip interval, and their mean probability before the step."""
-    share, probability = (values_of(rows, setting, f"predicted/clip/{name}") for name in (side, f"prob_{side}"))
-    known = f" ({np.mean(list(probability.values())):.2f})" if probability else ""  # only branches with such tokens
-    return f"{100 * np.mean(list(share.values())):.2f}{known}"
-
-
-def agreement(predicted: dict, measured: dict) -> str:
-    """Share of the branches in which the prediction has the sign of the measured change."""
-    same = [np.sign(predicted[key]) == np.sign(value) for key, value in measured.items() if value]
-    return f"{np.mean(same):.0%}" if same else ""
+def text(found: dict, unit: float = 1e-4) -> str:
+    mean, half = interval(value / unit for value in found.values())
+    return f"{mean:+.2f}" * bool(found) + f" ± {half:.2f}" * bool(np.isfinite(half))
 
 
 def rank(a: dict, b: dict) -> str:
@@ -66,73 +64,28 @@ def rank(a: dict, b: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: paired differences to the baseline, and how well the predictions rank the measured changes."""
-    seeds = sorted({row["seed"] for row in rows})
+    """Markdown: differences to the baseline, and how well the predictions rank the measured changes."""
     about = ", ".join(f"{name} {rows[0][name]}" for name in SAME)
-    coast, own = (text(values_of(rows, name, "delta/rollout")) for name in (COAST, OWN))
-    parts = [
-        f"{count(rows)} branches of {len(seeds)} runs ({about}). Entropy: change over one step, in 1e-4 nats per "
-        f"token, less {BASELINE}'s from the same state and rollout. Mean and 95 % interval over branches.",
-        by_setting(rows),
-        f"The run's own setting: {own}. As many optimizer steps without a gradient, by momentum: {coast}.",
-        markdown(
-            ["by quadrant", *QUADRANTS.values()],
-            [
-                [label(name), *(text(paired(rows, name, f"delta/{quadrant}")) for quadrant in QUADRANTS)]
-                for name in (BASELINE, *others(rows))
-            ],
-        ),
-        by_seed(rows, seeds),
-        beyond_first_order(rows),
-        ranks(rows),
-    ]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def by_setting(rows: list[dict]) -> str:
-    """Changes of entropy and logprobs of each setting, their predictions, and clipped tokens."""
-    head = (
-        "setting|on the rollout|of it on clipped tokens|to first order in the weights|velocity|same sign: first order, "
-        "velocity|on held-out tokens|log p of right|of wrong|KL|clipped below, above, % (their probability)"
-    )
-    keys = ("delta/rollout", "delta/clipped", "linear/rollout", "predicted/velocity/total", "delta/held_out")
-    lines = []
+    lines, columns = [], MEASURED | {quadrant: f"delta/{name}" for name, quadrant in QUADRANTS.items()}
     for name in (BASELINE, *others(rows)):
-        columns = [paired(rows, name, key) for key in (*keys, "logprob/right", "logprob/wrong", "kl/rollout")]
-        signs = ", ".join(agreement(predicted, columns[0]) for predicted in columns[2:4])
-        clipped = ", ".join(clipped_text(rows, name, side) for side in ("low", "high"))
-        lines.append([label(name), *map(text, columns[:4]), signs, *map(text, columns[4:]), clipped])
-    return markdown(head.split("|"), lines)
-
-
-def by_seed(rows: list[dict], seeds: list[int]) -> str:
-    parts = [[row for row in rows if row["seed"] == seed] for seed in seeds]
-    lines = [[name, *(text(paired(part, name, "delta/rollout")) for part in parts)] for name in others(rows)]
-    head = [f"less {BASELINE}'s, on the rollout", *(f"seed {seed}" for seed in seeds)]
-    return markdown(head, lines) if len(seeds) > 1 else ""
-
-
-def beyond_first_order(rows: list[dict]) -> str:
-    """The part of each change that its first order in the weights does not predict."""
-    lines = []
-    for name in others(rows):
-        beyond = difference(paired(rows, name, "delta/rollout"), paired(rows, name, "linear/rollout"))
-        lines.append([name, text(beyond), rank(beyond, paired(rows, name, "kl/rollout"))])
-    return markdown([f"less {BASELINE}'s", "measured - first order", "its rank correlation with KL"], lines)
-
-
-def ranks(rows: list[dict]) -> str:
-    """Rank correlations of the predictions with the measured changes, at the run's step and at a tenth of it."""
-    tokens = (text(values_of(rows, name, "rank/tokens"), 1.0) for name in (OWN, SMALL))
-    lines = [["velocity, over the tokens of a rollout, mean", *tokens]]
-    for name, key in (("velocity", "predicted/velocity/total"), ("first order", "linear/rollout")):
-        cells = (rank(*(values_of(rows, setting, k) for k in (key, "delta/rollout"))) for setting in (OWN, SMALL))
-        lines.append([f"{name}, over the branches", *cells])
-    return markdown(["rank correlation with the measured change", "at the run's step", "at a tenth of it"], lines)
-
-
-def label(setting: str) -> str:
-    return f"{setting} (itself)" if setting == BASELINE else setting
+        kl_rank = rank(*(paired(rows, name, key) for key in ("beyond/rollout", "kl/rollout")))
+        clipped = [interval(values(rows, name, f"predicted/clip/{side}").values())[0] for side in ("low", "high")]
+        label = f"{name} (itself)" if name == BASELINE else name
+        cells = (text(paired(rows, name, key)) for key in columns.values())
+        lines.append([label, *cells, kl_rank, ", ".join(f"{100 * share:.2f}" for share in clipped)])
+    measured = values(rows, BASELINE, "delta/rollout")
+    velocity, linear = (
+        rank(values(rows, BASELINE, name), measured) for name in ("predicted/velocity/total", "linear/rollout")
+    )
+    tokens = text(values(rows, BASELINE, "rank/tokens"), 1.0)
+    return (
+        f"{count(rows)} branches of {len({row['seed'] for row in rows})} runs ({about}). Changes over one step, in "
+        f"1e-4 nats per token, less {BASELINE}'s from the same state and rollout: of entropy, left of log p, and of "
+        "entropy of each quadrant, right of KL. Mean and 95 % interval over branches.\n\n"
+        f"{markdown(['setting', *columns, 'rank correlation of KL and beyond', 'clipped below, above, %'], lines)}\n\n"
+        f"Rank correlation with the measured change under {BASELINE}: of the velocity, over the tokens of a rollout "
+        f"{tokens} and over the branches {velocity}; of the first order, over the branches {linear}.\n"
+    )
 
 
 def count(rows: list[dict]) -> int:
@@ -140,40 +93,22 @@ def count(rows: list[dict]) -> int:
     return len({(row["seed"], row["step"]) for row in rows})
 
 
-def others(rows: list[dict]) -> list[str]:
-    """The settings that are compared with the baseline."""
-    return [name for name in dict.fromkeys(row["setting"] for row in rows) if name not in (BASELINE, OWN, SMALL, COAST)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def figure(rows: list[dict]) -> plt.Figure:
-    """Bars: differences to the baseline in the measured change of entropy, and in the velocity that predicts it."""
-    settings = others(rows)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.5 * len(settings)), sharey=True, layout="constrained")
-    draw_measured(left, rows, settings)
-    linear = [1e4 * interval(paired(rows, name, "linear/rollout").values())[0] for name in settings]
-    left.plot(linear, np.arange(len(settings)) - 0.2, "k|", markersize=12, label="first order in the weights")
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=3)
-    bars(right, rows, settings, "predicted/velocity/total", height=0.5, color="gray")
-    right.set(title=f"predicted, less {BASELINE}'s", xlabel="entropy velocity, 1e-4 nats per token")
+    """Differences to the baseline: measured, to first order, and in the velocity."""
+    names = ("on the rollout", "on held-out tokens", "to first order in the weights", "velocity")
+    fig, axes = plt.subplots(1, 4, figsize=(14, 1 + 0.3 * len(others(rows))), sharey=True, layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
+        bars(axis, rows, others(rows), MEASURED[name])
+        axis.set_title(name)
+    axes[0].invert_yaxis()
+    fig.suptitle(f"change of entropy in a step, less {BASELINE}'s, {count(rows)} branches")
     return fig
 
 
-def draw_measured(axis, rows: list[dict], settings: list[str]) -> None:
-    """The measured differences to the baseline, with their intervals, a pair of bars for each setting."""
-    bars(axis, rows, settings, "delta/rollout", -0.2, color="#1f4e9c", label="on the rollout")
-    bars(axis, rows, settings, "delta/held_out", 0.2, color="#e69f00", label="on held-out tokens")
-    axis.set_title(f"measured, less {BASELINE}'s, {count(rows)} branches")
-    axis.set_xlabel("change of entropy in a step, 1e-4 nats")
-    axis.set_yticks(range(len(settings)), settings)
-    axis.invert_yaxis()
-
-
-def bars(axis, rows: list[dict], settings: list[str], name: str, offset: float = 0.0, height=0.38, **style) -> None:
-    means, halves = np.array([interval(paired(rows, setting, name).values()) for setting in settings]).T * 1e4
+def bars(axis, rows: list[dict], settings: list[str], name: str) -> None:
+    """The mean difference to the baseline of each setting, with its interval."""
+    means, halves = 1e4 * np.array([interval(paired(rows, setting, name).values()) for setting in settings]).T
     halves[np.isinf(halves)] = np.nan  # of a single branch
-    axis.barh(np.arange(len(settings)) + offset, means, height, xerr=halves, error_kw={"linewidth": 1}, **style)
+    axis.barh(settings, means, 0.6, xerr=halves, color="#5fa8e6", error_kw={"linewidth": 1})
     axis.axvline(0, color="gray", linewidth=0.5)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("1e-4 nats per token")

@@ -1,71 +1,69 @@
 """The runs of a sweep as numbers: one for each seed of a setting, and their 95 % intervals over seeds."""
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
+from ce_gppo.messages import UserError
 from results.settings import SETTINGS
 
 LAST = 10  # steps; "the end" of a run is their mean
 EARLY = 15  # first steps, for claim 3
 
 
+def mean(values: Iterable[float | None]) -> float:
+    """Of the steps that have a value."""
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else np.nan
+
+
+def spread(entropy: list[float]) -> float:
+    """Standard deviation around a cubic fitted to the run: a steady fall does not count as variation."""
+    steps = np.arange(len(entropy))
+    return np.std(entropy - np.polyval(np.polyfit(steps, entropy, 3), steps))
+
+
+def last(values: list[float]) -> float:
+    return mean(values[-LAST:])
+
+
+MEASURES = {  # name -> number of a run, by its series. Other names: mean of the metric over all steps
+    "entropy": lambda s: last(s["entropy/mean"]),
+    "half of the entropy lost": lambda s: 0.5 - last(s["entropy/mean"]) / s["entropy/mean"][0],
+    "early entropy": lambda s: mean(s["entropy/mean"][:EARLY]),
+    "spread of entropy": lambda s: spread(s["entropy/mean"]),
+    "lowest": lambda s: min(s["entropy/mean"]) / s["entropy/mean"][0],
+    "highest": lambda s: max(s["entropy/mean"]) / s["entropy/mean"][0],
+    "accuracy": lambda s: s["eval/avg_at_k"][-1],
+    "unlearned": lambda s: max(s["eval/avg_at_k"]) - s["eval/avg_at_k"][-1],
+    "pass@8": lambda s: s["eval/pass_at_k"][-1],
+    "pass@8 kept": lambda s: s["eval/pass_at_k"][-1] / s["eval/pass_at_k"][0],
+    "distinct@8": lambda s: last(s.get("eval/distinct_at_k", [])[-1:]),
+    "improbable, clipped below": lambda s: 0.5 - mean(s["clip/prob_low"]),
+    "improbable, clipped above": lambda s: 0.5 - mean(s["clip/prob_high"]),
+    "cut": lambda s: last(s["response/truncated"]),
+}
+
+
 class Runs:
-    """The runs of a sweep by setting and seed. Each method that takes a setting returns {seed: number}."""
+    """The runs of a sweep, by setting."""
 
     def __init__(self, rows: list[dict]):
         self.groups = {name: [row for row in rows if row["setting"] == name] for name in SETTINGS}
         self.groups = {name: group for name, group in self.groups.items() if group}
         self.source = rows[0]["source"]
 
-    def entropy(self, setting: str, function: Callable) -> dict[int, float]:
-        """function: of the entropy at each step, [steps]."""
-        return {row["seed"]: function(np.array(row["series"]["entropy/mean"])) for row in self.groups.get(setting, ())}
-
-    def entropy_end(self, setting: str) -> dict[int, float]:
-        return self.entropy(setting, lambda e: e[-LAST:].mean())
-
-    def entropy_kept(self, setting: str) -> dict[int, float]:
-        return self.entropy(setting, lambda e: e[-LAST:].mean() / e[0])
-
-    def entropy_whole(self, setting: str) -> dict[int, float]:
-        return self.entropy(setting, np.mean)
-
-    def entropy_early(self, setting: str) -> dict[int, float]:
-        return self.entropy(setting, lambda e: e[:EARLY].mean())
-
-    def entropy_spread(self, setting: str) -> dict[int, float]:
-        """Standard deviation around a cubic fitted to the run: a steady fall does not count as variation."""
-        return self.entropy(setting, lambda e: np.std(e - np.polyval(np.polyfit(range(len(e)), e, 3), range(len(e)))))
-
-    def evaluations(self, setting: str, metric: str = "avg_at_k") -> dict[int, list[float]]:
-        """{seed: the metric at each evaluation}, without runs that were made before it was kept."""
-        found = {row["seed"]: row["series"].get(f"eval/{self.source}/{metric}") for row in self.groups.get(setting, ())}
-        return {seed: values for seed, values in found.items() if values}
-
-    def at_end(self, setting: str, metric: str = "avg_at_k") -> dict[int, float]:
-        return {seed: values[-1] for seed, values in self.evaluations(setting, metric).items()}
-
-    def distinct(self, setting: str) -> dict[int, float]:
-        return self.at_end(setting, "distinct_at_k")
-
-    def pass_kept(self, setting: str) -> dict[int, float]:
-        return {seed: values[-1] / values[0] for seed, values in self.evaluations(setting, "pass_at_k").items()}
-
-    def unlearned(self, setting: str) -> dict[int, float]:
-        """How far the last accuracy is below the best."""
-        return {seed: max(values) - values[-1] for seed, values in self.evaluations(setting).items()}
-
-    def average(self, setting: str, name: str, last: int = 0) -> dict[int, float]:
-        """Mean of a metric over the steps that have it, or over those of the last ones."""
-        series = {row["seed"]: row["series"].get(name, [])[-last:] for row in self.groups.get(setting, ())}
-        there = {seed: [value for value in values if value is not None] for seed, values in series.items()}
-        return {seed: float(np.mean(values)) if values else np.nan for seed, values in there.items()}
-
-    def base_entropy(self) -> float:
-        """In nats: that of the first step, over all runs."""
-        return np.mean([row["series"]["entropy/mean"][0] for group in self.groups.values() for row in group])
+    def values(self, setting: str, measure: str) -> dict[int, float]:
+        """{seed: number}"""
+        function = MEASURES.get(measure, lambda s: mean(s.get(measure, [])))
+        found = {}
+        for row in self.groups.get(setting, []):
+            series = {name.replace(f"eval/{self.source}/", "eval/"): v for name, v in row["series"].items()}
+            found[row["seed"]] = function(series)
+        return found
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
@@ -83,12 +81,25 @@ def difference(a: dict, b: dict) -> dict:
 
 def text(values: dict[int, float], digits: int = 3, sign: str = "") -> str:
     """Mean and bounds, "" without values. sign: "+" for differences."""
-    mean, half = interval(values.values())
-    bounds = f" [{mean - half:{sign}.{digits}f}, {mean + half:{sign}.{digits}f}]" if np.isfinite(half) else ""
-    return f"{mean:{sign}.{digits}f}{bounds}" if values else ""
+    middle, half = interval(values.values())
+    bounds = f" [{middle - half:{sign}.{digits}f}, {middle + half:{sign}.{digits}f}]" if np.isfinite(half) else ""
+    return f"{middle:{sign}.{digits}f}{bounds}" if np.isfinite(middle) else ""
 
 
 def markdown(head: list[str], rows: Iterable[Iterable]) -> str:
     """A table."""
     first, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows))
     return "\n".join([first, "|---" * len(head) + "|", *lines])
+
+
+def read(path: Path, names: Iterable[str]) -> list[dict]:
+    """The rows of a file of results, none if there is no file. UserError for a line that is no row with these names."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+            _ = [rows[-1][name] for name in names]
+        except (ValueError, TypeError, KeyError):
+            needed = ", ".join(names)
+            raise UserError(f"{path}:{number}: not a row of results, with {needed}; remove this line") from None
+    return rows

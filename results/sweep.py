@@ -29,6 +29,7 @@ from ce_gppo import types as t
 from ce_gppo.config import command, open_to_append
 from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.runs import lock_file
+from results import series
 from results.settings import SETTINGS, SWEEPS, Sweep
 
 HERE = Path(__file__).parent
@@ -87,7 +88,7 @@ def main(config: Config) -> None:
                     row = run.row()
                     with results.open("a") as file:
                         file.write(json.dumps(row, separators=(",", ":")) + "\n")
-                    bar.write(describe(row))
+                    bar.write(f"{run.setting} seed {run.seed}: {row['minutes']} minutes")
                 else:
                     failed.append(run)
                     bar.write(f"{run.setting} seed {run.seed} FAILED: see {run.log}", file=sys.stderr)
@@ -119,10 +120,9 @@ class Run:
         # More threads than cores would slow each other down many times.
         own_part = {"CUDA_VISIBLE_DEVICES": str(index)} if kind == "gpu" else {"OMP_NUM_THREADS": "1"}
         place = ["--out", str(out.resolve()), "--run-name", name]
-        training = [sys.executable, "train.py", *self.arguments.split(), *place]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                ["true"] if self.finished(steps) else training,
+                [sys.executable, "train.py", *self.arguments.split(), *place],
                 cwd=REPOSITORY,
                 env={"WANDB_MODE": "disabled"} | os.environ | own_part,
                 stdout=log,
@@ -130,13 +130,6 @@ class Run:
                 pass_fds=[own],
                 preexec_fn=partial(attach, lane),
             )
-
-    def finished(self, steps: int) -> bool:
-        """Whether the run is done: the sweep was killed before it wrote the row. Not if it has other arguments."""
-        if not (self.folder / f"checkpoint-{steps:06d}").exists():
-            return False
-        given = self.arguments.split()
-        return json.loads((self.folder / "config.json").read_text())["command"][1 : len(given) + 1] == given
 
     def row(self) -> dict:
         metrics = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -181,23 +174,8 @@ def lanes_of_this_machine() -> list[tuple[str, int]]:
 
 
 def read(path: Path) -> list[dict]:
-    """The runs in a file of results; none if there is no file. UserError for a line that is not a run."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1]["setting"], rows[-1]["seed"], rows[-1]["arguments"]
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}:{number}: not a run as sweep.py writes it; remove this line") from None
-    return rows
-
-
-def describe(row: dict) -> str:
-    entropy, accuracy = row["series"]["entropy/mean"], row["series"][f"eval/{row['source']}/avg_at_k"]
-    return (
-        f"{row['setting']} seed {row['seed']}: entropy {entropy[0]:.3f} -> {entropy[-1]:.3f}, "
-        f"accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}, {row['minutes']:.1f} min"
-    )
+    """The runs in a file of results."""
+    return series.read(path, ("setting", "seed", "arguments"))
 
 
 def shorten(value: float | None) -> float | None:
