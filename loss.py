@@ -1,4 +1,4 @@
-"""The objectives: pure functions on tensors. No model, no I/O.
+"""The objectives: pure functions on the tokens of a mini-batch, without padding. No model, no I/O.
 
 CE-GPPO (arXiv 2509.20712) with delta = pi(a) / pi_old(a), group advantage A, and sg() the stop-gradient:
 
@@ -13,25 +13,23 @@ Where this file differs from the authors' released code:
     per-micro-batch means, weighted by sequence counts.
  2. delta / sg(delta) is computed as exp(logprobs - sg(logprobs)), and log ratios are clamped to +-20. In theirs the
     quotient is 0/0 once delta underflows, and such a step is lost.
- 3. `dual_clip` (their c = 10) is off by default, as in the paper's equation.
- 4. `beta1` has one default, 0.75, the paper's 7B value. Theirs has three.
+ 3. `dual_clip` (their c = 10) is off by default, as in the equation. `beta1` has one default, 0.75; theirs has three.
 """
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from ce_gppo import objectives as other
-from ce_gppo.corrections import correction_weights
-from ce_gppo.objectives import BETAS, CLIPS, Spec, ppo_clip
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far outside any clip interval, and still finite when squared in float32
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Everything that decides the loss of a mini-batch, apart from its tensors."""
+    """Everything that decides the loss of a mini-batch, apart from its tensors. train.py's settings explain it."""
 
     name: str = "ce_gppo"  # a key of OBJECTIVES
     eps_low: float = 0.2
@@ -44,32 +42,50 @@ class Objective:
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
     positive_nll_coef: float = 0.0
-    rollout_correction: str = "none"  # a key of corrections.KINDS
+    rollout_correction: str = "none"  # one of CORRECTIONS
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Objectives: functions of Tokens that return the loss of every token, [B, T], to be differentiated by logprobs.
-# Those that CE-GPPO is compared with are in ce_gppo/objectives.py.
+class Totals(NamedTuple):
+    """Of the WHOLE mini-batch, over all micro-batches and ranks: the losses of the parts then add up to its loss."""
+
+    tokens: float
+    responses: float
+    correct_tokens: float  # in responses whose answer is right
+
+
+def totals_of(batch) -> Totals:
+    correct = [] if batch.correct is None else batch.lengths[batch.correct].tolist()
+    return Totals(int(batch.lengths.sum()), len(batch.lengths), sum(correct))
+
+
+# Objectives: functions of Tokens that return the loss of every token, [N], to be differentiated by logprobs.
 
 
 @dataclass
 class Tokens:
-    """A micro-batch, [B, T] each. old_*: under the weights that sampled.
+    """[N] each; old_*: under the weights that sampled."""
 
-    A constant times `unit` has the constant's value, and the gradient of constant * logprobs. `ratio * unit` is delta.
-    """
-
-    ratio: Tensor  # delta, without a gradient
-    unit: Tensor  # exp(logprobs - sg(logprobs)): its value is 1, its gradient that of logprobs
+    ratio: Tensor  # delta, without a gradient; ratio * unit has its gradient
+    unit: Tensor  # exp(logprobs - sg(logprobs)): c * unit has the value c, and the gradient of c * logprobs
     advantages: Tensor
     logprobs: Tensor
     old_logprobs: Tensor
     old_entropy: Tensor | None  # nats
-    chosen: Tensor | None  # 1 for those that the objective picks, 0 for the others; see Spec.picks
+    mask: Tensor | None  # bool: what the objective's token_filter picks
+
+
+def ppo_clip(x: Tokens, o: Objective) -> Tensor:
+    """PPO-clip, arXiv 1707.06347, eq. 7: max(-delta A, -clip(delta) A).
+
+    It is also GRPO's (arXiv 2402.03300), DAPO's (2503.14476: a larger eps_high), Dr. GRPO's (2503.20783), and GSPO's
+    (2507.18071), whose delta is the geometric mean of a response's ratios.
+    """
+    delta = x.ratio * x.unit
+    return torch.maximum(-delta * x.advantages, -delta.clamp(1 - o.eps_low, 1 + o.eps_high) * x.advantages)
 
 
 def ce_gppo(x: Tokens, o: Objective) -> Tensor:
-    """CE-GPPO, arXiv 2509.20712: the equation above. Betas of 0 have the gradient of PPO-clip."""
+    """CE-GPPO, arXiv 2509.20712: the equation above."""
     clipped_low, clipped_high = out_of_clip(x.ratio, x.advantages, o)
     low, high = o.beta1 * (1 - o.eps_low), o.beta2 * (1 + o.eps_high)
     weight = torch.where(clipped_low, low, torch.where(clipped_high, high, x.ratio))
@@ -82,164 +98,215 @@ def gppo(x: Tokens, o: Objective) -> Tensor:
 
 
 def lp_only(x: Tokens, o: Objective) -> Tensor:
-    """CE-GPPO for LP tokens only, this project's own: l = CE-GPPO's if log pi_old(a) < -H_old, PPO-clip's otherwise.
+    """This project's own: CE-GPPO for LP tokens (log pi_old(a) < -H_old), PPO-clip for the others.
 
-    HP tokens get no gradient outside the interval. These may be sure tokens of wrong answers, such as their end.
+    So the sure tokens of wrong answers, such as their end, get no gradient outside the interval.
     """
     return torch.where(x.old_logprobs < -x.old_entropy, ce_gppo(x, o), ppo_clip(x, o))
 
 
-def lp_only_half(x: Tokens, o: Objective) -> Tensor:
-    """`lp_only` with another threshold: l = CE-GPPO's if pi_old(a) < 1/2, PPO-clip's otherwise."""
-    return torch.where(x.old_logprobs.exp() < 0.5, ce_gppo(x, o), ppo_clip(x, o))
+def cispo(x: Tokens, o: Objective) -> Tensor:
+    """CISPO, arXiv 2506.13585: - sg(clip(delta)) A log pi. No token loses its gradient.
+
+    Its bounds on delta are [0, 1.2], as in verl's example (the paper names no upper one); [0.8, 1.2] in the paper of
+    CE-GPPO, where it collapses; [0, 5] in ScaleRL (arXiv 2510.13786).
+    """
+    return -x.ratio.clamp(1 - o.eps_low, 1 + o.eps_high) * x.advantages * x.logprobs
 
 
-# Each with all that depends on its name; ce_gppo/objectives.py explains what a Spec has.
+def reinforce(x: Tokens, o: Objective) -> Tensor:
+    """REINFORCE, as in RLOO (arXiv 2402.14740): - A log pi, without ratio or clip, also in later updates."""
+    return -x.advantages * x.logprobs
+
+
+def sapo(x: Tokens, o: Objective) -> Tensor:
+    """SAPO, arXiv 2511.20347: - 4 / tau sigmoid(tau (delta - 1)) A, tau = 1 for A > 0 and 1.05 otherwise."""
+    tau = torch.full_like(x.ratio, 1.05).masked_fill(x.advantages > 0, 1.0)
+    return -4 / tau * (tau * (x.ratio * x.unit - 1)).sigmoid() * x.advantages
+
+
+def high_entropy(x: Tokens, o: Objective) -> Tensor:
+    """arXiv 2506.01939: PPO-clip's loss for the tokens of the highest entropy, 0 for the others, which are counted."""
+    return ppo_clip(x, o) * x.mask
+
+
+def clip_cov(x: Tokens, o: Objective) -> Tensor:
+    """Clip-Cov, arXiv 2505.22617: PPO-clip, and 0 for a few tokens of high covariance between log pi and A."""
+    return ppo_clip(x, o) * ~x.mask
+
+
+def kl_cov(x: Tokens, o: Objective) -> Tensor:
+    """KL-Cov, arXiv 2505.22617: - delta A, and + |log delta| for the tokens of the highest covariance. No clip."""
+    return -x.ratio * x.unit * x.advantages + (x.logprobs - x.old_logprobs).abs() * x.mask
+
+
+# Token filters: from old_logprobs, old_entropy and advantages of a WHOLE mini-batch, [N] each, to a bool [N]. Their
+# authors look at the present policy, in each GPU's micro-batch by itself. The shares and bounds are theirs; KL-Cov's is
+# k_percent = 0.2, and verl's default a tenth of it.
+
+
+def covariance(old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """Each token's part of Cov(log pi, A), [N]. Its mean drives entropy down (arXiv 2505.22617)."""
+    return (old_logprobs - old_logprobs.mean()) * (advantages - advantages.mean())
+
+
+def highest(values: Tensor, share: float) -> Tensor:
+    return values >= values.topk(max(1, int(share * len(values)))).values[-1]
+
+
+def highest_entropy(logprobs: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
+    return highest(entropy, 0.2)
+
+
+def highest_covariance(logprobs: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
+    return highest(covariance(logprobs, advantages), 2e-3)
+
+
+def covariance_in_bounds(logprobs: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
+    values = covariance(logprobs, advantages)
+    inside = ((values > 1.0) & (values < 5.0)).nonzero()[:, 0]
+    inside = inside[values[inside].argsort()]  # an order that does not depend on the number of ranks
+    shuffled = inside[torch.randperm(len(inside), generator=torch.Generator().manual_seed(len(values)))]
+    return torch.zeros(len(values)).index_fill(0, shuffled[: max(1, int(2e-4 * len(values)))], 1).bool()
+
+
+def last_fifth(config) -> str:  # `overlong` of DAPO: the last 4,096 tokens of 20,480
+    return str(max(1, config.max_response_tokens // 5))
+
+
+# What train.py's settings are where one is left at None, unless the objective's own settings say otherwise.
+USUAL = {"eps_low": 0.2, "eps_high": 0.2, "beta1": None, "beta2": None, "aggregation": "token-mean"}
+USUAL |= {"advantages": "group", "dynamic_sampling": "filter", "overlong": "score"}
+BETAS, CLIPS = ("beta1", "beta2", "beta_schedule"), ("dual_clip", "eps_low", "eps_high")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that the program knows about an objective."""
+
+    token_loss: Callable[[Tokens, Objective], Tensor]
+    settings: dict = field(default_factory=dict)  # published ones that are not USUAL; a value may be made from a config
+    ignores: tuple[str, ...] = ()  # settings that it does not read, an error if given; BETAS if it has no beta1
+    token_filter: Callable | None = None
+    by_response: bool = False  # delta is the geometric mean of a response's ratios, the same for all its tokens
+
+    @property
+    def has_betas(self) -> bool:
+        return "beta1" in self.settings and "beta1" not in self.ignores
+
+    def values(self, config) -> dict:
+        """What settings left at None are."""
+        return {name: v(config) if callable(v) else v for name, v in (USUAL | self.settings).items()}
+
+
 OBJECTIVES = {
     "ce_gppo": Spec(ce_gppo, {"beta1": 0.75, "beta2": 1.0}),
     "gppo": Spec(gppo, {"beta1": 1.0, "beta2": 1.0}, ignores=BETAS),
     "grpo": Spec(ppo_clip),
     "ppo": Spec(ppo_clip, {"advantages": "gae"}),
-    "dapo": Spec(ppo_clip, {"eps_high": 0.28, "filter_groups": "refill", "overlong": other.last_fifth}),
-    "cispo": Spec(other.cispo, {"eps_low": 1.0}, ignores=("dual_clip",)),  # no lower bound
+    "dapo": Spec(ppo_clip, {"eps_high": 0.28, "dynamic_sampling": "refill", "overlong": last_fifth}),
+    "cispo": Spec(cispo, {"eps_low": 1.0}, ignores=("dual_clip",)),  # no lower bound
     "gspo": Spec(ppo_clip, {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"}, by_response=True),
     "dr_grpo": Spec(ppo_clip, {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"}),
-    "rloo": Spec(other.reinforce, {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"}, ignores=CLIPS),
+    "rloo": Spec(reinforce, {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"}, ignores=CLIPS),
     "lp_only": Spec(lp_only, {"beta1": 0.75, "beta2": 1.0}),
-    "lp_only_half": Spec(lp_only_half, {"beta1": 0.75, "beta2": 1.0}),
-    "high_entropy": Spec(other.high_entropy, {"eps_high": 0.28}, picks=other.highest_entropy),
-    # The interval of its authors' scripts.
-    "clip_cov": Spec(other.clip_cov, {"eps_low": 1.0, "eps_high": 1.0}, picks=other.covariance_in_bounds),
-    "kl_cov": Spec(other.kl_cov, ignores=("eps_low", "eps_high"), picks=other.highest_covariance),
-    "sapo": Spec(other.sapo, ignores=CLIPS),
+    "sapo": Spec(sapo, ignores=CLIPS),
+    "high_entropy": Spec(high_entropy, {"eps_high": 0.28}, token_filter=highest_entropy),
+    "clip_cov": Spec(clip_cov, {"eps_low": 1.0, "eps_high": 1.0}, token_filter=covariance_in_bounds),
+    "kl_cov": Spec(kl_cov, ignores=("eps_low", "eps_high"), token_filter=highest_covariance),
 }
 
 
 def out_of_clip(ratio: Tensor, advantages: Tensor, o: Objective) -> tuple[Tensor, Tensor]:
-    """The tokens whose gradient PPO-clip drops: NA below 1 - eps_low, PA above 1 + eps_high. Bool, [B, T]."""
+    """The tokens whose gradient PPO-clip drops: NA below 1 - eps_low, PA above 1 + eps_high. Bool, [N]."""
     return (ratio < 1 - o.eps_low) & (advantages < 0), (ratio > 1 + o.eps_high) & (advantages > 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+AGGREGATIONS = {  # the divisor of the sum over all tokens
+    "token-mean": lambda totals, o: totals.tokens,
+    "seq-mean-token-mean": lambda totals, o: totals.responses,  # and each token's loss is divided by its length
+    "seq-mean-token-sum": lambda totals, o: totals.responses,
+    "seq-mean-token-sum-norm": lambda totals, o: totals.responses * o.max_response_tokens,  # Dr. GRPO, 2503.20783
+}
 
 
 def policy_loss(
-    batch,
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    objective: Objective,
-    denominator: float | None = None,
-    correct_tokens: float | None = None,
+    batch, logprobs: Tensor, entropy: Tensor | None, objective: Objective, totals: Totals | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one micro-batch, and the gradient weight of each token.
 
-    batch: a forward.Batch, or any object with response_mask, old_logprobs, advantages [B, T], and those that the
-    objective needs of old_entropy, chosen, rollout_logprobs, ref_logprobs [B, T], correct [B, 1]. logprobs, entropy
-    [B, T]: of the policy now. All are aligned with the response's tokens. Values where the mask is 0 are never read.
-    denominator: `denominator_of` the WHOLE mini-batch, over all micro-batches and ranks. The losses of the parts then
-    add up to the loss of the whole. Default: this call's own. correct_tokens: of the whole mini-batch, too.
+    batch: a Rollout. It needs the columns old_logprobs, advantages, entropy (the old one), and those that the objective
+    reads: token_mask, rollout_logprobs, reference_logprobs, correct. logprobs, entropy [N]: of the policy now.
+    totals: of the mini-batch; default: of this call alone.
 
-    Returns (loss, info). info holds [B, T] tensors without gradient:
-        log_ratio       log pi / pi_old of the token, clamped to +-20; 0 where masked
+    Returns (loss, info). info holds [N] tensors without gradient:
+        log_ratio       log pi / pi_old of the token, clamped to +-20
         ratio           pi / pi_old (gspo: the response's)
-        weight          g = -dl/dlogprob, the gradient weight that each token really got, before aggregation
+        weight          g = -dloss/dlogprob, the gradient weight that each token really got, times totals.tokens
         clipped_low     ratio < 1 - eps_low and A < 0;   clipped_high   ratio > 1 + eps_high and A > 0   (bool)
         kl_reference    of the token, with a kl_coef
     """
-    o, mask = objective, batch.response_mask.bool()
-    if o.name not in OBJECTIVES:
-        raise ValueError(f"objective '{o.name}' is unknown; known: {', '.join(OBJECTIVES)}")
-    if denominator is None:
-        denominator = denominator_of(o, mask.sum().item(), mask.any(-1).sum().item())
+    o, spec, A, sequence = objective, OBJECTIVES[objective.name], batch.advantages, batch.sequence
+    totals = totals or totals_of(batch)
     leaf = logprobs.detach().requires_grad_()  # gradients of logprobs themselves would start FSDP's backward hooks
     with torch.enable_grad():
-        masked_logprobs = leaf.masked_fill(~mask, 0)
-        old_logprobs = batch.old_logprobs.masked_fill(~mask, 0)
-        log_ratio = clamped(masked_logprobs.detach() - old_logprobs)  # [B, T]
-        exponent = log_ratio
-        if OBJECTIVES[o.name].by_response:
-            exponent = (log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
-        ratio = exponent.exp()  # [B, T]
-        unit = (masked_logprobs - masked_logprobs.detach()).exp()
-        advantages = batch.advantages.masked_fill(~mask, 0)
-
-        tokens = Tokens(ratio, unit, advantages, masked_logprobs, old_logprobs, batch.old_entropy, batch.chosen)
-        token_loss = OBJECTIVES[o.name].token_loss(tokens, o)
+        log_ratio = (leaf.detach() - batch.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [N]
+        ratio = (mean_of_response(log_ratio, batch) if spec.by_response else log_ratio).exp()  # [N]
+        unit = (leaf - leaf.detach()).exp()
+        tokens = Tokens(ratio, unit, A, leaf, batch.old_logprobs, batch.entropy, batch.token_mask)
+        token_loss = spec.token_loss(tokens, o)  # [N]
         if o.dual_clip is not None:  # arXiv 1912.09729: bounds the loss of NA, and ends its gradient, at delta > c
-            token_loss = torch.where(advantages < 0, torch.minimum(token_loss, -o.dual_clip * advantages), token_loss)
+            token_loss = torch.where(A < 0, torch.minimum(token_loss, -o.dual_clip * A), token_loss)
         if o.rollout_correction != "none":
-            weights = correction_weights(old_logprobs, batch.rollout_logprobs, mask, o.rollout_correction)
-            token_loss = token_loss * weights
+            token_loss = token_loss * correction_weights(batch, o.rollout_correction)
         info = {"log_ratio": log_ratio, "ratio": ratio}
         if o.kl_coef:  # k3 of KL(pi || pi_ref), as in GRPO, arXiv 2402.03300, eq. 4
-            gap = clamped(batch.ref_logprobs.masked_fill(~mask, 0) - masked_logprobs)
+            gap = (batch.reference_logprobs - leaf).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
             kl = gap.exp() - gap - 1
             token_loss, info["kl_reference"] = token_loss + o.kl_coef * kl, kl.detach()
-        token_loss = token_loss.masked_fill(~mask, 0)
+        share = shares(batch, o, totals)  # [N]
+        loss = (token_loss * share).sum()
+        if o.positive_nll_coef:  # the mean over the tokens of the correct responses, in every aggregation
+            loss = loss - o.positive_nll_coef / max(1.0, totals.correct_tokens) * leaf[batch.correct[sequence]].sum()
 
         # Every l_t depends on its own logprob only, so one gradient gives all the weights, whatever the objective.
-        weight = -torch.autograd.grad(token_loss.sum(), leaf)[0]
-        denominator, divisor = max(float(denominator), 1.0), divisors(mask, o.aggregation)
-        loss = (token_loss / divisor).sum() / denominator  # 0 without any token, not NaN
-        if o.positive_nll_coef:  # the mean over the tokens of the correct responses, in every aggregation
-            each = o.positive_nll_coef / max(1.0, correct_tokens) * (batch.correct & mask)
-            loss = loss - (each * masked_logprobs).sum()
-            weight = weight + each * divisor * denominator
-        step = (logprobs - logprobs.detach()).masked_fill(~mask, 0)  # of value 0, with the gradient of logprobs
-        loss = loss.detach() - (weight / divisor * step).sum() / denominator
+        weight = -torch.autograd.grad(loss, leaf)[0]  # [N]
+        # Surrogate: the value of the loss, and by these weights its gradient, now with respect to the model's logprobs.
+        loss = loss.detach() - (weight * (logprobs - logprobs.detach())).sum()
         if o.entropy_coef:
-            loss = loss - o.entropy_coef * (entropy.masked_fill(~mask, 0) / divisor).sum() / denominator
-        clipped_low, clipped_high = out_of_clip(ratio, advantages, o)
-        return loss, info | {"weight": weight, "clipped_low": clipped_low, "clipped_high": clipped_high}
+            loss = loss - o.entropy_coef * (entropy * share).sum()
+        clipped_low, clipped_high = out_of_clip(ratio, A, o)
+        info |= {"weight": weight * max(1.0, totals.tokens), "clipped_low": clipped_low, "clipped_high": clipped_high}
+        return loss, info
 
 
-def clamped(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+def shares(batch, o: Objective, totals: Totals) -> Tensor:
+    """The factor of each token's loss in the loss of the mini-batch, [N]."""
+    share = torch.full_like(batch.advantages, 1 / max(1.0, AGGREGATIONS[o.aggregation](totals, o)))
+    return share / batch.lengths[batch.sequence] if o.aggregation == "seq-mean-token-mean" else share
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From tokens to a scalar
-
-# seq-mean-token-sum-norm divides every response by the length limit: Dr. GRPO (arXiv 2503.20783).
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
-
-
-def divisors(mask: Tensor, aggregation: str) -> Tensor:
-    """The divisor of the losses of a response's tokens, [B, 1]: its length, or 1. An empty response has 1."""
-    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
-    return lengths if aggregation == "seq-mean-token-mean" else torch.ones_like(lengths)
+def mean_of_response(values: Tensor, batch) -> Tensor:
+    """Each token gets the mean over the tokens of its response: [N] -> [N]."""
+    sums = values.new_zeros(len(batch.lengths)).index_add(0, batch.sequence, values)  # [B]
+    return (sums / batch.lengths)[batch.sequence]
 
 
-def denominator_of(o: Objective, tokens: float, responses: float) -> float:
-    """The divisor of the sum over all tokens. tokens, responses: of the whole mini-batch, without empty responses."""
-    if o.aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation '{o.aggregation}' is unknown; known: {', '.join(AGGREGATIONS)}")
-    if o.aggregation == "token-mean":
-        return tokens
-    return responses * o.max_response_tokens if o.aggregation == "seq-mean-token-sum-norm" else responses
+# Corrections where vLLM's probabilities are not the trainer's: r_t = pi_old / pi_vllm, and a cap c.
+#   tis      min(r_t, c)                               seq-tis, seq-mask   the same of r_1 ... r_T, over a response
+#   mask     1 if 1/c <= r_t <= c, 0 otherwise         geo-mask            the same of (r_1 ... r_T)^(1/T)
+# By token they are biased, with a low variance. The product is unbiased; its variance grows with length. Masked tokens
+# stay in the denominator of the loss; in verl they leave it.
+CAPS = {"tis": 2.0, "mask": 2.0, "seq-tis": 2.0, "seq-mask": 2.0, "geo-mask": 1.001}
+CORRECTIONS = ("none", *CAPS)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Advantages
-
-
-ADVANTAGES = ("group", "group-mean", "leave-one-out")  # and gae, for single tokens, in ce_gppo/critic.py
-
-
-def group_advantages(rewards: Tensor, kind: str = "group") -> Tensor:
-    """Rewards [P, G] -> advantages [P, G], within each group of G responses to one prompt.
-
-    group           (r - mean) / (std + 1e-6): GRPO; the sample standard deviation (ddof 1), as in the authors' code
-    group-mean      r - mean: Dr. GRPO, arXiv 2503.20783
-    leave-one-out   r - mean of the other responses: RLOO, arXiv 2402.14740; it is G / (G - 1) (r - mean)
-
-    A group of equal rewards has advantages of exactly 0, whatever the rounding of its mean.
-    """
-    G = rewards.shape[-1]
-    if rewards.ndim != 2 or G < 2:
-        raise ValueError(f"rewards must be [prompts, at least 2 responses], not {list(rewards.shape)}")
-    centered = rewards - rewards.mean(1, keepdim=True)
-    centered = centered.masked_fill(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0)
-    if kind == "group":
-        return centered / (rewards.std(1, keepdim=True) + 1e-6)
-    return centered * G / (G - 1) if kind == "leave-one-out" else centered
+def correction_weights(batch, kind: str, cap: float | None = None) -> Tensor:
+    """Factors for the losses of tokens, [N], from old_logprobs and rollout_logprobs. cap: default the one of CAPS."""
+    gap = batch.old_logprobs - batch.rollout_logprobs  # [N]  log r_t
+    if kind.startswith(("seq", "geo")):
+        gap = mean_of_response(gap, batch)
+    if kind.startswith("seq"):
+        gap = gap * batch.lengths[batch.sequence]
+    limit = math.log(cap or CAPS[kind])
+    return gap.clamp(max=limit).exp() if kind.endswith("tis") else (gap.abs() <= limit).to(gap.dtype)

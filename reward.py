@@ -1,4 +1,4 @@
-r"""Rewards of responses. A problem's source chooses its verifier, unless the setting `rewards` names another:
+r"""What a response is worth. A problem's source chooses its verifier, unless the setting `rewards` names another:
 
     math            the last \boxed{} equals the answer; for all sources that have no verifier of their name
     gsm8k           the rest of the line after the last ####, or else the last box, equals the answer
@@ -6,52 +6,96 @@ r"""Rewards of responses. A problem's source chooses its verifier, unless the se
     countdown       an expression in <answer></answer> that uses each number once and hits the target
     walk            lines of moves from a start to a target, each move and its result right
     exact           the last <answer></answer>, or else the last box, or else the whole response, equals the answer
-    gym             reasoning-gym's own scorer, for sources gym/<task>; gym_partial keeps its partial credit
-    mine.py:score   a function of your own. It and gym run in processes that are killed if they take too long
+    mine.py:score   a function of your own. It runs in processes that are killed if they take too long
 
-A verifier takes a response and the true answer. It returns a number, 1 for right and 0 for wrong, or named parts whose
-sum is the reward, such as {"correctness": 1.0, "format": 0.1}: the response is right where `correctness` is 1 or more.
+A verifier takes a response and the true answer. It returns a number, 1 for right and 0 for wrong, or named components
+whose sum is the reward, such as {"correctness": 1.0, "format": 0.1}: it is correct if `correctness` is 1 or more.
 """
 
+import itertools
+import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from ce_gppo import messages
 from ce_gppo.messages import UserError
-from ce_gppo.types import Problem, Response
-from ce_gppo.verifier import countdown, custom, extract, walk
-from ce_gppo.verifier.answers import Undecided, equal_now
-from ce_gppo.verifier.background import BackgroundScorer
-from ce_gppo.verifier.workers import judge
+from ce_gppo.verifier import custom, puzzles
+from ce_gppo.verifier.answers import Undecided, can_be_given, equal_now, last_box
+from ce_gppo.verifier.workers import BackgroundScorer, judge
 
 
-def math(response: str, answer: str) -> float:
+def after_hashes(response: str) -> str | None:
+    """The rest of the line after the last ####, as in GSM8K. Without ####: the last box."""
+    _, hashes, rest = response.rpartition("####")
+    return rest.partition("\n")[0].strip() or None if hashes else last_box(response)
+
+
+def choice_letter(response: str) -> str | None:
+    """The content of the last box. Without a box: the capital letter after the last "answer is", "answer:" or ####.
+
+    None if two letters stand there: `C or D`, `C, D`.
+    """
+    letters = re.findall(
+        r"(?:[Aa]nswer(?: is)?:?|ANSWER:?|####)[ \t*$]{0,4}(?:\\(?:text|textbf|mathrm)\{|\\\()?\(?([A-Z])(?![A-Za-z])"
+        r"([)*$} ]{0,4}(?:,|/|&|or|and) ?(?:or |and )?[(*$]{0,4}[A-HJ-Z](?![A-Za-z]))?",
+        response,
+    )
+    return last_box(response) or (letters[-1][0] if letters and not letters[-1][1] else None)
+
+
+def any_answer(response: str) -> str | None:
+    """The content of the last <answer></answer>. Without these tags: the last box."""
+    return puzzles.last_tag(response) or last_box(response)
+
+
+def after_thinking(response: str) -> str:
+    """The text after the last </think>; "" if <think> was opened again, or if there is no </think>.
+
+    Without </think> the thinking was cut: the prompt may have opened it, as DeepSeek-R1's chat template does.
+    """
+    _, end, rest = response.rpartition("</think>")
+    return rest if end and "<think>" not in rest else ""
+
+
+EXTRACT = {"math": last_box, "gsm8k": after_hashes, "choice": choice_letter}
+
+
+def extract_answer(response: str, verifier: str = "math", *, thinking: bool = False) -> str | None:
+    """The answer as the verifier reads it, for logs and majority votes. None if there is none."""
+    return EXTRACT.get(verifier, any_answer)(after_thinking(response) if thinking else response)
+
+
+def boxed(response: str, answer: str) -> float:
     """Of several boxes only the last one counts; they are not joined into a list."""
-    return equal_now(extract.last_box(response), answer)
+    return equal_now(last_box(response), answer)
 
 
 def gsm8k(response: str, answer: str) -> float:
-    return equal_now(extract.after_hashes(response), answer)
+    return equal_now(after_hashes(response), answer)
 
 
 def choice(response: str, answer: str) -> float:
     if not re.fullmatch(r"\(?[A-Z]\)?", answer):
         raise UserError(f"choice: answer {answer[:40]!r}, where one capital letter is needed")
-    return equal_now(extract.choice_letter(response), answer)
+    return equal_now(choice_letter(response), answer)
 
 
 def exact(response: str, answer: str) -> float:
-    return float((extract.any_answer(response) or response.strip()) == answer.strip())
+    return float((any_answer(response) or response.strip()) == answer.strip())
 
 
 VERIFIERS: dict[str, Callable[[str, str], float | dict[str, float]]] = {
-    "math": math,
+    "math": boxed,
     "gsm8k": gsm8k,
     "choice": choice,
-    "countdown": countdown.score,
+    "countdown": puzzles.countdown,
     "exact": exact,
-    "walk": walk.score,
+    "walk": puzzles.walk,
 }
 
 
@@ -62,13 +106,13 @@ def score(
     *,
     timeout: float = 3.0,
     workers: int | None = None,
-    budget: float = 60.0,
+    budget: float = math.inf,
     thinking: bool = False,
 ) -> list[dict[str, float]]:
-    """The parts of each response's reward, in their order; {"correctness": 1.0} where a verifier returns a number.
+    """The components of each response's reward, in their order; {"correctness": 1.0} where a verifier gives a number.
 
     answers   the true ones, one per response; they may have LaTeX, $ and \\boxed{}
-    verifiers names in VERIFIERS, or of verifiers in custom.py, one per response; None: math for all
+    verifiers names in VERIFIERS, or of users' functions as `assign` writes them, one per response; None: math for all
     timeout   seconds that a worker may have a core for one response; then it is killed, and the response scores 0
     workers   processes, at most (default: up to 4); started when first needed, kept between calls
     budget    seconds in workers for the whole batch; responses not reached by then score 0, and a line says how many
@@ -78,54 +122,54 @@ def score(
     """
     if len(responses) != len(answers):
         raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
-    parts = [{"correctness": 0.0} for _ in responses]
+    components = [{"correctness": 0.0} for _ in responses]
     jobs: dict[tuple[str, str, str], list[int]] = {}  # for workers: (verifier, response, answer) -> response indices
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
         verifier = verifiers[i] if verifiers else "math"
-        response = extract.after_thinking(response) if thinking else response
+        response = after_thinking(response) if thinking else response
         job = verifier, response, answer
         if verifier in VERIFIERS:
             try:
-                parts[i] = custom.as_parts(VERIFIERS[verifier](response, answer), verifier)
+                components[i] = custom.as_components(VERIFIERS[verifier](response, answer), verifier)
                 continue
             except Undecided as undecided:  # only math-verify can decide
                 job = "math", *undecided.args
         jobs.setdefault(job, []).append(i)
-    verdicts = judge(list(jobs), timeout, workers or min(4, os.cpu_count() or 1), budget)
+    results = judge(list(jobs), timeout, workers or min(4, os.cpu_count() or 1), budget)
     unread = late = 0
     for job, indices in jobs.items():
         for i in indices:
-            parts[i] = verdicts.get(job) or parts[i]
-        unread += len(indices) * (job not in verdicts)
-        late += len(indices) * (verdicts.get(job, {}) is None and job[0] != "math")
+            components[i] = results.get(job) or components[i]
+        unread += len(indices) * (job not in results)
+        late += len(indices) * (results.get(job, {}) is None and job[0] != "math")
     for count, why in ((unread, f"unread: a batch has {budget:g} s"), (late, f"after {timeout:g} s, or a crash")):
         if count:
             messages.say(f"reward: {count} of {len(responses)} answers scored 0 {why}", warning=True)
-    return parts
+    return components
 
 
-def in_background(problems: list[Problem], **options) -> BackgroundScorer:
+def in_background(problems: list, **options) -> BackgroundScorer:
     """Scores groups of responses to these problems while others are still being sampled. options: those of `score`."""
     return BackgroundScorer(score, problems, **options)
 
 
-EXTRACT = {"math": extract.last_box, "gsm8k": extract.after_hashes, "choice": extract.choice_letter}
+def with_rewards(rollout, components: list[list[dict[str, float]]], max_tokens: int, overlong: str):
+    """The rollout with `components`, `correct` [B] and `rewards` [B]: the sum of the components and DAPO's penalty.
+
+    components: of each prompt's responses, as a BackgroundScorer's `finish` returns them.
+    """
+    flat = list(itertools.chain(*components))
+    penalties = [overlong_penalty(length, max_tokens, overlong) for length in rollout.lengths.tolist()]
+    rewards = [sum(each.values()) + penalty for each, penalty in zip(flat, penalties, strict=True)]
+    correct = torch.tensor([each["correctness"] >= 1 for each in flat], dtype=torch.bool)  # [B]
+    return replace(rollout, components=flat, correct=correct, rewards=torch.tensor(rewards, dtype=torch.float64))
 
 
-def extract_answer(response: str, verifier: str = "math", *, thinking: bool = False) -> str | None:
-    """The answer as the verifier reads it, for logs and majority votes. None if there is none."""
-    return EXTRACT.get(verifier, extract.any_answer)(extract.after_thinking(response) if thinking else response)
-
-
-def set_rewards(
-    groups: list[list[Response]], scores: list[list[dict[str, float]]], max_tokens: int, overlong: str
-) -> None:
-    """Set `parts`, `verdict` and `reward` of every response. The reward is the sum of the parts and DAPO's penalty."""
-    for group, group_scores in zip(groups, scores, strict=True):
-        for response, parts in zip(group, group_scores, strict=True):
-            response.parts, response.verdict = parts, float(parts["correctness"] >= 1)
-            penalty = overlong_penalty(len(response.response_ids), max_tokens, overlong)
-            response.reward = sum(parts.values()) + penalty
+def unequal(rollout):
+    """Whether the responses to each prompt differ in their rewards, without the penalty for length: bool [P]."""
+    scores = torch.tensor([sum(each.values()) for each in rollout.components], dtype=torch.float64)  # [B]
+    scores = rollout.by_group(scores)  # [P, G]
+    return scores.amax(1) - scores.amin(1) > 1e-6
 
 
 def overlong_penalty(length: int, max_length: int, overlong: str) -> float:
@@ -133,3 +177,82 @@ def overlong_penalty(length: int, max_length: int, overlong: str) -> float:
     if not overlong.isdecimal():
         return 0.0
     return max(-1.0, min(0.0, (max_length - int(overlong) - length) / int(overlong)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The verifier of each problem: by the setting `rewards`, by the name of its source, or else `math`
+
+EVERY = ""  # stands for every source that has no entry of its own
+
+
+def read_setting(rewards: str) -> dict[str, str]:
+    """{source: verifier} from "source=verifier,source2=mine.py:score". An entry without a source is for all others."""
+    chosen = {}
+    for entry in filter(None, map(str.strip, rewards.split(","))):
+        source, equals, verifier = entry.rpartition("=")
+        source = source.strip() or EVERY
+        if not verifier.strip() or (equals and source == EVERY):
+            raise UserError(f"rewards: '{entry}', where source=verifier is needed, or a verifier for every source")
+        if source in chosen:
+            raise UserError(f"rewards: two verifiers for {f'source {source!r}' if source else 'every source'}")
+        chosen[source] = verifier.strip()
+    return chosen
+
+
+def full_name(name: str, source: str) -> str:
+    """A name in VERIFIERS, or <path of the user's file>:<function>. UserError for any other name."""
+    if name in VERIFIERS:
+        return name
+    if not (path := custom.file_of(name)):
+        known = ", ".join([*VERIFIERS, "or mine.py:score, your own"])
+        raise UserError(f"rewards: verifier '{name}' of source {source or '(any)'} is unknown; known: {known}")
+    if not path.is_file():
+        raise UserError(f"rewards: verifier {name}: there is no file {path}")
+    return f"{path.resolve()}:{name.rpartition(':')[2]}"
+
+
+def check_names(rewards: str) -> None:
+    """UserError for what is wrong with `rewards` whatever the data are."""
+    for source, name in read_setting(rewards).items():
+        full_name(name, source)
+
+
+def files(rewards: str) -> list[Path]:
+    """The files of the user's own functions."""
+    return sorted({path for verifier in read_setting(rewards).values() if (path := custom.file_of(verifier))})
+
+
+def assign(rewards: str, *sets: list) -> tuple[str, list[list]]:
+    """(a text with the verifier of each source; the sets of problems, each problem with its `verifier`).
+
+    UserError, before the run starts, for an unknown source or verifier, for a function that cannot be imported, or that
+    raises or returns nonsense for an empty response, and for a true answer that its verifier cannot read, or that no
+    response could give.
+    """
+    chosen, sources = read_setting(rewards), sorted({problem.source for problem in itertools.chain(*sets)})
+    if unknown := sorted(chosen.keys() - {EVERY, *sources}):
+        raise UserError(f"rewards: no problem has the source '{unknown[0]}'; the data's: {', '.join(sources)}")
+    names = {}
+    for source in sources:
+        lower, default = source.lower(), "math" if source not in VERIFIERS else source
+        names[source] = chosen.get(source) or chosen.get(EVERY) or default
+        if not {source, EVERY} & chosen.keys() and source != lower and lower in VERIFIERS:
+            known = f"'{lower}', which has a verifier; say --rewards {source}={lower}, or {source}=math"
+            raise UserError(f"source '{source}' is not {known}")
+    full = {source: full_name(name, source) for source, name in names.items()}
+    assigned = [[replace(problem, verifier=full[problem.source]) for problem in problems] for problems in sets]
+    own = {p.verifier: p.answer for p in itertools.chain(*assigned) if p.verifier not in VERIFIERS}
+    tried = judge([(name, "", answer) for name, answer in sorted(own.items())], timeout=3.0, num_workers=1, budget=60.0)
+    if failed := [name for (name, *_), result in tried.items() if result is None]:
+        raise UserError(
+            f"verifier {failed[0]} takes over 3 s for an empty response, or ends its process: all rewards would be 0"
+        )
+    for problem in itertools.chain(*assigned):
+        if problem.verifier in VERIFIERS:
+            VERIFIERS[problem.verifier]("", problem.answer)
+        if problem.verifier in ("math", "gsm8k") and not can_be_given(problem.answer):
+            raise UserError(
+                f"answer {problem.answer[:60]!r} of source {problem.source}: no response could equal it; something is "
+                "needed, with as many closing braces as opening ones"
+            )
+    return ", ".join(f"{source} by {name}" for source, name in names.items()), assigned

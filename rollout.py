@@ -1,6 +1,8 @@
-"""vLLM and nothing else: prompts in, groups of responses out, weights in."""
+"""vLLM and nothing else: prompts in, a Rollout out, weights in; and what engine and trainer must agree on."""
 
 import contextlib
+import functools
+import math
 import os
 import secrets
 import warnings
@@ -11,16 +13,21 @@ import torch.distributed
 from torch import Tensor
 
 from ce_gppo import parallel
-from ce_gppo.messages import UserError
-from ce_gppo.model import stop_token_ids
-from ce_gppo.types import Response, starting
+from ce_gppo.batch import Rollout
+from ce_gppo.messages import RunEnded, UserError, explained, say
+from ce_gppo.model import named_weights, stop_token_ids
+from ce_gppo.policy import logprobs_and_entropy
 
+# Of mismatch/mean, nats. In float32 it is 1e-6. bfloat16 made 0.002 of it for a small policy (bench/bfloat16.py), and
+# others report 0.03 for larger models.
+WARN_MISMATCH = {"cpu": 0.001, "cuda": 0.05}
+MAX_MISMATCH = 0.2
 CPU_CACHE_GIB = 1  # vLLM's cache without a GPU, unless vLLM's variable VLLM_CPU_KVCACHE_SPACE is set
 
 
 def prepare_environment() -> None:
     """Set the environment variables that vLLM and torch read. Call it first, before vLLM is imported."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: weights are passed in memory
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are passed in memory
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would send them to its authors
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if torch.cuda.is_available() else "ERROR")
     if not torch.cuda.is_available():  # otherwise vLLM pins torch to one thread, and the trainer with it
@@ -41,52 +48,48 @@ class Engine:
         self,
         model: str,
         tokenizer,
-        *,
         context: int,
         gpu_memory_utilization: float = 0.9,
-        cpu_kv_cache_gib: float | None = None,
-        max_sequences: int = 512,
         tensor_parallel: int = 1,
         seed: int = 0,
+        *,
+        cpu_kv_cache_gib: float | None = None,
+        max_sequences: int = 512,
     ):
-        starting(f"vLLM cannot start with model '{model}'")
         import vllm  # takes 10 s, and the benches for GPUs run without it
 
         self.vllm, self.tokenizer, self.tensor_parallel = vllm, tokenizer, tensor_parallel
         self.cuda = torch.cuda.is_available()
+        options = {"model": model, "max_model_len": context, "max_num_seqs": max_sequences, "seed": seed}
+        options |= {"trust_remote_code": False, "disable_log_stats": True, "use_tqdm_on_load": False}
+        options["generation_config"] = "vllm"  # otherwise the folder's generation_config.json changes the sampling
+        options["logprobs_mode"] = "processed_logprobs"  # of the distribution sampled from, temperature included
         if self.cuda:
-            options = {"dtype": "bfloat16", "enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
+            options |= {
+                "dtype": "bfloat16",
+                "enable_sleep_mode": True,
+                "gpu_memory_utilization": gpu_memory_utilization,
+            }
             options["hf_overrides"] = {"head_dtype": "float32"}  # logits are not rounded, like the trainer's
         else:  # here gpu_memory_utilization is the share of the RAM that must be free at the start
-            options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05}
+            options |= {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05}
             options["kv_cache_memory_bytes"] = int((cpu_kv_cache_gib or CPU_CACHE_GIB) * 2**30)
         if parallel.world_size() > 1:  # vLLM joins the existing process group, and takes this rank's GPU
-            options["distributed_executor_backend"] = "external_launcher"
+            options |= {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
             own_shared_memory()
-        try:
-            with warnings.catch_warnings(action="ignore"):  # no user can act on vLLM's warnings
-                self.llm = vllm.LLM(
-                    model=model,
-                    max_model_len=context,
-                    max_num_seqs=max_sequences,
-                    seed=seed,
-                    trust_remote_code=False,
-                    generation_config="vllm",  # otherwise the folder's generation_config.json changes the sampling
-                    logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
-                    disable_log_stats=True,
-                    use_tqdm_on_load=False,
-                    tensor_parallel_size=tensor_parallel,
-                    **options,
-                )
-        except ValueError as error:
-            if "cache" not in str(error):
-                raise
-            name = "gpu_memory_utilization" if self.cuda else "VLLM_CPU_KVCACHE_SPACE, GiB in the environment,"
-            size = "large" if "Available memory" in str(error) else "small"
-            cause = " ".join(str(error).split())[:200]
-            raise UserError(f"{name} is too {size} for the cache of a response of {context} tokens ({cause})") from None
+        with explained(f"vLLM cannot start with model '{model}'"), warnings.catch_warnings(action="ignore"):
+            try:
+                self.llm = vllm.LLM(**options)
+            except ValueError as error:
+                if "cache" not in str(error):
+                    raise
+                name = "gpu_memory_utilization" if self.cuda else "VLLM_CPU_KVCACHE_SPACE, GiB in the environment,"
+                size = "large" if "Available memory" in str(error) else "small"
+                cause = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"{name} is too {size} for the cache of a response of {context} tokens ({cause})"
+                ) from None
         self.stop_token_ids = stop_token_ids(model, tokenizer)
-        starting("")
 
     def generate(
         self,
@@ -97,13 +100,13 @@ class Engine:
         temperature: float,
         seed: int,
         top_p: float = 1.0,
-        on_group: Callable[[int, list[Response]], None] = lambda index, group: None,
+        on_group: Callable[[int, list[str]], None] = lambda index, texts: None,
         stop: Callable[[], bool] = lambda: False,
-    ) -> list[list[Response]]:
+    ) -> Rollout | None:
         """group_size responses to each prompt of token ids, in order. The same seed and weights give the same tokens.
 
-        on_group is called with the index of a prompt and its group as soon as that is complete, while others are still
-        being sampled. Once `stop()` is true on any rank of the engine, sampling ends, and incomplete groups stay empty.
+        on_group is called with the index of a prompt and its responses' texts as soon as these are complete, while
+        others are still being sampled. Once `stop()` is true on any rank of the engine, sampling ends: None.
         With top_p < 1 the logprobs are renormalized over the remaining tokens: for evaluation, never for training.
         """
         torch.manual_seed(seed)  # the engine samples from this process's generator
@@ -125,17 +128,33 @@ class Engine:
                 params = params.clone()
                 params.seed = seed + index * group_size
             engine.add_request(str(index), {"prompt_token_ids": ids}, params)
-        groups: list[list[Response]] = [[] for _ in prompts]
+        done: dict[int, list] = {}  # completions by prompt
+        texts: dict[int, list[str]] = {}
         try:
             while engine.has_unfinished_requests() and not self._any_rank_of_engine(stop()):
                 for output in engine.step():  # llm.generate would return only after the last one
                     index = int(output.request_id)
-                    completions = sorted(output.outputs, key=lambda completion: completion.index)
-                    groups[index] = [self._response(prompts[index], completion) for completion in completions]
-                    on_group(index, groups[index])
+                    done[index] = sorted(output.outputs, key=lambda completion: completion.index)
+                    texts[index] = [decode(self.tokenizer, each.token_ids) for each in done[index]]
+                    on_group(index, texts[index])
         finally:  # without this, stopped requests would continue, and the next call would get their output
-            engine.abort_request([str(index) for index, group in enumerate(groups) if not group])
-        return groups
+            engine.abort_request([str(index) for index in range(len(prompts)) if index not in done])
+        if len(done) < len(prompts):
+            return None
+        responses = [completion for index in range(len(prompts)) for completion in done[index]]
+        for completion in responses:
+            if completion.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended a response with finish_reason '{completion.finish_reason}'")
+            assert completion.logprobs.token_ids == list(completion.token_ids)
+        return Rollout(
+            prompts=prompts,
+            prompt_of=torch.arange(len(prompts)).repeat_interleave(group_size),
+            lengths=torch.tensor([len(each.token_ids) for each in responses], dtype=torch.long),
+            tokens=torch.tensor([token for each in responses for token in each.token_ids], dtype=torch.long),
+            rollout_logprobs=torch.tensor([logprob for each in responses for logprob in each.logprobs.logprobs]),
+            truncated=torch.tensor([each.finish_reason == "length" for each in responses], dtype=torch.bool),
+            texts=[text for index in range(len(prompts)) for text in texts[index]],
+        )
 
     def _any_rank_of_engine(self, flag: bool) -> bool:
         """Ranks that share an engine must leave its loop at the same step, or the others wait in it for ever."""
@@ -144,19 +163,6 @@ class Engine:
         flags, group = torch.tensor(int(flag)), self.vllm.distributed.get_tp_group().cpu_group
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group)
         return bool(flags)
-
-    def _response(self, prompt_ids: list[int], completion) -> Response:
-        if completion.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a response with finish_reason '{completion.finish_reason}'")
-        response_ids = list(completion.token_ids)
-        assert completion.logprobs.token_ids == response_ids
-        return Response(
-            prompt_ids=prompt_ids,
-            response_ids=response_ids,
-            rollout_logprobs=torch.tensor(completion.logprobs.logprobs),
-            truncated=completion.finish_reason == "length",
-            text=decode(self.tokenizer, response_ids),
-        )
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the trainer's weights into the engine: (name in a checkpoint, tensor) pairs, one at a time."""
@@ -185,6 +191,56 @@ def _repack_head(model) -> None:
     for module in model.modules():
         if type(module).__name__ == "ParallelLMHead":
             module.quant_method.process_weights_after_loading(module)
+
+
+def check_engine(engine: Engine, model, policy, prompt: list[int], config, device: str) -> None:
+    """UserError if engine and trainer, with the same weights, give two short responses different logprobs.
+
+    Called before training: with such a model no update could be right. As in every step, the engine has slept and got
+    the weights of `model` before it samples, and sleeps while the trainer computes. It ends awake. Collective.
+    """
+    engine.sleep()
+    engine.wake(named_weights(model))
+    limit = min(16, config.max_response_tokens)
+    rollout = engine.generate([prompt], 2, max_tokens=limit, temperature=config.temperature, seed=config.seed)
+    engine.sleep()
+    passes = config.temperature, config.max_micro_batch_tokens, device
+    [(logprobs, _)] = logprobs_and_entropy(policy, [rollout], *passes)
+    gap = (logprobs - rollout.rollout_logprobs).abs().mean().item()
+    if not gap <= MAX_MISMATCH:
+        raise UserError(
+            f"model '{config.model}': the logprobs of vLLM and the trainer for the first responses differ by "
+            f"{gap:.3g} nats on average, more than {MAX_MISMATCH}: they may compute this architecture differently; "
+            "docs/models.md lists the families that train"
+        )
+    engine.wake(named_weights(model))  # it forgets the prompt: what follows is as it would be without this check
+
+
+def check_mismatch(metrics: dict[str, float], device: str) -> None:
+    """A warning, or RunEnded, where vLLM and trainer, which have the same weights, give the tokens other logprobs."""
+    gap = metrics["mismatch/mean"]
+    if not math.isfinite(metrics["entropy/mean"]) or not math.isfinite(gap):
+        raise RunEnded(
+            "the policy's logprobs are not finite: an update has made its weights too large; lower lr, and begin again "
+            "from an earlier checkpoint"
+        )
+    if not gap <= MAX_MISMATCH:
+        raise RunEnded(
+            f"the logprobs of vLLM and trainer differ by {gap:.3g} nats on average, more than {MAX_MISMATCH}: they do "
+            "not have the same weights, or not in the same precision"
+        )
+    level = WARN_MISMATCH[device.partition(":")[0]]
+    if gap > level:
+        warn_of_mismatch(level * 2 ** int(math.log2(gap / level)))
+
+
+@functools.cache  # once at each level, not at each step
+def warn_of_mismatch(level: float) -> None:
+    say(
+        f"the logprobs of vLLM and trainer differ by more than {level:g} nats on average (mismatch/mean), more than "
+        f"rounding explains; --rollout-correction tis bounds what it does, and above {MAX_MISMATCH} the run ends",
+        warning=True,
+    )
 
 
 def decode(tokenizer, token_ids: list[int]) -> str:

@@ -7,33 +7,35 @@ python train.py --resume out/<run>                continue a run from its newest
 torchrun --nproc_per_node 8 train.py              the same on eight GPUs; docs/scaling.md has several machines
 """
 
+import contextlib
 import itertools
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import loss
 import reward
-from ce_gppo import checkpoint, corrections, messages, parallel, runs, selection, tracking
-from ce_gppo import types as t
-from ce_gppo.betas import betas_of_step, bonus_of_step, first_control, lr_of_step, next_control
+from ce_gppo import checkpoint, messages, metrics, parallel, run, tracking
+from ce_gppo import config as t
+from ce_gppo.advantages import ADVANTAGES, Critic, group_advantages
+from ce_gppo.advice import plan
+from ce_gppo.batch import Rollout, append, concat, gather, local_batch, micro_batches, pack, with_token_mask
 from ce_gppo.checkpoint import State
-from ce_gppo.config import command, parse
-from ce_gppo.critic import learn_values, load_critic
-from ce_gppo.evaluation import check_engine, evaluate_policy
-from ce_gppo.forward import Policy, accumulate_gradients, compute_old_logprobs, flatten, own_share
-from ce_gppo.model import load_model, named_weights
+from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
+from ce_gppo.evaluation import evaluate_policy
+from ce_gppo.log import Log, follow
+from ce_gppo.metrics import Learned, Update
+from ce_gppo.model import load_model, load_reference, named_weights
 from ce_gppo.perf import Meter
-from ce_gppo.problems import FILTERS, check_inputs, load_sets, max_batches, problems_of_batch, seed_of_step
-from ce_gppo.reference import load_reference, set_reference_logprobs
-from ce_gppo.report import Report, plan
-from ce_gppo.statistics import MEASURED, check_mismatch, moved_metrics, reward_metrics, step_metrics
-from ce_gppo.types import Problem, Response, Update, has_signal, with_advantages
-from rollout import Engine, prepare_environment
+from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
+from ce_gppo.problems import Problem, load_sets, problems_of_batch, seed_of_step
+from rollout import Engine, check_engine, check_mismatch, prepare_environment
 
 
 @dataclass
@@ -56,7 +58,9 @@ class Config:
     temperature: t.Temperature = 1.0  # sampling temperature; logprobs in training use it too
     max_prompt_tokens: t.Count = 64  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: t.Count = 64  # longer responses are cut, and are wrong unless already boxed [16384]
-    filter_groups: t.one_of(FILTERS) | None = None  # on: drop groups of equal rewards; refill: and sample more; or off
+    dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = (
+        None  # filter: drop groups of equal rewards; refill: and sample more; off
+    )
     max_kept_prompts: t.Count = 48  # groups trained on in a step, at most [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
@@ -70,14 +74,14 @@ class Config:
     beta1: t.ZeroToOne | None = None  # gradient kept by NA tokens below the interval; None: 0.75 [1.5B: 0.5]
     beta2: t.ZeroToOne | None = None  # gradient kept by PA tokens above the interval; None: 1.0
     beta_schedule: str = ""  # betas at later steps, "100:0.5,1 200:0,1", linear between; step 1 has beta1, beta2
-    entropy_target: t.Positive | None = None  # nats per token, held by moving the betas; without betas: entropy_coef
+    entropy_target: t.Positive | None = None  # in nats; a controller moves the betas, or without betas entropy_coef
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
-    advantages: t.one_of([*loss.ADVANTAGES, "gae"]) | None = None  # of groups, see loss.py; gae: a critic's, by token
+    advantages: t.one_of(ADVANTAGES) | None = None  # of groups, see loss.py; gae: a critic's, by token
     kl_coef: t.NonNegative = 0.0  # KL from the model that the run began with, in the loss; gae: in the reward; 0: off
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
-    rollout_correction: t.one_of(corrections.KINDS) = "none"  # for vLLM/trainer logprob differences: tis, mask, ...
+    rollout_correction: t.one_of(loss.CORRECTIONS) = "none"  # for vLLM/trainer logprob differences: tis, mask, ...
 
     # Updates.
     old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios are less exact
@@ -103,12 +107,14 @@ class Config:
     gpu_memory_utilization: t.Share = 0.5  # share of the GPU's memory for vLLM, which sleeps during the updates
 
     @property
-    def spec(self) -> loss.Spec:  # what the program knows about the objective
+    def spec(self) -> loss.Spec:
         return loss.OBJECTIVES[self.objective]
 
 
 ADAMW = {"betas": (0.9, 0.999), "weight_decay": 0.1}
 MAX_GRAD_NORM = 1.0  # gradients are clipped to it
+REWARD_SECONDS = 60.0  # of a batch of responses in the verifiers' processes
+MEASURED = 3  # entropy is measured on every third response that is not trained on
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,30 +122,28 @@ MAX_GRAD_NORM = 1.0  # gradients are clipped to it
 
 def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) -> None:
     """The whole run, new or continued. Once `stop()` is true on any rank it saves and returns."""
-    device = parallel.init()
-    folder, last = parallel.rank0_then_broadcast(lambda: runs.locate(config, resume))
-    check_inputs(config, reward.VERIFIERS)  # before a large model is downloaded
-    source = str(last or config.model)
-    model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
-    problems, held_out, sizes = load_sets(config, tokenizer, model.config, reward.VERIFIERS)
-    policy = parallel.distribute(Policy(model), config.shard, model._no_split_modules or [])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
-    new = State(parallel.rank0_then_broadcast(tracking.new_id), control=first_control(config))
-    critic = load_critic(config, source, device)  # None without gae
-    state = checkpoint.load(last, model, optimizer, critic) if last else new
-    parallel.rank0_then_broadcast(lambda: runs.claim(folder, config, recipe, state.step))
-    messages.say(plan(config, folder, model, device, sizes, state.step))
-    reference = load_reference(config, device)  # before the engine: only errors until then are told as a start's
-    engine = Engine(
-        source,
-        tokenizer,
-        context=config.max_prompt_tokens + max(config.max_response_tokens, config.eval_response_tokens),
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        tensor_parallel=config.rollout_tp,
-        seed=config.seed,
-    )
-    check_engine(engine, model, policy, problems[0], config, device)
-    log = Report(folder, config, state.step, state.wandb_id, tokenizer) if parallel.is_main() else None
+    with messages.explained("the run cannot start"):
+        device = parallel.init()
+        files = reward.files(config.rewards)
+        folder, last = parallel.rank0_then_broadcast(lambda: run.locate(config, resume, files))
+        source = str(last or config.model)
+        reward.check_names(config.rewards)  # before a large model is downloaded
+        model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
+        problems, held_out, sizes = load_sets(config, tokenizer, model.config)
+        verifiers, (problems, held_out) = reward.assign(config.rewards, problems, held_out)
+        policy = parallel.distribute(Policy(model), config.shard, model._no_split_modules or [])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
+        critic = Critic(config, source, device) if config.advantages == "gae" else None
+        new = State(parallel.rank0_then_broadcast(tracking.new_id), control=first_control(config))
+        state = checkpoint.load(last, model, optimizer, critic) if last else new
+        parallel.rank0_then_broadcast(lambda: run.claim(folder, config, recipe, state.step, files))
+        messages.say(plan(config, folder, model, device, f"{sizes}\nrewards      {verifiers}", state.step))
+        learner = Learner(policy, optimizer, load_reference(config, device), critic)
+        context = config.max_prompt_tokens + max(config.max_response_tokens, config.eval_response_tokens)
+        engine = Engine(source, tokenizer, context, config.gpu_memory_utilization, config.rollout_tp, config.seed)
+        check_engine(engine, model, policy, problems[0].prompt_ids, config, device)
+        extract = partial(reward.extract_answer, thinking=config.thinking)
+        log = Log(folder, config, state, tokenizer, extract) if parallel.is_main() else None
     meter = Meter(model, device)
     saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
@@ -147,28 +151,25 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
     try:
         evaluate(state.step)  # before the first step, or of a resumed run that was stopped while it evaluated
         while state.step < config.steps and not parallel.any_rank(stop()):
-            step = state.step + 1
-            chosen, groups = sample(engine, problems, state.batches, config, meter, stop)
-            if not groups:
+            chosen, rollout = sample(engine, problems, state.batches, config, meter, stop)
+            if rollout is None:
                 break  # stopped: the rollout is lost, and the resumed run samples it again
-            groups, mini_batches = select(groups, config)
-            set_reference_logprobs(reference, mini_batches, config, meter)
-            values = learn_values(critic, mini_batches, config, meter)
-            objective = objective_of_step(config, step, state.control)
-            lr = lr_of_step(config, step)
-            updates = learn(policy, optimizer, groups, mini_batches, objective, lr, state, config, folder, meter)
+            rollout, mini_batches = select(rollout, config)
+            objective, lr = objective_of_step(config, state), lr_of_step(config, state.step + 1)
+            learned = learn(learner, rollout, mini_batches, objective, lr, state, config, folder, meter)
             with meter("sync"):
                 engine.wake(named_weights(model))
-            report(log, chosen, groups, mini_batches, updates, values, objective, lr, state, config, meter)
-            ends = step == config.steps or state.no_signal >= runs.MAX_NO_SIGNAL
-            if step % config.checkpoint_every == 0 or ends or parallel.any_rank(stop()):
-                saver.save(state)
-            runs.check_signal(state, saver)
-            evaluate(step)  # after saving, as it may take long; a run that is resumed here evaluates first
+            report(log, chosen, rollout, mini_batches, learned, state, config, meter)
+            is_last = state.step == config.steps
+            if state.step % config.checkpoint_every == 0 or is_last or parallel.any_rank(stop()):
+                with meter("checkpoint"):
+                    saver.save(state)
+            run.check_end(state, saver, lr)
+            evaluate(state.step)  # after saving, as it may take long; a run that is resumed here evaluates first
         saver.finish(state)
     finally:
         if log:
-            log.close(checkpoint.all_of(folder))
+            log.close(checkpoint.all_of(folder), failed=sys.exception() is not None)
     if parallel.any_rank(stop()):
         messages.say(f'stopped after step {state.step}; continue with: make train ARGS="--resume {folder}"')
 
@@ -179,139 +180,180 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
 
 def sample(
     engine: Engine, problems: list[Problem], batches: int, config: Config, meter: Meter, stop: Callable[[], bool]
-) -> tuple[list[Problem], list[list[Response]]]:
-    """(problems, a group of responses to each, with rewards), over all ranks. Empty once `stop` is true.
+) -> tuple[list[Problem], Rollout | None]:
+    """(problems, responses to each of them with their rewards), over all ranks. No rollout once `stop` is true.
 
-    A batch of prompts is sampled, or with `refill` several, until max_kept_prompts groups have a signal (DAPO's dynamic
-    sampling). batches: how many were sampled in earlier steps; the problems and seeds of this step follow from it.
+    A batch of prompts is sampled, or with `refill` several, until max_kept_prompts groups have unequal rewards (DAPO's
+    dynamic sampling). batches: how many were sampled in earlier steps; the problems and seeds follow from it.
     """
-    chosen, groups = [], []
-    for batch in range(batches + 1, batches + 1 + max_batches(config)):
+    chosen, rollout, engine_rank = [], None, parallel.rank() // config.rollout_tp
+    for batch in range(batches + 1, batches + 1 + t.max_batches(config)):
         with meter("rollout"):
             new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
-            mine = parallel.round_robin(len(new), config.rollout_tp)  # the prompts of this rank's engine
-            scorer = reward.in_background([new[i] for i in mine], thinking=config.thinking)
-            sampled = engine.generate(
-                [new[i].prompt_ids for i in mine],
+            own = parallel.round_robin(len(new), config.rollout_tp)  # the prompts of this rank's engine
+            scorer = reward.in_background([new[i] for i in own], thinking=config.thinking, budget=REWARD_SECONDS)
+            part = engine.generate(
+                [new[i].prompt_ids for i in own],
                 config.responses_per_prompt,
                 max_tokens=config.max_response_tokens,
                 temperature=config.temperature,
-                seed=seed_of_step(config.seed, batch, parallel.rank() // config.rollout_tp),
+                seed=seed_of_step(config.seed, batch, engine_rank),
                 on_group=scorer.add,  # the verifier starts on the first complete group
                 stop=stop,
             )
-            if parallel.any_rank(stop()):
-                return [], []
+            if parallel.any_rank(part is None):
+                return [], None
         with meter("reward"):
-            reward.set_rewards(sampled, scorer.finish(), config.max_response_tokens, config.overlong)
-            chosen, groups = chosen + new, groups + parallel.gather_dealt(sampled, config.rollout_tp)
-        if sum(map(has_signal, groups)) >= config.max_kept_prompts:
+            part = reward.with_rewards(part, scorer.finish(), config.max_response_tokens, config.overlong)
+            chosen, rollout = chosen + new, append(rollout, gather(part, [p.prompt_ids for p in new], own))
+        if reward.unequal(rollout).sum() >= config.max_kept_prompts:
             break
     with meter("rollout"):
         engine.sleep()
-    return chosen, groups
+    return chosen, rollout
 
 
-def select(groups: list[list[Response]], config: Config) -> tuple[list[list[Response]], list[list[Response]]]:
-    """(the groups with their advantages, the mini-batches to train on). Pure: it does not change its arguments."""
-    if config.advantages != "gae":  # the critic sets those, see critic.py
-        rewards = torch.tensor([[r.reward for r in group] for group in groups])  # [P, G]
-        groups = with_advantages(groups, loss.group_advantages(rewards, config.advantages))
-    kept = [group for group in groups if has_signal(group) or config.filter_groups == "off"]
+def select(rollout: Rollout, config: Config) -> tuple[Rollout, list[Tensor]]:
+    """(the rollout with its advantages, the responses of each mini-batch to train on). Pure."""
+    rollout = replace(rollout, index=torch.arange(len(rollout)))
+    if config.advantages != "gae":  # the critic sets those, see advantages.py
+        advantages = group_advantages(rollout.by_group(rollout.rewards), config.advantages).flatten()  # [B]
+        rollout = replace(rollout, advantages=advantages.float()[rollout.sequence])
+    used = (reward.unequal(rollout) | (config.dynamic_sampling == "off"))[rollout.prompt_of]  # [B]
     if config.overlong == "mask":  # neither in the loss nor in its denominator
-        kept = [[r for r in group if not r.truncated] for group in kept]
-    kept = [group for group in kept if group][: config.max_kept_prompts]
+        used &= ~rollout.truncated
+    kept = rollout.prompt_of[used].unique()[: config.max_kept_prompts]  # prompts
     parts = math.ceil(len(kept) / config.mini_batch_prompts)
     cuts = [len(kept) * i // max(1, parts) for i in range(parts + 1)]  # the sizes differ by one group at most
-    return groups, [flatten(kept[a:b]) for a, b in itertools.pairwise(cuts)]
+    return rollout, [
+        (used & torch.isin(rollout.prompt_of, kept[a:b])).nonzero()[:, 0] for a, b in itertools.pairwise(cuts)
+    ]
+
+
+class Learner(NamedTuple):
+    policy: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    reference: torch.nn.Module | None = None
+    critic: Critic | None = None
 
 
 def learn(
-    policy: torch.nn.Module, optimizer, groups, mini_batches, objective, lr: float, state: State, config, folder, meter
-) -> list[Update]:
-    """Compute old logprobs and entropy, then make an update per mini-batch and epoch. Each rank does its share."""
-    trained = {id(r) for r in flatten(mini_batches)}
-    others = [r for r in flatten(groups) if id(r) not in trained][::MEASURED]  # only for entropy/mean
-    *shares, others = (own_share(part) for part in (*mini_batches, others))
+    learner: Learner, rollout: Rollout, mini_batches: list[Tensor], objective, lr: float, state, config, folder, meter
+) -> Learned:
+    """An update per mini-batch and epoch. Each rank does its share of every mini-batch."""
+    policy, optimizer, reference, critic = learner
+    passes = config.temperature, config.max_micro_batch_tokens, meter.device
+    critic_warmup = config.advantages == "gae" and state.step < config.warmup_steps  # the policy stays as it is
+    batches = [local_batch(rollout[rows]) for rows in mini_batches]
+    others = local_batch(rollout[rollout.without(mini_batches)[::MEASURED]])  # only for entropy/mean
     with meter("old_logprobs"):
-        # The first update has ratio 1: its own pass gives the old logprobs, unless the objective picks tokens first.
-        later = flatten(shares if not lr or config.spec.picks else shares[1:])
-        if lr and config.old_logprobs == "sampler":
-            for r in later:
-                r.old_logprobs = r.rollout_logprobs
-            later = []
-        pending = {id(r) for r in (*later, *others)}
-        pending = [r for r in flatten(groups) if id(r) in pending]  # by group: its prompt is then computed once
-        compute_old_logprobs(policy, pending, config.temperature, config.max_micro_batch_tokens, meter.device)
-    updates = []
+        if reference:
+            batches = with_reference_logprobs(reference, batches, *passes)
+        origins = origins_of_old_logprobs(config, len(batches), critic_warmup)
+        ahead = [i for i, origin in enumerate(origins) if origin == "pass"]
+        *measured, others = with_old_logprobs(policy, [*(batches[i] for i in ahead), others], *passes)
+        for i, batch in zip(ahead, measured, strict=True):
+            batches[i] = batch
+    values = {}
+    if critic:
+        with meter("critic"):
+            batches, values = critic.learn(batches)
+    updates, follows = [], state.step == 0 or (state.step + 1) % config.eval_every == 0
     with meter("update"), parallel.host_threads():
-        for share in shares * config.epochs if lr else []:  # lr 0: only the critic learns
-            updates.append(update(policy, optimizer, share, objective, lr, config, meter.device))
-            runs.watch_skipped(folder / "skipped", state, len(updates), share, updates[-1], config.lr)
+        for number in range(0 if critic_warmup else len(batches) * config.epochs):
+            i = number % len(batches)
+            batch = batches[i]
+            if origins[i] == "sampler":
+                batch = replace(batch, old_logprobs=batch.rollout_logprobs)
+            batch, done = update(policy, optimizer, batch, objective, lr, config, meter.device, follows)
+            if origins[i] == "update":
+                batches[i] = batch
+            updates.append(done)
+            run.watch_skipped(folder / "skipped", state, number + 1, batch, done, lr)
     parallel.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
-    return updates
+    return Learned(updates, batches, others, values, objective, lr)
 
 
-def update(policy, optimizer, responses: list[Response], objective, lr: float, config: Config, device: str) -> Update:
-    """One optimizer step on a mini-batch, of which `responses` are this rank's share, perhaps none."""
+def origins_of_old_logprobs(config: Config, count: int, critic_warmup: bool) -> list[str]:
+    """Where each of `count` mini-batches gets its old logprobs:
+
+    pass      from a forward pass before the updates
+    update    from the forward pass of its own update: the rollout's first one has ratio 1
+    sampler   from vLLM
+    """
+    if critic_warmup or config.spec.token_filter:  # no update; or one that picks tokens before it begins
+        return ["pass"] * count
+    return ["update", *["sampler" if config.old_logprobs == "sampler" else "pass"] * (count - 1)][:count]
+
+
+def update(
+    policy, optimizer, batch: Rollout, objective, lr: float, config: Config, device: str, follows: bool = False
+) -> tuple[Rollout, Update]:
+    """One optimizer step on a mini-batch, of which `batch` is this rank's share, perhaps empty. Collective.
+
+    Without old logprobs (or old entropy) the batch gets those of this pass, and is returned with them.
+    """
     parallel.zero_gradients(policy, optimizer)
-    passes = config.temperature, config.max_micro_batch_tokens, device
-    losses, sums, padding = accumulate_gradients(policy, responses, loss_of(responses, objective), *passes)
+    batch = with_token_mask(batch, config.spec.token_filter)
+    totals = loss.Totals(*parallel.all_sum(*loss.totals_of(batch)))  # of the whole mini-batch
+    parts, losses, sums, places, followed = micro_batches(batch, config.max_micro_batch_tokens), [], [], 0, []
+    for i, part in enumerate(parts):
+        packed, part = pack(part, device), part.to(device)
+        with parallel.no_sync(policy) if i + 1 < len(parts) else contextlib.nullcontext():
+            logprobs, entropy, moment = policy(packed, config.temperature)  # [N] each
+            part = part.with_missing(old_logprobs=logprobs.detach(), entropy=entropy.detach())
+            part_loss, info = loss.policy_loss(part, logprobs, entropy, objective, totals)
+            (part_loss * parallel.world_size()).backward()  # DDP and FSDP2 divide by it
+        losses.append(part_loss.item())
+        sums.append(metrics.token_sums(part, info, logprobs, entropy, moment))
+        places += len(packed.packing.order)
+        followed += follow(part, info, logprobs, entropy, moment) if follows else []
+        parts[i] = part.to("cpu")
     grad_norm = parallel.clip_gradients(policy, MAX_GRAD_NORM)
     skipped = parallel.any_rank(not math.isfinite(grad_norm + sum(losses)))
     if not skipped:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    return Update(sums, losses, grad_norm, skipped, padding)
+    padding = 1 - int(batch.sizes.sum()) / places
+    return concat(parts), Update(metrics.add(sums).cpu(), sum(losses), grad_norm, skipped, padding, followed)
 
 
-def loss_of(responses: list[Response], objective: loss.Objective) -> Callable:
-    """The loss function for micro-batches of a mini-batch, of which `responses` are this rank's share. Collective.
-
-    It divides by the tokens (or responses) of the whole mini-batch, over all its micro-batches and ranks.
-    """
-    tokens, correct_tokens, sequences = parallel.all_sum(
-        sum(len(r.response_ids) for r in responses),
-        sum(len(r.response_ids) for r in responses if r.verdict > 0),
-        len(responses),
-    )
-    selection.choose(responses, loss.OBJECTIVES[objective.name].picks)
-    denominator = loss.denominator_of(objective, tokens, sequences)
-    return partial(loss.policy_loss, objective=objective, denominator=denominator, correct_tokens=correct_tokens)
-
-
-def report(
-    log: Report | None, problems, groups, mini_batches, updates, values, objective, lr, state: State, config, meter
-) -> None:
+def report(log: Log | None, problems, rollout, mini_batches, learned: Learned, state: State, config, meter) -> None:
     """Update the state, and log the step's metrics over all ranks. Collective."""
-    metrics = step_metrics(groups, mini_batches, updates, state.entropy) | reward_metrics(groups, problems)
-    metrics |= values | {"optim/lr": lr} | moved_metrics(objective, config)
-    check_mismatch(metrics, meter.device)
-    state.batches += len(groups) // config.prompts_per_step
-    state.step, state.entropy = state.step + 1, metrics["entropy/mean"]
+    row, details = metrics.step_metrics(rollout, problems, mini_batches, learned, state.entropy)
+    state.batches += len(problems) // config.prompts_per_step
+    state.step, state.entropy = state.step + 1, row["entropy/mean"]
     state.no_signal = 0 if mini_batches else state.no_signal + 1
-    if config.entropy_target and lr:
+    if config.entropy_target and learned.updates:
         state.control = next_control(config, state.control, state.entropy)
-    metrics |= meter.take(groups, (mini_batches * config.epochs)[: len(updates)])
+    trained = [rollout[rows] for rows in mini_batches * config.epochs]
+    row |= meter.take(rollout, trained[: len(learned.updates)])
     if log:
-        extract = partial(reward.extract_answer, thinking=config.thinking)
-        log.log_step(state.step, metrics, groups, mini_batches, problems, extract)
+        log.step(state.step, row, rollout, problems, details)
+    check_mismatch(row, meter.device)  # only now, so that the step that ends a run is seen
 
 
-def objective_of_step(config: Config, step: int, control: tuple[float, float]) -> loss.Objective:
-    beta1, beta2 = betas_of_step(config, step, control[0])
+def objective_of_step(config: Config, state: State) -> loss.Objective:
+    beta1, beta2 = betas_of_step(config, state.step + 1, state.control)
     fields = {name: getattr(config, name) for name in loss.Objective.__dataclass_fields__ if name != "name"}
+    moved = {"beta1": beta1, "beta2": beta2, "entropy_coef": bonus_of_step(config, state.control)}
     if config.advantages == "gae":
-        fields["kl_coef"] = 0.0  # the critic has it in the reward, see critic.py
-    moved = {"beta1": beta1, "beta2": beta2, "entropy_coef": bonus_of_step(config, control)}
+        moved["kl_coef"] = 0.0  # the critic has it in the reward, see advantages.py
     return loss.Objective(config.objective, **fields | moved)
+
+
+def lr_of_step(config: Config, step: int) -> float:
+    """The policy's learning rate: it grows over warmup_steps rollouts (gae: after the critic's warm-up), then stays."""
+    step -= config.warmup_steps if config.advantages == "gae" else 0
+    return config.lr * min(1.0, max(0, step) / max(1, config.warmup_steps))
 
 
 def main() -> None:
     prepare_environment()
-    train(*parse(Config, sys.argv[1:]), stop=runs.StopRequest())
+    tracking.check_wandb()
+    train(*t.parse(Config, sys.argv[1:]), stop=run.StopRequest())
 
 
 if __name__ == "__main__":
-    command(main)
+    t.command(main)

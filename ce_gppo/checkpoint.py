@@ -1,5 +1,6 @@
 """Checkpoints: Hugging Face folders that also hold the trainer's state. Each is written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -22,11 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ce_gppo import messages, parallel
 from ce_gppo.messages import RunEnded, UserError
-from ce_gppo.types import starting
 
 MANIFEST = "manifest.json"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # not in shards
-KEEP = 2  # checkpoints of a run: the newest, and the one before in case the newest is damaged
+KEEP = 2  # newest checkpoints of a run: the second in case the first is damaged; the best is kept as well
 NAME = re.compile(r"checkpoint-([0-9]{6}|[1-9][0-9]{6,})")
 
 
@@ -38,7 +38,7 @@ class State:
     step: int = 0  # the last one that is done
     batches: int = 0  # batches of prompts sampled so far
     entropy: float | None = None  # mean of the last rollout, nats
-    control: tuple[float, float] = (0.5, 0.0)  # of the entropy controller, see betas.py
+    control: tuple[float, float] = (0.5, 0.0)  # of the entropy controller, see schedules.py
     skipped: int = 0  # updates without a finite gradient, in a row
     no_signal: int = 0  # rollouts in which every group has equal rewards, in a row
 
@@ -48,13 +48,14 @@ class Saver:
 
     It also has trainer.pt (optimizer, `State`, and a critic with its optimizer) and checksums. A checkpoint is written
     to a temporary folder, flushed to the disk and renamed, so a folder named checkpoint-<step> is whole. All but the
-    newest KEEP are then removed.
+    newest KEEP and the one of the best `accuracies` are then removed.
     """
 
     def __init__(self, run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int = 0, critic=None):
         """step: of the checkpoint that the run resumes from, 0 for a new run. critic: a critic.Critic, or None."""
         self.run, self.model, self.tokenizer, self.optimizer = run, model, tokenizer, optimizer
         self.critic = critic
+        self.accuracies: dict[int, float] = {}  # on held-out problems, by step; set by train.py on rank 0
         self.saved, self.saving = step, step  # steps of the last checkpoint that was written, and of the last begun
         self.thread: threading.Thread | None = None
         self.error = ""  # from the thread
@@ -113,7 +114,7 @@ class Saver:
         folder = self.run / f"checkpoint-{self.saving:06d}"
         try:
             _write(folder, self.model, weights, self.tokenizer, record)
-            prune(self.run, KEEP)
+            prune(self.run, KEEP, self.accuracies)
         except Exception as failure:  # of any kind: without this the checkpoint would seem to be written
             self.error = f"{folder}: {failure}"
 
@@ -144,14 +145,23 @@ def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None
         sums = {str(path.relative_to(aside)): _checksum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
         (aside / MANIFEST).write_text(json.dumps(sums, indent=1) + "\n")
         for path in [*aside.rglob("*"), aside]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            _flush(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # perhaps its files have filled the disk
         raise
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems (CIFS, FUSE, Ceph) cannot flush a folder
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def try_saving(model, tokenizer) -> None:
@@ -175,9 +185,9 @@ def load(folder: Path, model, optimizer: torch.optim.Optimizer, critic=None) -> 
 
     The policy's weights are loaded by `model.load_model`.
     """
-    starting(f"the optimizer in {folder} does not fit the model")
-    saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
-    set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=WHOLE)
+    with messages.explained(f"the optimizer in {folder} does not fit the model"):
+        saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=WHOLE)
     for parameter, moments in optimizer.state.items():
         if moments["exp_avg"].shape != parameter.shape:
             raise UserError(f"{folder}: its optimizer belongs to another model, as the shapes differ")
@@ -223,10 +233,17 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
+def best(run: Path, accuracies: dict[int, float]) -> Path | None:
+    """The checkpoint whose step has the highest accuracy, of equal ones the newest."""
+    known = [folder for folder in all_of(run) if step_of(folder) in accuracies]
+    return max(reversed(known), key=lambda folder: accuracies[step_of(folder)], default=None)
+
+
+def prune(run: Path, keep: int, accuracies: dict[int, float]) -> None:
+    """Remove all but the newest `keep` checkpoints and the best."""
     for folder in all_of(run)[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder != best(run, accuracies):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checksum(path: Path) -> str:

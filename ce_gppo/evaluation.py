@@ -1,53 +1,29 @@
-"""avg@k, pass@k and distinct@k of a policy on held-out problems, and checks before the first evaluation."""
+"""avg@k and pass@k of a policy on held-out problems."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 
-from ce_gppo import messages, parallel
-from ce_gppo.forward import compute_old_logprobs, flatten
-from ce_gppo.messages import UserError
-from ce_gppo.model import named_weights
-from ce_gppo.statistics import MAX_MISMATCH
-from ce_gppo.types import Problem, Response
+import torch
 
+from ce_gppo import parallel
+from ce_gppo.batch import Rollout
+from ce_gppo.messages import say
+from ce_gppo.problems import Problem, seed_of_step
 
-def check_engine(engine, model, policy, problem: Problem, config, device: str) -> None:
-    """UserError if engine and trainer, with the same weights, give two short responses different logprobs.
-
-    Called before training: with such a model no update could be right. As in every step, the engine has slept and got
-    the weights of `model` before it samples, and sleeps while the trainer computes. It ends awake. Collective.
-    """
-    engine.sleep()
-    engine.wake(named_weights(model))
-    sampling = {"max_tokens": min(16, config.max_response_tokens), "temperature": config.temperature}
-    group = engine.generate([problem.prompt_ids], 2, seed=config.seed, **sampling)[0]
-    engine.sleep()
-    compute_old_logprobs(policy, group, config.temperature, config.max_micro_batch_tokens, device)
-    gap = sum((r.old_logprobs - r.rollout_logprobs).abs().sum().item() for r in group)
-    mean = gap / sum(len(r.response_ids) for r in group)
-    if not mean <= MAX_MISMATCH:
-        raise UserError(
-            f"model '{config.model}': the logprobs of vLLM and the trainer for the first responses differ by "
-            f"{mean:.3g} nats on average, more than {MAX_MISMATCH}: they may compute this architecture differently; "
-            "docs/models.md lists the families that train"
-        )
-    engine.wake(named_weights(model))  # it forgets the prompt: what follows is as it would be without this check
+PUZZLES = ("walk", "countdown")  # verifiers of tasks with many right texts, where different ones can be counted
 
 
-def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, **sampling) -> list[list[Response]]:
-    """k responses to each problem, with their verdicts; an empty list once `stop` is true.
+def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, thinking: bool, **sampling) -> Rollout | None:
+    """k responses to each problem, with `correct`; None once `stop` is true, on whichever rank of the engine.
 
     engine: a rollout.Engine. score: reward.score. sampling: further arguments of engine.generate.
     """
-    groups = engine.generate([problem.prompt_ids for problem in problems], k, **sampling)
-    if not all(groups):  # stopped; `stop` may be true only on another rank of the engine
-        return []
-    responses = flatten(groups)
-    each = [problem for problem in problems for _ in range(k)]
-    scores = score([r.text for r in responses], [p.answer for p in each], [p.verifier for p in each])
-    for response, parts in zip(responses, scores, strict=True):
-        response.verdict = float(parts["correctness"] >= 1)
-    return groups
+    rollout = engine.generate([problem.prompt_ids for problem in problems], k, **sampling)
+    if rollout is None:
+        return None
+    each = [problems[i] for i in rollout.prompt_of.tolist()]
+    components = score(rollout.texts, [p.answer for p in each], [p.verifier for p in each], thinking=thinking)
+    return replace(rollout, correct=torch.tensor([c["correctness"] >= 1 for c in components], dtype=torch.bool))
 
 
 def evaluate_policy(
@@ -57,68 +33,78 @@ def evaluate_policy(
 
     Each engine samples its share of the problems. Once `stop` is true on any rank the evaluation is dropped, and the
     resumed run evaluates first.
+
+    Evaluation: eval/<source>/avg_at_k | share | accuracy on held-out problems, mean over k samples of each | rises
+    Evaluation: eval/<source>/pass_at_k | share | held-out problems with a right answer among k samples | does not fall
+        while avg_at_k rises
+    Evaluation: eval/<source>/distinct_at_k | | different right responses among k samples, mean over the problems: how
+        many ways the policy still finds; only of walk and countdown | near k times avg_at_k
     """
     due = step % config.eval_every == 0 or step == config.steps
     if not due or parallel.rank0_then_broadcast(lambda: log.has_evaluation(step)):
         return
+    engine_rank = parallel.rank() // config.rollout_tp
     with meter("eval"):
-        mine = [problems[i] for i in parallel.round_robin(len(problems), config.rollout_tp)]
-        groups = evaluate(
+        own = parallel.round_robin(len(problems), config.rollout_tp)
+        rollout = evaluate(
             engine,
-            mine,
+            [problems[i] for i in own],
             config.eval_samples,
-            score=partial(score, thinking=config.thinking),
+            score=score,
+            thinking=config.thinking,
             max_tokens=config.eval_response_tokens,
             temperature=config.eval_temperature,
             top_p=config.eval_top_p,
-            seed=config.seed + parallel.rank() // config.rollout_tp,
+            seed=seed_of_step(config.seed, 0, engine_rank),  # training's steps count from 1
             stop=stop,
         )
-        if parallel.any_rank(stop()):
+        if parallel.any_rank(rollout is None):
             return
+        results = {i: results_of(rollout, place) for place, i in enumerate(own)}
+        results = {i: result for part in parallel.all_gather(results) for i, result in part.items()}
         if step == 0:
-            warn(groups, mine)
-        right = [[r.text.strip() for r in group if r.verdict] for group in groups]
-        counts = parallel.gather_dealt([(len(texts), len(set(texts))) for texts in right], config.rollout_tp)
-    metrics = accuracy([problem.source for problem in problems], counts, config.eval_samples)
+            warn(rollout, [problems[i].verifier for i in own])
+    metrics = accuracy(problems, [results[i] for i in range(len(problems))], config.eval_samples)
     if log:
-        log.log(step, {f"eval/{name}": value for name, value in metrics.items()} | meter.take_part("eval"))
+        log.add(step, {f"eval/{name}": value for name, value in metrics.items()} | meter.take_part("eval"))
 
 
-def warn(groups: list[list[Response]], problems: list[Problem]) -> None:
-    """Warn if over 90 % of the responses are cut or have no box, before hours are spent. By this rank's responses."""
-    responses = flatten(groups)
-    truncated = sum(r.truncated for r in responses) / len(responses)
-    boxes = [
-        "\\boxed" in r.text
-        for group, problem in zip(groups, problems, strict=True)
-        for r in group
-        if problem.verifier == "math"
-    ]
-    unboxed = boxes.count(False) / max(1, len(boxes))
-    if truncated > 0.9:
-        messages.say(
-            f"{truncated:.0%} of the first evaluation's responses are cut at eval_response_tokens: raise it, or look "
-            "in samples.jsonl for responses that never end, because of a base model or a wrong end-of-sequence token",
-            warning=True,
-        )
-    if unboxed > 0.9:
-        messages.say(
-            f"{unboxed:.0%} of the first evaluation's responses have no \\boxed{{}} answer and score 0: ask for one "
-            "with prompt_suffix or system_prompt",
-            warning=True,
-        )
+def results_of(rollout: Rollout, prompt: int) -> tuple[int, int]:
+    """How many responses to a prompt are right, and how many different texts are among these."""
+    right = ((rollout.prompt_of == prompt) & rollout.correct).nonzero()[:, 0].tolist()
+    return len(right), len({rollout.texts[i].strip() for i in right})
 
 
-def accuracy(sources: list[str], counts: list[tuple[int, int]], k: int) -> dict[str, float]:
-    """avg@k, pass@k and distinct@k by source, from each problem's source and counts.
-
-    counts: for each problem, how many of its k samples are right, and how many different right ones there are.
-    """
+def accuracy(problems: list[Problem], results: list[tuple[int, int]], k: int) -> dict[str, float]:
+    """avg@k, pass@k and distinct@k by source. results: of each problem, see `results_of`."""
     metrics = {}
-    for source in dict.fromkeys(sources):
-        own = [count for count, name in zip(counts, sources, strict=True) if name == source]
-        metrics[f"{source}/avg_at_k"] = sum(right for right, _ in own) / (k * len(own))
-        metrics[f"{source}/pass_at_k"] = sum(right > 0 for right, _ in own) / len(own)
-        metrics[f"{source}/distinct_at_k"] = sum(distinct for _, distinct in own) / len(own)
+    for source in dict.fromkeys(problem.source for problem in problems):
+        own = [(p.verifier, *result) for p, result in zip(problems, results, strict=True) if p.source == source]
+        metrics[f"{source}/avg_at_k"] = sum(right for _, right, _ in own) / (k * len(own))
+        metrics[f"{source}/pass_at_k"] = sum(right > 0 for _, right, _ in own) / len(own)
+        if own[0][0] in PUZZLES:
+            metrics[f"{source}/distinct_at_k"] = sum(distinct for *_, distinct in own) / len(own)
     return metrics
+
+
+def warn(rollout: Rollout, verifiers: list[str]) -> None:
+    """Warn if over 90 % of all responses are cut or have no box, before hours are spent. Collective.
+
+    verifiers: of each of this rank's prompts.
+    """
+    texts = [text for text, i in zip(rollout.texts, rollout.prompt_of.tolist(), strict=True) if verifiers[i] == "math"]
+    counts = int(rollout.truncated.sum()), len(rollout), sum("\\boxed" not in text for text in texts), len(texts)
+    truncated, responses, unboxed, boxes = parallel.all_sum(*counts)
+    if truncated > 0.9 * responses:
+        say(
+            f"{truncated / responses:.0%} of the first evaluation's responses are cut at eval_response_tokens: raise "
+            "it, or look in samples.jsonl for responses that never end, because of a base model or a wrong "
+            "end-of-sequence token",
+            warning=True,
+        )
+    if unboxed > 0.9 * boxes:
+        say(
+            f"{unboxed / boxes:.0%} of the first evaluation's responses have no \\boxed{{}} answer and score 0: ask "
+            "for one with prompt_suffix or system_prompt",
+            warning=True,
+        )

@@ -1,12 +1,15 @@
 """What people read: errors that are one sentence, messages of rank 0, and output streams that may be closed."""
 
 import contextlib
+import errno
 import os
 import select
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk
 
 
 class UserError(Exception):
@@ -28,11 +31,13 @@ def explained(problem: str) -> Iterator[None]:
     except (UserError, RunEnded):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise  # no mistake: config.command tells it
         try:
             with tempfile.NamedTemporaryFile("w", prefix="ce-gppo-", suffix=".txt", delete=False) as file:
                 traceback.print_exception(error, file=file)
             where = f"{file.name} has the whole traceback"
-        except OSError as unwritten:  # no folder for such files, or a full one
+        except OSError as unwritten:
             where = f"its traceback cannot be kept ({unwritten})"
         raise UserError(f"{problem}: {type(error).__name__}: {first_line(error)}; {where}") from error
 

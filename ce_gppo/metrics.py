@@ -1,229 +1,302 @@
-"""The list of a run's metrics. ce_gppo/statistics.py computes those of a step.
+"""The metrics of a step: each is computed, divided and described in one place.
 
-W&B's definitions, the saved W&B view, the sweep's series and docs/metrics.md are made from the list.
-`python -m ce_gppo.metrics > docs/metrics.md` writes the page.
+A function's docstring has a row for each of its metrics: names | unit | meaning | healthy. `python -m tools.metrics`
+writes docs/metrics.md from these rows, here and in perf.py, critic.py and problems.py.
 """
 
-import re
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from ce_gppo.entropy import QUADRANTS
+import torch
+from torch import Tensor
 
+from ce_gppo import parallel
+from ce_gppo.batch import Rollout
+from ce_gppo.entropy import entropy_velocity, quadrants
 
-@dataclass(frozen=True)
-class Metric:
-    """One line of docs/metrics.md, and one chart of the saved view: a metric, or several that are read together."""
-
-    names: str  # "clip/low high" is clip/low and clip/high; <quadrant>, <source>, <part>, <k>: placeholders
-    unit: str
-    meaning: str
-    healthy: str = ""
-    always: bool = True  # in every step
-    swept: bool = False  # kept by results/sweep.py
-
-    def each(self) -> list[str]:
-        """The full names, with every quadrant; <source>, <part> and <k> stay."""
-        first, *others = self.names.split()
-        names = [first, *(f"{first.partition('/')[0]}/{name}" for name in others)]
-        return [name.replace("<quadrant>", q) for name in names for q in (QUADRANTS if "<quadrant>" in name else [""])]
-
-    def pattern(self) -> re.Pattern:
-        names = [re.sub("<source>|<part>", ".+", re.escape(name)).replace("<k>", r"\d+") for name in self.each()]
-        return re.compile("|".join(names))
+EDGES = torch.logspace(-8, math.log10(32), 6000, dtype=torch.float64)  # of the bins for quantiles, 0.4 % wide
 
 
-METRICS = {
-    "Entropy": [
-        Metric(
-            "entropy/mean p10 p90",
-            "nats",
-            "exact entropy of the next-token distribution, over all response tokens; of responses that are not trained "
-            "on, one in three is measured",
-            "falls slowly while accuracy rises; near 0 it has collapsed, far above its start it explodes",
-            swept=True,
-        ),
-        Metric(
-            "velocity/<quadrant> total",
-            "nats per token",
-            "how much the step's updates raise or lower entropy, to first order, exact in logit space; the four "
-            "quadrants add up to the total",
-            "PA&LP and NA&HP raise entropy, PA&HP and NA&LP lower it",
-            always=False,
-            swept=True,
-        ),
-        Metric(
-            "velocity/clipped_low clipped_high",
-            "nats per token",
-            "the part from the tokens that PPO-clip would have dropped",
-            "a positive sum: the betas raise entropy",
-            always=False,
-            swept=True,
-        ),
-        Metric("entropy/<quadrant>", "nats", "mean entropy of a quadrant's trained tokens", always=False),
-        Metric("tokens/<quadrant>", "share", "of the trained tokens; the four add up to 1", always=False),
-        Metric("entropy/delta", "nats", "change of entropy/mean since the step before", always=False),
-    ],
-    "Reward and evaluation": [
-        Metric("reward/mean std", "", "reward of all responses, the penalty for length included", "rises", swept=True),
-        Metric("reward/pass_at_g", "share", "groups with a right answer", "above reward/mean"),
-        Metric(
-            "reward/group_solved_all group_solved_none",
-            "share",
-            "groups with only right answers, with only wrong ones: neither has a signal",
-            "together below 0.9",
-        ),
-        Metric(
-            "reward/<source>/mean <source>/<part>",
-            "",
-            "the same of the problems of a source, without the penalty; and each part where a verifier gives several",
-            "rises",
-            always=False,
-        ),
-        Metric(
-            "eval/<source>/avg_at_k",
-            "share",
-            "accuracy on held-out problems, mean over k samples of each",
-            "rises",
-            always=False,
-            swept=True,
-        ),
-        Metric(
-            "eval/<source>/pass_at_k",
-            "share",
-            "held-out problems with a right answer among k samples",
-            "does not fall while avg_at_k rises",
-            always=False,
-            swept=True,
-        ),
-        Metric(
-            "eval/<source>/distinct_at_k",
-            "",
-            "different right responses among k samples, mean over the problems: how many ways the policy still finds",
-            "near k times avg_at_k where a problem has many right ways; 1 at most where it has one",
-            always=False,
-            swept=True,
-        ),
-        Metric("rollout/prompts", "", "prompts sampled: prompts_per_step, or more where filter_groups is refill"),
-        Metric("rollout/unused", "share", "of the sampled responses that no update used", "below 0.5"),
-        Metric("response/length_mean length_max", "tokens", "length of the responses", swept=True),
-        Metric("response/truncated", "share", "responses cut at the length limit", "below 0.1", swept=True),
-    ],
-    "Clipping": [
-        Metric(
-            "clip/low high",
-            "share",
-            "tokens below the interval with A < 0, above it with A > 0; they keep a gradient here",
-            "0.001 to 0.03 together, with `beta1` above 0 to 0.01; at 0 the betas do nothing",
-            always=False,
-            swept=True,
-        ),
-        Metric(
-            "clip/prob_low prob_high",
-            "probability",
-            "of those tokens under the rollout weights, mean; absent where there are none",
-            "prob_low above 0.5: sure tokens of wrong answers, such as their end, are being unlearned",
-            always=False,
-            swept=True,
-        ),
-        Metric("weight/low high inside", "share", "of the sum of absolute gradient weights", always=False),
-        Metric(
-            "optim/beta1 beta2", "", "the betas in use; absent where the objective has none", always=False, swept=True
-        ),
-        Metric("optim/entropy_coef", "", "the bonus in use, where entropy_target moves it", always=False),
-        Metric(
-            "ratio/mean min max",
-            "",
-            "probability over that under the rollout weights",
-            "mean near 1",
-            False,
-            swept=True,
-        ),
-        Metric(
-            "kl/old",
-            "nats",
-            "divergence from the rollout weights (k3)",
-            "below 0.01; above it the learning rate is too high",
-            always=False,
-            swept=True,
-        ),
-        Metric(
-            "kl/reference",
-            "nats",
-            "divergence from the model that the run began with (k3), of the trained tokens; with kl_coef",
-            "grows slowly",
-            always=False,
-        ),
-        Metric(
-            "update_<k>/clip_low clip_high weight_low weight_high ratio_min ratio_max kl_old",
-            "",
-            "the same by update within the step; the first update is at ratio 1",
-            always=False,
-        ),
-    ],
-    "Optimization": [
-        Metric("optim/loss", "", "mean over the step's updates", always=False),
-        Metric("optim/grad_norm", "", "before clipping, mean over the step's updates", "steady", always=False),
-        Metric("optim/lr", "", "learning rate"),
-        Metric("optim/updates", "", "updates of the step", "0 where no group had a signal"),
-        Metric("optim/skipped", "", "updates skipped, as their gradient was not finite", "0"),
-    ],
-    "Critic, with advantages gae": [
-        Metric(
-            "value/explained_variance",
-            "share",
-            "1 - Var(return - value) / Var(return), over the tokens trained on, before the critic's updates; 1 is a "
-            "perfect critic, 0 one that says the same everywhere",
-            "rises in the critic's warm-up, then stays above 0",
-            always=False,
-        ),
-        Metric("value/mean", "", "of these values", "near reward/mean", always=False),
-        Metric("value/loss", "", "half the squared error, clipped; mean over the step's updates", "falls", False),
-        Metric("value/clipped", "share", "values that the clip gives no gradient", "below 0.1", always=False),
-        Metric("value/grad_norm", "", "before clipping, mean over the step's updates", "steady", always=False),
-        Metric("value/skipped", "", "critic's updates skipped, as their gradient was not finite", "0", always=False),
-    ],
-    "vLLM against trainer": [
-        Metric(
-            "mismatch/mean kl",
-            "nats",
-            "gap of the sampled tokens' logprobs, with the same weights on both sides: mean absolute gap, and k3",
-            "1e-6 in float32, 0.002 to 0.03 in bfloat16; a warning above 0.05 (without a GPU 0.001); above 0.2 the run "
-            "ends",
-        ),
-        Metric("mismatch/ratio_p99 ratio_max", "", "the larger probability over the smaller", "near 1"),
-    ],
-    "Speed": [
-        Metric("time/rollout reward old_logprobs update sync step", "s", "parts of a step, and all of it"),
-        Metric("time/critic", "s", "values, advantages and the critic's updates", always=False),
-        Metric("time/eval", "s", "the evaluation after the step", always=False),
-        Metric("perf/rollout_tokens_per_s", "tokens/s", "sampled"),
-        Metric("perf/update_tokens_per_s", "tokens/s", "prompt and response tokens trained on", always=False),
-        Metric("perf/mfu", "share", "of the measured rate of a large matrix product", always=False),
-        Metric("perf/padding", "share", "of the places in attention's blocks; 0 on a GPU", "below 0.15", always=False),
-        Metric("perf/peak_memory_gib", "GiB", "of this process; on a GPU without vLLM's"),
-    ],
-}
-ALL = [metric for section in METRICS.values() for metric in section]
+@dataclass
+class Sums:
+    """What can be added over micro-batches, updates and ranks. A mean travels as its total and its count."""
+
+    means: dict[str, Tensor] = field(default_factory=dict)  # [2]
+    maxima: dict[str, Tensor] = field(default_factory=dict)  # []
+    minima: dict[str, Tensor] = field(default_factory=dict)  # []
+    counts: dict[str, Tensor] = field(default_factory=dict)  # [bins]  of histograms
+
+    def values(self) -> dict[str, float]:
+        """A mean over nothing is left out: it is not 0."""
+        means = {name: (total / count).item() for name, (total, count) in self.means.items() if count}
+        return means | {name: v.item() for name, v in (self.maxima | self.minima).items() if v.isfinite()}
+
+    def cpu(self) -> "Sums":
+        return Sums(*({name: value.cpu() for name, value in part.items()} for part in vars(self).values()))
 
 
-def markdown() -> str:
-    """docs/metrics.md."""
-    lines = [
-        "# The metrics",
-        "",
-        "One flat dictionary per step, the same in W&B and in `metrics.jsonl`. Made from `ce_gppo/metrics.py`.",
-        "",
-        "**PA** and **NA** are tokens of positive and negative advantage. **LP** and **HP** are tokens of low and high",
-        "probability under the rollout weights: LP where log p < -H, with H the entropy there. The four quadrants are",
-        "`pa_hp`, `pa_lp`, `na_hp`, `na_lp`.",
-    ]
-    for section, metrics in METRICS.items():
-        lines += ["", f"## {section}", "", "| metric | unit | meaning | healthy |", "|---|---|---|---|"]
-        for metric in metrics:
-            names = ", ".join(f"`{name}`" for name in metric.names.split())
-            lines.append(f"| {names} | {metric.unit} | {metric.meaning} | {metric.healthy} |")
-    return "\n".join(lines) + "\n"
+def add(parts: list[Sums]) -> Sums:
+    """The sums of several parts as the sums of one whole."""
+
+    def merge(kind: str, merged: Callable) -> dict[str, Tensor]:
+        each = [getattr(part, kind) for part in parts]
+        return {name: merged(torch.stack([values[name] for values in each]), 0) for name in each[0]}
+
+    return Sums(
+        merge("means", torch.sum), merge("maxima", torch.amax), merge("minima", torch.amin), merge("counts", torch.sum)
+    )
 
 
-if __name__ == "__main__":
-    print(markdown(), end="")
+def mean(values: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """(total, count) of these values, or of their sum over another count: [2], float64."""
+    count = values.numel() if count is None else count
+    return torch.stack([values.double().sum(), torch.as_tensor(count, device=values.device).double()])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Of the tokens in an update
+
+
+@torch.no_grad()
+def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, moment: Tensor) -> Sums:
+    """Of a micro-batch's response tokens, [N] each; `info` is policy_loss's.
+
+    Clipping: clip/low, clip/high | share | tokens below the interval with A < 0, above it with A > 0; they keep a
+        gradient here | 0.001 to 0.03 together, with `beta1` above 0 to 0.01; at 0 the betas do nothing
+    Clipping: clip/prob_low, clip/prob_high | probability | mean of those tokens under the rollout weights; absent where
+        there are none | prob_low above 0.5: sure tokens of wrong answers, such as their end, are being unlearned
+    Clipping: weight/low, weight/high, weight/inside | share | of the sum of gradient weights: the clipped tokens below,
+        above, and the tokens inside the interval | inside above 0.9
+    Clipping: ratio/mean, ratio/min, ratio/max | | pi / pi_old | mean near 1
+    Clipping: kl/approx | nats | KL of the policy that sampled to the policy now, k3 estimate | below 0.01; above, lower
+        lr or beta1
+    Clipping: kl/reference | nats | KL to the reference policy, k3, over the trained tokens; with kl_coef | grows slowly
+    Entropy: velocity/<quadrant>, velocity/total | rate | which way the step's updates move entropy: first order in
+        logit space, a rate for each unit of step in the logits, so sign and shares count, and not the amount; the
+        quadrants add up to the total; an entropy bonus is not in it | PA&LP and NA&HP above 0, PA&HP and NA&LP below
+    Entropy: velocity/clipped_low, velocity/clipped_high | rate | the part of the tokens that PPO-clip would have
+        dropped | a positive sum: the betas raise entropy
+    Entropy: entropy/<quadrant> | nats | mean entropy of a quadrant's trained tokens |
+    Entropy: tokens/<quadrant> | share | of the trained tokens; the four add up to 1 |
+    """
+    weight, ratio, low, high = info["weight"], info["ratio"], info["clipped_low"], info["clipped_high"]
+    velocity = entropy_velocity(weight, logprobs, entropy, moment)
+    old_probs, size, log_ratio, n = batch.old_logprobs.exp(), weight.abs(), info["log_ratio"], len(logprobs)
+    means = {
+        "clip/low": mean(low),
+        "clip/high": mean(high),
+        "clip/prob_low": mean(old_probs[low]),
+        "clip/prob_high": mean(old_probs[high]),
+        "weight/low": mean(size[low], size.sum()),
+        "weight/high": mean(size[high], size.sum()),
+        "weight/inside": mean(size[~(low | high)], size.sum()),
+        "ratio/mean": mean(ratio),
+        "kl/approx": mean(log_ratio.expm1() - log_ratio),  # k3, joschu.net/blog/kl-approx.html
+        "velocity/total": mean(velocity),
+        "velocity/clipped_low": mean(velocity[low], n),
+        "velocity/clipped_high": mean(velocity[high], n),
+    }
+    counts = {}
+    if "kl_reference" in info:
+        means["kl/reference"] = mean(info["kl_reference"])
+    for name, members in quadrants(batch.old_logprobs, batch.entropy, batch.advantages).items():
+        means[f"tokens/{name}"] = mean(members)
+        means[f"entropy/{name}"] = mean(batch.entropy[members])
+        means[f"velocity/{name}"] = mean(velocity[members], n)
+        counts[f"probability/{name}"] = torch.histc(old_probs[members], 64, 0, 1)
+    infinite = ratio.new_tensor([torch.inf])  # for an empty micro-batch
+    extremes = {"ratio/max": torch.cat([ratio, -infinite]).max()}, {"ratio/min": torch.cat([ratio, infinite]).min()}
+    return Sums(means, *extremes, counts)
+
+
+@dataclass
+class Update:
+    """The record of one optimizer step. Sums and loss are of this rank's tokens; the rest is equal on all ranks."""
+
+    sums: Sums
+    loss: float
+    grad_norm: float  # before clipping
+    skipped: bool  # the gradient was not finite
+    padding: float  # its share of the tokens in attention's blocks
+    followed: list[dict]  # responses for the token view, see log.py
+
+
+class Learned(NamedTuple):
+    """What a step's updates leave, of this rank's share."""
+
+    updates: list[Update]
+    batches: list[Rollout]  # the mini-batches; those with `entropy` were measured
+    others: Rollout  # responses that no update used, with their entropy
+    values: dict[str, float]  # the critic's metrics
+    objective: object  # a loss.Objective
+    lr: float
+
+
+class Details(NamedTuple):
+    """What only the log shows."""
+
+    updates: list[list[Update]]  # of each rank
+    histograms: dict[str, Tensor]  # [64]  of probability in [0, 1], by quadrant
+    entropies: dict[int, float]  # the mean of measured responses, by `index`
+
+
+def step_metrics(
+    rollout: Rollout, problems: list, mini_batches: list[Tensor], learned: Learned, previous_entropy: float | None
+) -> tuple[dict[str, float], Details]:
+    """All metrics of a step, over all ranks. Collective: only sums travel, and the entropy of each response.
+
+    Optimization: optim/lr, optim/beta1, optim/beta2, optim/entropy_coef | | in use; betas where the objective has them,
+        entropy_coef where it is not 0 |
+    """
+    trained = [batch for batch in learned.batches if batch.entropy is not None]
+    own = learned.updates, measured_sums(trained), measured_sums([learned.others])
+    own = *own, entropies_of([*trained, learned.others])
+    updates, trained, others, entropies = zip(*parallel.all_gather(own), strict=True)  # of each rank
+    unused = rollout.lengths[rollout.without(mini_batches)]  # [b]
+    metrics = rollout_metrics(rollout, [problem.source for problem in problems], len(unused))
+    tokens = [len(rollout.tokens) - int(unused.sum()), int(unused.sum())]
+    metrics |= entropy_metrics(add(trained), add(others), tokens, previous_entropy)
+    of_updates, histograms = update_metrics(updates)
+    moved = {name: getattr(learned.objective, name) for name in ("beta1", "beta2", "entropy_coef")}
+    metrics |= of_updates | learned.values | {"optim/lr": learned.lr}
+    metrics |= {f"optim/{name}": value for name, value in moved.items() if value or (value == 0 and "beta" in name)}
+    return metrics, Details(updates, histograms, {i: H for part in entropies for i, H in part.items()})
+
+
+def entropies_of(parts: list[Rollout]) -> dict[int, float]:
+    """The mean entropy of each response, by its index."""
+    means = {}
+    for part in parts:
+        of_responses = part.entropy.split(part.lengths.tolist())
+        means |= {i: H.mean().item() for i, H in zip(part.index.tolist(), of_responses, strict=True)}
+    return means
+
+
+BY_UPDATE = ("clip/low", "clip/high", "weight/low", "weight/high", "ratio/min", "ratio/max", "kl/approx")
+
+
+def update_metrics(by_rank: list[list[Update]]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """A step's updates as one: means over all their tokens, then some of them by update; and histograms by name.
+
+    Optimization: optim/loss, optim/grad_norm | | mean over the step's updates that were not skipped; the norm before
+        clipping | grad_norm steady
+    Optimization: optim/updates, optim/skipped | | updates of the step, and those skipped because their gradient was not
+        finite | skipped 0; updates 0 where no group had unequal rewards
+    Speed: perf/padding | share | of the places in attention's blocks; 0 on a GPU | below 0.15
+    Clipping: update_<k>/clip_low, update_<k>/clip_high, update_<k>/weight_low, update_<k>/weight_high,
+        update_<k>/ratio_min, update_<k>/ratio_max, update_<k>/kl_approx | | by update within the step; the first one is
+        at ratio 1 |
+    """
+    own = by_rank[0]
+    metrics = {"optim/updates": len(own), "optim/skipped": sum(u.skipped for u in own)}
+    if not own:  # no group had unequal rewards
+        return metrics, {}
+    by_update = [add([u.sums for u in same]) for same in zip(*by_rank, strict=True)]
+    whole = add(by_update)
+    metrics |= whole.values() | {"perf/padding": sum(u.padding for u in own) / len(own)}
+    if done := [i for i, u in enumerate(own) if not u.skipped]:
+        metrics["optim/loss"] = sum(rank[i].loss for rank in by_rank for i in done) / len(done)
+        metrics["optim/grad_norm"] = sum(own[i].grad_norm for i in done) / len(done)
+    for k, sums in enumerate(by_update, start=1):
+        values = sums.values()
+        metrics |= {f"update_{k}/{name.replace('/', '_')}": values[name] for name in BY_UPDATE if name in values}
+    return metrics, whole.counts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Of the rollout
+
+
+def rollout_metrics(rollout: Rollout, sources: list[str], unused: int) -> dict[str, float]:
+    """Of all responses of a step. sources: of each prompt. unused: the number of responses without an update.
+
+    Reward: reward/mean | | of all responses, the penalty for length included | rises
+    Reward: reward/std | | standard deviation within a group, mean over the groups, as TRL's reward_std | above 0
+    Reward: reward/pass_at_g | share | groups with a right answer | above reward/mean
+    Reward: reward/group_solved_all, reward/group_solved_none | share | groups with only right answers, with only wrong
+        ones: neither teaches | together below 0.9
+    Reward: reward/<source>/mean, reward/<source>/<component> | | of the problems of a source, without the penalty; and
+        each component where a verifier gives several | rises
+    Rollout: rollout/prompts | | prompts sampled: prompts_per_step, or more where dynamic_sampling is refill |
+    Rollout: rollout/unused | share | of the sampled responses that no update used | below 0.5
+    Rollout: response/length_mean, response/length_max | tokens | length of the responses |
+    Rollout: response/truncated | share | responses cut at the length limit | below 0.1
+    """
+    rewards, correct = rollout.by_group(rollout.rewards), rollout.by_group(rollout.correct)  # [P, G]
+    lengths = rollout.lengths.double()
+    metrics = {
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(1).mean().item() if rewards.shape[1] > 1 else 0.0,
+        "reward/pass_at_g": correct.any(1).double().mean().item(),
+        "reward/group_solved_all": correct.all(1).double().mean().item(),
+        "reward/group_solved_none": (~correct.any(1)).double().mean().item(),
+        "rollout/prompts": len(rewards),
+        "rollout/unused": unused / len(rollout),
+        "response/length_mean": lengths.mean().item(),
+        "response/length_max": lengths.max().item(),
+        "response/truncated": rollout.truncated.double().mean().item(),
+    }
+    source_of = [sources[prompt] for prompt in rollout.prompt_of.tolist()]
+    for source in dict.fromkeys(sources):
+        rows = [row for row, name in zip(rollout.components, source_of, strict=True) if name == source]
+        means = {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in sorted(set().union(*rows))}
+        metrics |= {f"reward/{source}/{name}": value for name, value in means.items()} if len(means) > 1 else {}
+        metrics[f"reward/{source}/mean"] = sum(means.values())
+    return metrics
+
+
+def measured_sums(parts: list[Rollout]) -> Sums:
+    """Of responses whose old_logprobs and entropy this rank has measured, under the weights that sampled them."""
+    none = torch.zeros(0)
+    entropy = torch.cat([none, *(part.entropy for part in parts)])  # [N]
+    gap = torch.cat([none, *(p.old_logprobs - p.rollout_logprobs for p in parts)])  # [N]  log(pi_old / pi_vllm)
+    means = {"entropy": mean(entropy), "gap": mean(gap.abs()), "kl": mean(gap.expm1() - gap)}
+    counts = {"entropy": histogram(entropy), "gap": histogram(gap.abs())}
+    return Sums(means, {"gap": torch.cat([gap.abs(), torch.zeros(1)]).max()}, {}, counts)
+
+
+def entropy_metrics(trained: Sums, others: Sums, tokens: list[int], previous: float | None) -> dict[str, float]:
+    """trained, others: `measured_sums` of the responses trained on, and of a sample of the others, over all ranks.
+
+    tokens: of all responses trained on, and of all others, whose sample counts for them all (a stratified mean).
+    previous: entropy/mean of the step before.
+
+    Entropy: entropy/mean, entropy/p10, entropy/p90 | nats | exact entropy of the next-token distribution, over all
+        response tokens; of responses that are not trained on, one in three is measured; quantiles are exact to 0.4 % |
+        falls slowly while accuracy rises; near 0 it has collapsed, far above its start it explodes
+    Entropy: entropy/delta | nats | change of entropy/mean since the step before |
+    vLLM against trainer: mismatch/mean, mismatch/kl | nats | gap of the sampled tokens' logprobs, with the same weights
+        on both sides: mean absolute gap, and k3 | 1e-6 in float32, 0.002 to 0.03 in bfloat16; a warning above 0.05
+        (without a GPU 0.001); above 0.2 the run ends
+    vLLM against trainer: mismatch/ratio_p99, mismatch/ratio_max | | the larger probability over the smaller | near 1
+    """
+    parts = [trained, others]
+    measured = [part.means["entropy"][1].item() for part in parts]
+    scale = [n / max(1.0, m) for n, m in zip(tokens, measured, strict=True)]
+    total = sum(w * part.means["entropy"] for w, part in zip(scale, parts, strict=True))  # [2]
+    counts = sum(w * part.counts["entropy"] for w, part in zip(scale, parts, strict=True))  # [bins]
+    both = add(parts)
+    metrics = {
+        "entropy/mean": (total[0] / total[1]).item(),
+        "entropy/p10": quantile(counts, 0.1),
+        "entropy/p90": quantile(counts, 0.9),
+        "mismatch/mean": (both.means["gap"][0] / both.means["gap"][1]).item(),
+        "mismatch/kl": (both.means["kl"][0] / both.means["kl"][1]).item(),
+        "mismatch/ratio_max": both.maxima["gap"].exp().item(),
+        "mismatch/ratio_p99": math.exp(quantile(both.counts["gap"], 0.99)),
+    }
+    return metrics if previous is None else metrics | {"entropy/delta": metrics["entropy/mean"] - previous}
+
+
+def histogram(values: Tensor) -> Tensor:
+    """Counts of values by the bins between EDGES: [N] -> [bins], float64."""
+    return torch.bincount(torch.bucketize(values.double(), EDGES), minlength=len(EDGES) + 1).double()
+
+
+def quantile(counts: Tensor, q: float) -> float:
+    """The nearest-rank quantile of a histogram: the upper end of its bin. 0 below the first edge."""
+    reached = counts.cumsum(0) >= q * counts.sum() * (1 - 1e-12)
+    place = int(reached.int().argmax())
+    return EDGES[min(place, len(EDGES) - 1)].item() if place else 0.0

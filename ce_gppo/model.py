@@ -9,7 +9,6 @@ import torch._dynamo
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,14 +19,15 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from ce_gppo import messages, parallel
+from ce_gppo import parallel
+from ce_gppo.batch import Rollout, pack
 from ce_gppo.checkpoint import try_saving
-from ce_gppo.forward import Policy, collate, packed_attention
-from ce_gppo.messages import UserError, first_line
-from ce_gppo.types import Response, starting
+from ce_gppo.messages import UserError, explained, first_line, say
+from ce_gppo.policy import Policy, register_attention
 
 # Final transformations of the logits in some architectures (Gemma 2, Granite, Cohere). token_statistics has none.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+JSON = ("config", "generation_config", "tokenizer_config", "tokenizer", "special_tokens_map", "model.safetensors.index")
 
 
 def load_model(
@@ -39,48 +39,44 @@ def load_model(
     shard: as in parallel.distribute. A model that will be sharded stays on the CPU; its shards move to the devices.
 
     Only safetensors are read, and no code of the folder is run. Raises UserError for a folder that is not a model, and
-    for a head that `token_statistics` would compute wrongly.
+    for a model that this program would train wrongly.
     """
-    starting(f"model '{path}' cannot be loaded")
-    if (quantized := getattr(check_model(path), "quantization_config", None)) is not None:
-        kind = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
-        raise UserError(f"model '{path}': its weights are quantized ({kind}), and only floating-point ones train")
-    cuda = device.startswith("cuda")
-    device = "cpu" if shard == "offload" or (shard == "yes" and parallel.world_size() > 1) else device
-    disable_progress_bar()
-    register_attention()
-    options = {"attn_implementation": "packed", "use_safetensors": True, "trust_remote_code": False}
-    try:
+    with explained(f"model '{path}' cannot be loaded"):
+        config = check_config(path)
+        disable_progress_bar()
+        register_attention()
+        options = {"attn_implementation": "packed", "use_safetensors": True, "trust_remote_code": False}
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # check_loaded refuses them
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-        if not model._supports_attention_backend:
-            raise KeyError("packed")
-    except KeyError as error:  # Falcon's class raises this
-        if error.args != ("packed",):
-            raise
-        raise UserError(
-            f"model '{path}': transformers cannot replace the attention of this architecture; docs/models.md lists "
-            "the families that train"
-        ) from None
-    check_loaded(info, path)
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
-        raise UserError(f"model '{path}': its output head is not a plain linear layer without bias")
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    try_saving(model, tokenizer)
-    check_names(model, path)
-    check_packing(model, path)
-    check_end(tokenizer, path)
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+            if not model._supports_attention_backend:
+                raise KeyError("packed")
+        except KeyError as error:  # Falcon's class raises this
+            if error.args != ("packed",):
+                raise
+            raise UserError(
+                f"model '{path}': transformers cannot replace the attention of this architecture; docs/models.md lists "
+                "the families that train"
+            ) from None
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        check_loaded(info, path)
+        head = model.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+            raise UserError(f"model '{path}': its output head is not a plain linear layer without bias")
+        try_saving(model, tokenizer)
+        check_names(model, path)
+        check_packing(model, path)
+        check_end(tokenizer, path, config.vocab_size)
     for module in model.modules():  # vLLM's transformers backend changes the model's class, which this model shares;
         module.do_not_compile = True  # with this attribute the changed class leaves this model as it is
-    model = model.to(device)
+    model = model.to("cpu" if shard == "offload" or (shard == "yes" and parallel.world_size() > 1) else device)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers recomputes in training mode only; the ratio allows no dropout
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    if cuda:
+    if device.startswith("cuda"):
         compile_layers(model)
     return model, tokenizer
 
@@ -100,50 +96,68 @@ def compile_layers(model: PreTrainedModel, **options) -> None:
             module.compile(dynamic=True, **options)
 
 
-def register_attention() -> None:
-    """Make attn_implementation "packed" known to transformers; compiled layers call it between their graphs."""
-    AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+def load_reference(config, device: str) -> Policy | None:
+    """The frozen policy of config.model, also in a resumed run, for the KL term; None if kl_coef is 0. Collective.
+
+    It takes 4 bytes a parameter on each device (with shard: over all devices).
+    """
+    if not config.kl_coef:
+        return None
+    model, _ = load_model(config.model, device, shard=config.shard)
+    policy = Policy(model)  # without gradients there is nothing for DDP to do
+    return policy if config.shard == "no" else parallel.distribute(policy, config.shard, model._no_split_modules or [])
 
 
-def check_model(path: str) -> PretrainedConfig:
-    """The model's configuration. UserError if `path` is no model folder or hub name, or its logits are transformed."""
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise UserError(f"model '{path}': the folder has no config.json, so it is not a Hugging Face model")
-        check_model_files(Path(path))
-    if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
+def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name in a checkpoint, tensor) of each weight and of each buffer that checkpoints have; shards are gathered."""
+    saved = model.state_dict(keep_vars=True).keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    for name, tensor in [*model.named_parameters(), *buffers]:
+        yield name, parallel.full_tensor(tensor.detach())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks: what the libraries do not report, or not by the name of the file
+
+
+def check_config(path: str) -> PretrainedConfig:
+    """The model's configuration. UserError if `path` is no model that can be trained, as far as its config tells."""
+    folder = Path(path)
+    if folder.is_dir():
+        check_files(folder)
+    elif path.count("/") != 1 or path.startswith((".", "/")):
         raise UserError(f"model '{path}': no such folder, and not a hub name like 'Qwen/Qwen2.5-1.5B'")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of transformers and of huggingface_hub
         raise UserError(f"model '{path}': cannot read its config: {first_line(error)}") from None
-    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
-        raise UserError(f"model '{path}': the folder has no .safetensors weights (pickled ones are not read)")
     for name in LOGIT_TRANSFORMS:
         if getattr(config, name, None) not in (None, 1.0):
             raise UserError(f"model '{path}': {name} = {getattr(config, name)} changes its logits; not supported")
+    if (quantized := getattr(config, "quantization_config", None)) is not None:
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise UserError(f"model '{path}': its weights are quantized ({kind}), and only floating-point ones train")
     return config
 
 
-JSON = ("config", "generation_config", "tokenizer_config", "tokenizer", "special_tokens_map")
-
-
-def check_model_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """UserError for a file of the model that is missing, cut or no JSON. The libraries' errors do not name the file."""
-    index = folder / "model.safetensors.index.json"
-    for path in (*(folder / f"{name}.json" for name in JSON), index):
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model '{folder}': the folder has no config.json, so it is not a Hugging Face model")
+    for path in (folder / f"{name}.json" for name in JSON):
         try:
             content = json.loads(path.read_bytes()) if path.is_file() else {}
-        except (OSError, ValueError, RecursionError) as error:
+            if not isinstance(content, dict):
+                raise ValueError("it is not a JSON object")
+            named = content.get("weight_map", {}).values() if path.name.endswith(".index.json") else ()
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"model '{folder}': {path.name} cannot be read: {error}") from None
-        if not isinstance(content, dict):
-            raise UserError(f"model '{folder}': {path.name} cannot be read: it is not a JSON object")
-        if path == index and content:
-            shards = content.get("weight_map")
-            shards = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else ["weight_map"]
-            if missing := [name for name in shards if not (folder / name).is_file()]:
-                raise UserError(f"model '{folder}': {path.name} names {missing[0]}, which is not there")
-    for path in folder.glob("*.safetensors"):
+        if missing := sorted(name for name in set(map(str, named)) if not (folder / name).is_file()):
+            raise UserError(f"model '{folder}': {path.name} names {missing[0]}, which is not there")
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"model '{folder}': the folder has no .safetensors weights (pickled ones are not read)")
+    for path in weights:
         try:
             with safe_open(path, "pt"):
                 pass
@@ -169,16 +183,11 @@ def check_loaded(info: dict, path: str) -> None:
             "config.json asks for them"
         )
     if unused := sorted(info["unexpected_keys"]):
-        messages.say(
+        say(
             f"model '{path}': {len(unused)} weights in its files, such as {unused[0]}, have no place in a model of its "
             "config.json: they are left out, and checkpoints will lack them",
             warning=True,
         )
-
-
-def context_of(path: str) -> int:
-    """The largest number of tokens of prompt and response together."""
-    return check_model(path).max_position_embeddings
 
 
 def check_names(model: PreTrainedModel, path: str) -> None:
@@ -204,12 +213,12 @@ def check_names(model: PreTrainedModel, path: str) -> None:
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, path: str) -> None:
     """UserError if two sequences in one pass change each other's logprobs: layers other than attention mix them."""
-    ids = [list(range(1, 8)), list(range(3, 8))]
-    responses = [Response(i[:2], i[2:], torch.zeros(len(i) - 2), False, "") for i in ids]
+    lengths, tokens = torch.tensor([5, 3]), torch.tensor([3, 4, 5, 6, 7, 5, 6, 7])  # [B], [N]
+    no_values, cut = torch.zeros(len(tokens)), torch.zeros(2, dtype=torch.bool)
+    rollout = Rollout([[1, 2], [3, 4]], torch.tensor([0, 1]), lengths, tokens, no_values, cut, ["", ""])
     policy = Policy(model)
-    batch = collate(responses)
     try:
-        together = policy(batch, 1.0)[0][batch.response_mask]
+        together = policy(pack(rollout), 1.0)[0]  # [N]
     except TypeError as error:
         if "packing" not in str(error):
             raise
@@ -217,7 +226,7 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
             f"model '{path}': a {type(model).__name__} does not pass the starts of sequences on to its attention; "
             "docs/models.md lists the families that train"
         ) from None
-    alone = torch.cat([policy(collate([response]), 1.0)[0][0] for response in responses])
+    alone = torch.cat([policy(pack(rollout[[i]]), 1.0)[0] for i in range(2)])  # [N]
     if not alone.std() > 0:  # NaN, or the same everywhere
         raise UserError(
             f"model '{path}': its logprobs are {alone[0].item():.3g} for every token, so its weights are damaged, or "
@@ -247,13 +256,13 @@ def stop_token_ids(model: str, tokenizer) -> list[int]:
     return sorted(ids)
 
 
-def check_end(tokenizer, path: str) -> None:
+def check_end(tokenizer, path: str, vocabulary: int) -> None:
     """Warn if the chat template ends an answer with a token that is no end-of-sequence token.
 
     Responses would then run to the length limit. UserError for an end-of-sequence token beyond the vocabulary.
     """
-    vocabulary = check_model(path).vocab_size
-    if beyond := [i for i in stop_token_ids(path, tokenizer) if not 0 <= i < vocabulary]:
+    ends = stop_token_ids(path, tokenizer)
+    if beyond := [i for i in ends if not 0 <= i < vocabulary]:
         raise UserError(
             f"model '{path}': its end-of-sequence token {beyond[0]} is beyond its vocabulary of {vocabulary} tokens; "
             "correct eos_token_id in config.json, generation_config.json or the tokenizer's files"
@@ -265,18 +274,10 @@ def check_end(tokenizer, path: str) -> None:
     except Exception:  # no template, or one that refuses these turns; load_problems reports it
         return
     end = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
-    if end and not set(end) & set(stop_token_ids(path, tokenizer)):
-        messages.say(
+    if end and not set(end) & set(ends):
+        say(
             f"model '{path}': its chat template ends an answer with {tokenizer.convert_ids_to_tokens(end[0])!r}, which "
             "is no end-of-sequence token; if responses run to max_response_tokens, add it to eos_token_id in "
             "generation_config.json",
             warning=True,
         )
-
-
-def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name in a checkpoint, tensor) of each weight and of each buffer that checkpoints have; shards are gathered."""
-    saved = model.state_dict(keep_vars=True).keys()
-    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
-    for name, tensor in [*model.named_parameters(), *buffers]:
-        yield name, parallel.full_tensor(tensor.detach())

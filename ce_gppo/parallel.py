@@ -1,7 +1,4 @@
-"""Helpers for several processes: torchrun, DDP and FSDP2. With one process each of them is the identity.
-
-A function marked "Collective" waits for the other ranks: every rank must call it, in the same order.
-"""
+"""Several processes: torchrun, collectives, DDP, FSDP2, sharing work. Every rank must call what is "Collective"."""
 
 import contextlib
 import dataclasses
@@ -27,22 +24,15 @@ def check_environment() -> None:
     """UserError where torchrun's variables are not as it sets them: the script of a job may have changed them."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    numbers = {}
-    for name, usual in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1"}.items():
-        text = os.environ.get(name, usual if os.environ.get("WORLD_SIZE", "1") == "1" else "missing")
-        if not re.fullmatch("[0-9]{1,6}", text):
-            raise UserError(f"{name} in the environment is '{text}', where a whole number is needed; torchrun sets it")
-        numbers[name] = int(text)
-    world_size, rank, _, port = numbers.values()
-    if rank >= max(1, world_size) or world_size < 1:
-        raise UserError(
-            f"RANK={rank} and WORLD_SIZE={world_size} in the environment: ranks go from 0 to WORLD_SIZE - 1"
-        )
-    address = os.environ.get("MASTER_ADDR", "")
-    if world_size > 1 and not re.fullmatch(r"[\w.:%-]+", address):
-        raise UserError(f"MASTER_ADDR in the environment is '{address}', where a machine's name or address is needed")
-    if port > 65535:
-        raise UserError(f"MASTER_PORT={port} in the environment: a port is at most 65535; torchrun sets it")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        text = os.environ.get(name, "missing")
+        if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+            raise UserError(f"{name}={text} in the environment: torchrun sets a whole number, at most 65535")
+    if not re.fullmatch(r"[\w.:%-]+", address := os.environ.get("MASTER_ADDR", "")):
+        raise UserError(f"MASTER_ADDR={address} in the environment: torchrun sets a machine's name or address")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise UserError(f"RANK={rank} and WORLD_SIZE={size} in the environment: ranks go from 0 to WORLD_SIZE - 1")
 
 
 def init() -> str:
@@ -74,14 +64,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Collectives over Python objects, by gloo
-
-
 def all_gather(value) -> list:
     """Every rank's value, in the order of ranks. Collective. Values are pickled between these processes.
 
-    Tensors must be on the CPU: a tensor is pickled with its device, and would arrive on the sender's GPU everywhere.
+    Tensors must be on the CPU: others would arrive on the sender's GPU everywhere.
     """
     if any(tensor.device.type != "cpu" for tensor in _tensors(value)):
         raise ValueError("all_gather: a tensor is not on the CPU")
@@ -95,21 +81,20 @@ def all_gather(value) -> list:
 def _tensors(value) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-    elif dataclasses.is_dataclass(value):
-        yield from _tensors(vars(value))
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, list | tuple):
+        for item in value:
             yield from _tensors(item)
+    elif isinstance(value, dict) or dataclasses.is_dataclass(value):
+        yield from _tensors(list((value if isinstance(value, dict) else vars(value)).values()))
 
 
 def rank0_then_broadcast(function: Callable):
     """Calls `function` on rank 0; every rank returns its result, or raises its error. Collective."""
     value, error = None, None
-    if is_main():
-        try:
-            value = function()
-        except Exception as failure:
-            error = failure
+    try:
+        value = function() if is_main() else None
+    except Exception as failure:
+        error = failure
     value, error = all_gather((value, error))[0]
     if error:
         raise error
@@ -126,17 +111,13 @@ def any_rank(flag: bool) -> bool:
     return any(all_gather(flag))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Division of work
-
-
 def round_robin(count: int, ranks_per_engine: int = 1) -> list[int]:
     """Indices of the prompts, of `count`, that this rank's engine samples. Ranks that share an engine get the same."""
     return list(range(rank() // ranks_per_engine, count, world_size() // ranks_per_engine))
 
 
 def gather_dealt(items: list, ranks_per_engine: int = 1) -> list:
-    """All items in order, on every rank. items: this rank's, for the indices of `round_robin`. Collective."""
+    """Every rank's items in order, where each rank has those of `round_robin`. Collective."""
     is_first = rank() % ranks_per_engine == 0  # of the ranks that share an engine and have the same items
     parts = [part for part in all_gather(items if is_first else None) if part is not None]
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
@@ -151,18 +132,12 @@ def largest_first(sizes: list[int], ranks: int) -> list[int]:
     return owners
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Gradients over all ranks
-
-
 def distribute(policy: torch.nn.Module, shard: str, layer_classes: list[str]) -> torch.nn.Module:
     """The policy over all ranks, with its gradients averaged: copied (DDP), or sharded layer by layer (FSDP2).
 
-    shard: no, yes or offload. With offload the shards, gradients and optimizer stay in the host's memory, and a layer
-    is on the device only while it is computed, also with one process.
-
-    Collective. Every rank must then make the same number of forward and backward passes. layer_classes: names of the
-    classes that FSDP2 gathers one at a time; embedding, last norm and head stay whole until backward.
+    shard: no, yes or offload, where shards, gradients and optimizer stay in the host's memory, also with one process.
+    layer_classes: names of the classes that FSDP2 gathers one at a time; embedding, last norm and head stay whole until
+    backward. Collective. Every rank must then make the same number of forward and backward passes.
     """
     if world_size() == 1 and shard != "offload":
         return policy
@@ -185,8 +160,8 @@ def distribute(policy: torch.nn.Module, shard: str, layer_classes: list[str]) ->
 def pin_exactly() -> None:
     """Pinned tensors of more than PINNED_CACHED_MIB get just their size, and give it back when they are freed.
 
-    torch rounds the size of others up to a power of two, which for 7B is 51 GiB more, and keeps them for later ones.
-    pinned_max_round_threshold_mb alone would be wrong: torch may then reuse a kept block for a larger tensor.
+    torch rounds others up to a power of two, 51 GiB more for 7B, and keeps them. pinned_max_round_threshold_mb alone
+    would be wrong: torch may then reuse a kept block for a larger tensor.
     """
     setting = f"pinned_max_cached_size_mb:{PINNED_CACHED_MIB}"
     settings = torch._C._accelerator_getAllocatorSettings()  # the user's are kept
@@ -229,7 +204,7 @@ def reshard(policy: torch.nn.Module) -> None:
 def host_threads():
     """A context, or decorator, with all of torch's threads, for work on the host such as an offloaded optimizer's.
 
-    On a GPU vLLM sets its process to one thread, and its compiled code relies on that. So the number is restored. All
+    On a GPU vLLM sets its process to one thread, which its compiled code relies on, so the number is restored. All
     passes of the trainer have this context: torch.compile makes another variant for another number of threads.
     """
     if not torch.cuda.is_available():

@@ -4,15 +4,14 @@ import datetime
 import hashlib
 import json
 import typing
-from collections.abc import Callable
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ce_gppo import messages
 from ce_gppo.messages import UserError
-from ce_gppo.types import Problem, starting
-from ce_gppo.verifier.sources import assign, check_names
 
 # Some chat templates print the date. A run that is resumed tomorrow must have the same prompts, so the date is always
 # this one, the default of Llama 3.2's template.
@@ -21,31 +20,29 @@ TODAY = datetime.date(2024, 7, 26)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def check_file(path: str) -> None:
-    """UserError if there is no file at `path`. It names the script that makes the file."""
-    if not Path(path).is_file():
-        script = Path(path).parent / "prepare.py"
-        how = "a JSONL file of problems is needed (data/*/prepare.py make them)"
-        if script.is_file():
-            how = f"make it with .venv/bin/python -m data.{script.parent.name}.prepare (--help lists what it makes)"
-        raise UserError(f"{path}: no such file; {how}")
+@dataclass(frozen=True)
+class Problem:
+    prompt: str  # the chat template rendered once, for people
+    prompt_ids: list[int]  # for the engine; one beginning-of-sequence token at most
+    answer: str
+    source: str
+    question: str = ""  # the last message, as it is in the file
+    verifier: str = "math"  # see reward.py
 
 
 def check_files(*paths: str) -> None:
-    """`check_file` for each; a path may name several files, with commas."""
-    for path in ",".join(paths).split(","):
-        check_file(path)
-
-
-def check_inputs(config, verifiers: dict[str, Callable]) -> None:
-    """UserError for a file of data that is missing, or for `rewards` that no data could fit. verifiers: as in assign"""
-    check_files(config.train_data, config.eval_data)
-    check_names(config.rewards, verifiers)
+    """UserError, with the script that makes the file, if there is none; a path may be several, with commas."""
+    for path in map(Path, ",".join(paths).split(",")):
+        if not path.is_file():
+            how = "a JSONL file of problems is needed (data/*/prepare.py make them)"
+            if path.with_name("prepare.py").is_file():
+                how = f"make it with .venv/bin/python -m data.{path.parent.name}.prepare (--help lists what it makes)"
+            raise UserError(f"{path}: no such file; {how}")
 
 
 def load_rows(path: str) -> list[dict]:
     """Rows {"prompt": [{"role": str, "content": str}, ...], "answer": str, "source": str} of a JSONL file."""
-    check_file(path)
+    check_files(path)
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -63,12 +60,10 @@ def load_rows(path: str) -> list[dict]:
 
 
 def _object(pairs: list[tuple[str, typing.Any]]) -> dict:
-    row = {}
-    for key, value in pairs:
-        if key in row:  # Python would take the last one, without a word
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:  # Python would take the last one, without a word
             raise ValueError(f"the key '{key[:40]}' is there twice")
-        row[key] = value
-    return row
+    return dict(pairs)
 
 
 def _problem_with(row) -> str | None:
@@ -77,32 +72,31 @@ def _problem_with(row) -> str | None:
     for key in ("prompt", "answer", "source"):
         if key not in row:
             return f"the key '{key}' is missing; a row has prompt, answer and source"
+    prompt, answer, source = row["prompt"], row["answer"], row["source"]
     for key in ("answer", "source"):
         if not isinstance(row[key], str):
             return f"'{key}' is {json.dumps(row[key])[:40]}, where a string is needed"
-    if not row["answer"].strip():
+    if not answer.strip():
         return "'answer' is empty: no response could ever be right"
-    source = row["source"]
     if not source.isprintable() or source != source.strip() or "," in source or not 1 <= len(source) <= 100:
         return (
             f"'source' is {json.dumps(source)[:40]}; metrics and the setting `rewards` have this name, so it must be "
             "printable, at most 100 characters, without a comma or spaces around it"
         )
-    if not isinstance(row["prompt"], list) or not row["prompt"]:
+    if not isinstance(prompt, list) or not prompt:
         return "'prompt' is not a list of messages {role, content}"
-    for message in row["prompt"]:
+    for message in prompt:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             return "a message of 'prompt' lacks a string for 'role' or 'content'"
-    texts = [row["answer"], *(message[key] for message in row["prompt"] for key in ("role", "content"))]
+    texts = [answer, *(message[key] for message in prompt for key in ("role", "content"))]
     if any("\ud800" <= character <= "\udfff" for character in "".join(texts)):
         return "it has half of a surrogate pair, which is not valid text"
-    if not row["prompt"][-1]["content"].strip():
+    if not prompt[-1]["content"].strip():
         return "the last message of 'prompt' is empty, so there is no problem in it"
-    for message in row["prompt"]:
-        if message["role"] not in ROLES:  # some chat templates leave such a message out
-            return f"the role {json.dumps(message['role'])[:40]} is unknown; known: {', '.join(ROLES)}"
-    if row["prompt"][-1]["role"] not in ("user", "tool"):
-        return f"the last message of 'prompt' is the {row['prompt'][-1]['role']}'s; the policy answers a user or tool"
+    if unknown := [message["role"] for message in prompt if message["role"] not in ROLES]:  # some templates drop those
+        return f"the role {json.dumps(unknown[0])[:40]} is unknown; known: {', '.join(ROLES)}"
+    if prompt[-1]["role"] not in ("user", "tool"):
+        return f"the last message of 'prompt' is the {prompt[-1]['role']}'s; the policy answers a user or tool"
     return None
 
 
@@ -111,9 +105,8 @@ def load_problems(
 ) -> tuple[list[Problem], int]:
     """(problems, number of those dropped because their prompt is longer than max_prompt_tokens).
 
-    path: one file, or several with commas between them.
-    system_prompt replaces a row's own system message; prompt_suffix adds a line to the last message. If they are empty,
-    as in the authors' runs, the rows are used as they are.
+    path: one file, or several with commas. system_prompt replaces a row's own system message; prompt_suffix adds a line
+    to the last message. If they are empty, as in the authors' runs, the rows are used as they are.
     """
     rows = [row for file in path.split(",") for row in load_rows(file)]
     if tokenizer.chat_template is None:
@@ -145,15 +138,12 @@ def load_problems(
     return problems, len(rows) - len(problems)
 
 
-def load_sets(
-    config, tokenizer, model_config, verifiers: dict[str, Callable]
-) -> tuple[list[Problem], list[Problem], str]:
-    """(training problems, held-out problems, a text with their numbers and verifiers) for train.py's settings.
+def load_sets(config, tokenizer, model_config) -> tuple[list[Problem], list[Problem], str]:
+    """(training problems, held-out problems, a text with their numbers) for train.py's settings.
 
-    model_config: of transformers. verifiers: reward.VERIFIERS. UserError if prompts and responses do not fit into the
-    model's context or its vocabulary, or its tokenizer hides </think>.
+    model_config: of transformers. UserError if prompts and responses do not fit into the model's context or its
+    vocabulary, or its tokenizer hides </think>.
     """
-    starting(f"problems of {config.train_data} and {config.eval_data} cannot be read")
     for name in ("max_response_tokens", "eval_response_tokens"):
         longest = config.max_prompt_tokens + getattr(config, name)
         if longest > (context := model_config.max_position_embeddings):
@@ -161,21 +151,18 @@ def load_sets(
     if config.thinking:
         check_thinking(tokenizer)
     limits = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix
-    problems, dropped = load_problems(config.train_data, tokenizer, *limits)
-    held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *limits)
+    with messages.explained(f"problems of {config.train_data} and {config.eval_data} cannot be read"):
+        problems, dropped = load_problems(config.train_data, tokenizer, *limits)
+        held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *limits)
     check_vocabulary(problems + held_out, model_config.vocab_size)
-    who, (problems, held_out) = assign(config.rewards, verifiers, problems, held_out)
     if trained := len({problem.prompt for problem in held_out} & {problem.prompt for problem in problems}):
         messages.say(f"{trained} held-out problems are also trained on, so their accuracy says little", warning=True)
-    answers: dict[str, set[str]] = {}
-    for problem in problems + held_out:
-        answers.setdefault(problem.prompt, set()).add(problem.answer.strip())
-    if contradicting := sum(len(each) > 1 for each in answers.values()):
+    pairs = {(problem.prompt, problem.answer.strip()) for problem in problems + held_out}
+    if contradicting := sum(count > 1 for count in Counter(prompt for prompt, _ in pairs).values()):
         messages.say(f"{contradicting} problems are there several times, with different answers", warning=True)
     sizes = (
         f"{len(problems)} training and {len(held_out)} held-out problems ({dropped} and {held_out_dropped} dropped: "
-        f"prompt longer than {config.max_prompt_tokens} tokens)\n"
-        f"rewards      {who}"
+        f"prompt longer than {config.max_prompt_tokens} tokens)"
     )
     return problems, held_out, sizes
 
@@ -195,20 +182,6 @@ def check_thinking(tokenizer) -> None:
     ids = tokenizer.encode("</think>", add_special_tokens=False)
     if "</think>" not in tokenizer.decode(ids, skip_special_tokens=True):
         raise UserError("thinking: the tokenizer drops </think> as a special token, so no answer could follow it")
-
-
-FILTERS = ("off", "on", "refill")
-REFILL_BATCHES = 3  # batches of prompts in a step, at most
-
-
-def max_batches(config) -> int:
-    """The most batches of prompts that a step samples: more than one only with filter_groups = refill."""
-    return REFILL_BATCHES if config.filter_groups == "refill" else 1
-
-
-def updates_of_step(config) -> int:
-    """The most updates of a step. There are fewer if fewer groups have a signal."""
-    return config.max_kept_prompts // config.mini_batch_prompts * config.epochs
 
 
 def problems_of_batch(problems: list[Problem], batch: int, count: int, seed: int) -> list[Problem]:

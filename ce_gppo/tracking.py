@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ce_gppo import messages
-from ce_gppo.messages import UserError
-from ce_gppo.metrics import ALL
-from ce_gppo.problems import updates_of_step
+from torch import Tensor
+
+from ce_gppo.messages import UserError, say
 
 PROJECT = "ce-gppo"
 
@@ -44,27 +43,38 @@ def start_wandb(folder: Path, config, run_id: str):
     try:
         run = wandb.init(**options, config=dataclasses.asdict(config))
     except Exception as error:  # no network, or a key that is not valid
-        messages.say(f"W&B cannot be reached, logging offline ({error})", warning=True)
+        say(f"W&B cannot be reached, logging offline ({error})", warning=True)
         wandb.teardown()  # otherwise W&B refuses the run's id as taken
         try:
             run = wandb.init(**options | {"mode": "offline", "resume": None}, config=dataclasses.asdict(config))
         except Exception as again:  # a full disk, an environment variable that it cannot read
-            messages.say(f"W&B fails and is off, metrics.jsonl goes on ({again})", warning=True)
+            say(f"W&B fails and is off, metrics.jsonl goes on ({again})", warning=True)
             return None
     run.define_metric("step", hidden=True)
-    for group in dict.fromkeys(name.partition("/")[0] for metric in ALL for name in metric.each()):
-        if group == "update_<k>":  # logged, without charts of their own
-            for k in range(1, updates_of_step(config) + 1):
-                run.define_metric(f"update_{k}/*", step_metric="step", hidden=True)
-        else:
-            run.define_metric(f"{group}/*", step_metric="step")
+    run.define_metric("update_*", step_metric="step", hidden=True)  # logged, without charts of their own
+    run.define_metric("*", step_metric="step")
     return run
 
 
-def finish_wandb(run) -> tuple[str, str]:
+def log_wandb(run, row: dict, samples: list[dict], histograms: dict[str, Tensor]) -> None:
+    """A row of metrics.jsonl, with a table of samples and histograms of probabilities, counts [bins] over [0, 1]."""
+    import wandb
+
+    media = {}
+    for name, counts in histograms.items():
+        edges = [i / len(counts) for i in range(len(counts) + 1)]
+        media[name] = wandb.Histogram(np_histogram=(counts.tolist(), edges))
+    if samples:  # each table is an artifact of its own
+        columns = list(dict.fromkeys(name for sample in samples for name in sample))  # components differ by source
+        data = [[sample.get(name) for name in columns] for sample in samples]
+        media["samples"] = wandb.Table(columns=columns, data=data)
+    run.log(row | media, step=row["step"])
+
+
+def finish_wandb(run, failed: bool) -> tuple[str, str]:
     """End the run. Returns a row of the table at the end: a label, and the run's address or its upload command."""
     offline = run.settings.mode == "offline"
-    run.finish()
+    run.finish(exit_code=int(failed))
     if not offline:
         return "W&B", run.url
     command = os.path.relpath(Path(sys.executable).with_name("wandb"))

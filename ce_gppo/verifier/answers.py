@@ -1,57 +1,28 @@
-r"""When two mathematical answers are the same: a small grammar, and a comparison for each kind. No process, no sympy.
+r"""Answers: whether two of them are the same. The room's one door; spelling.py and grammar.py read them.
 
-An answer is brought to one spelling (spelling.py), read as a tree (grammar.py, units.py), and compared kind by kind
-(`equal`); only scalars that are no number, and sets of reals, are left to math-verify. How answers are read:
+Numbers, lists, tuples, units and so on are compared here, in a tree (grammar.py). Only scalars that are no number, and
+sets of reals, are left to math-verify, in a worker. What counts as the same:
 
-    number      007 is 7; 1,234 and 1,\!234 are 1234; 8.7e8; 2 1/2; 0.1\overline{6} is 1/6; 37_8 is 31; five million.
-                Decimals are exact: 0.333 is not 1/3, but 0.333\ldots is. What follows \approx does not count:
-                36\pi \approx 113.1 is 36\pi. Numbers side by side are mixed, 2\frac12, or else multiplied, 2\frac32.
-    unit        A known unit may be left out, but not be a different one: 60 km/h is 60, not 60 mph. Exact conversions
-                count: 1 hour 30 minutes is 1.5 hours. A number may also be followed by the one plain plural noun that
-                it counts: 5 apples is 5, not 5 pears. With other words it is another answer: `4 is wrong`.
-                45^\circ is 45 and also \pi/4; 30^\circ 30' is 30.5^\circ. 17 \pmod{20} is 17, and 37 \pmod{20}, but not
-                17 \pmod{21}.
-    percent     25\% is \frac14, and also 25: the sign may be left out of numbers that are no fraction of 1. A number
-                between 0 and 1 is such a fraction, so 0.25\% is neither 0.25 nor \frac14.
-    list        1,2 or `1 and 2`, in any order, like the set \{1,2\}. \pm 1 is the list 1,-1. \{5\} is 5,
-                but a set in a set is one: \{\emptyset\} is not \emptyset, nor \{1,\{2\}\} \{1,2\}.
+    number      Decimals are exact: 0.333 is not 1/3, but 0.333\ldots is. 36\pi \approx 113.1 is 36\pi.
+    unit        It may be left out, but not be a different one: 60 km/h is 60, and not 60 mph. Exact conversions count.
+                45^\circ is 45 and also \pi/4. 17 \pmod{20} is 17, and 37 \pmod{20}.
+    percent     25\% is \frac14, and also 25. A number between 0 and 1 is a fraction of 1: 0.25\% is not 0.25.
+    list        1,2 or `1 and 2`, in any order, like the set \{1,2\}. \pm 1 is the list 1,-1. \{5\} is 5.
     tuple       (1,2) has an order, as have the ratio 2:3 and the cells of a matrix. [1,2) and [1,2[ are intervals.
-    equation    `x = 3`, `f(2) = 3` and `1 + 2 = 3` are 3: the left side is a name, or equal. `x^2 = 4` is not 4. \in is
-                read as =. f(n) = 2n is f(x) = 2x.
+    equation    `x = 3`, `f(2) = 3` and `1 + 2 = 3` are 3: the left side is a name, or equal. `x^2 = 4` is not 4.
     region      `x < 2 or x > 3` and \{x \mid x < 2 or x > 3\} are (-\infty,2)\cup(3,\infty).
     choice      (C), C. and \textbf{C} are C; `(C) 12` is C and also 12, but neither D nor `(C) 13`.
     words       are compared without case, spaces and fonts.
-
-A text of more than LONGEST characters is not read: it equals only itself.
 """
 
 import re
 from fractions import Fraction
 
-from ce_gppo.verifier.extract import last_box
-from ce_gppo.verifier.grammar import SINGLE_NAME, Node, depths, is_name, read
+from ce_gppo.verifier.grammar import SINGLE_NAME, Node, compare, depths, is_name, read
 from ce_gppo.verifier.spelling import LONGEST, normalize
-from ce_gppo.verifier.units import compare
-
-__all__ = ["Undecided", "equal_now", "is_bomb", "normalize", "same", "squeeze"]
 
 MAX_CHARS = 300  # of an answer, unless the true answer is long
 MAX_DEPTH = 12  # brackets; math-verify's parser takes 1.5 s for 16, and minutes for a few more
-
-
-def squeeze(text: str) -> str:
-    r"""Equal squeezed strings are equal answers: without \text, the spaces that TeX ignores, and the case of words.
-
-    A letter by itself is a word only if it is the whole text: yes is YES, and a is A, but r/R is not R/r.
-    """
-    if len(text) > LONGEST:
-        return text
-    text = re.sub(r"\\text ?\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])|\s+", lambda m: f"{m[1]} " if m[1] else "", text)
-    text = re.sub(r"\{(\d)\}", r"\1", text)  # x^{2} is x^2
-    if re.search(r"[\\\d]", text):
-        return text
-    return re.sub(r"[^\W_]{2,}|^\w$", lambda word: word[0].casefold(), text)
 
 
 class Undecided(Exception):
@@ -73,6 +44,19 @@ def equal_now(answer: str | None, truth: str) -> float:
         raise Undecided(answer, truth) from None
 
 
+def last_box(response: str) -> str | None:
+    """The content of the last \\boxed{} or \\fbox{}; None if there is none, or it is empty, or it is never closed."""
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", response))
+    if not boxes:
+        return None
+    start, depth = boxes[-1].end(), 1
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(response, start):  # \\. steps over escaped braces
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return response[start : brace.start()].strip() or None
+    return None
+
+
 def can_be_given(truth: str) -> bool:
     """False for a true answer that no response can equal: empty except for LaTeX, or with an extra brace."""
     text = last_box(truth) or truth.strip()
@@ -82,27 +66,53 @@ def can_be_given(truth: str) -> bool:
     return bool(squeeze(text).strip("{}")) and last_box(rf"\boxed{{{text}}}") == text
 
 
-def ask_math_verify(answer: str, truth: str) -> bool:
+def squeeze(text: str) -> str:
+    r"""Equal squeezed strings are equal answers: without \text, the spaces that TeX ignores, and the case of words.
+
+    A letter by itself is a word only if it is the whole text: yes is YES, and a is A, but r/R is not R/r.
+    """
+    if len(text) > LONGEST:
+        return text
+    text = re.sub(r"\\text ?\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])|\s+", lambda m: f"{m[1]} " if m[1] else "", text)
+    text = re.sub(r"\{(\d)\}", r"\1", text)  # x^{2} is x^2
+    return text if re.search(r"[\\\d]", text) else re.sub(r"[^\W_]{2,}|^\w$", lambda word: word[0].casefold(), text)
+
+
+BOMB = re.compile(  # factorials of factorials or large numbers, exponents of 5 digits, towers of 4 storeys
+    r"!\W*!|\d{5}\W*!|\\binom.*\d{5}|\^[{(\s+-]*\d{5}|\^\{[^{}^]*\^\{[^{}^]*\^"
+)
+TOWER = re.compile(r"\^[{(\s]*(\d+)\s*\^[{(\s]*(\d+)")
+
+
+def is_bomb(text: str) -> bool:
+    """Whether it would hang or crash math-verify."""
+    if len(text) > LONGEST or max(depths(text), default=0) > MAX_DEPTH:
+        return True
+    return bool(BOMB.search(text)) or any(int(a) ** min(int(b), 99) > 10_000 for a, b in TOWER.findall(text))
+
+
+def undecided(answer: str, truth: str) -> bool:
     raise Undecided
 
 
-def same(answer: str, truth: str, scalar_equal=ask_math_verify) -> bool:
-    """Whether two normalized answers are equal. `scalar_equal` decides where the grammar cannot."""
+def same(answer: str, truth: str, ask=undecided) -> bool:
+    """Whether two normalized answers are equal. ask: compares two LaTeX strings, where the grammar cannot decide."""
     if squeeze(answer) == squeeze(truth):
         return True
     if max(len(answer), len(truth)) > LONGEST or max(depths(answer) + depths(truth), default=0) > MAX_DEPTH:
         return False
-    return equal(read(answer), read(truth), scalar_equal)
+    return equal(read(answer), read(truth), ask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One comparison for each kind
+# One comparison for each kind of node. a: the answer, b: the truth
 
+SETS = ("region", "tuple", "set")
 SET_VALUED = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")
 
 
 def equal(a: Node, b: Node, ask) -> bool:
-    """a: the answer, b: the truth. ask: compares two LaTeX strings, as `scalar_equal` of `same`."""
     kinds = {a.kind, b.kind}
     if not squeeze(a.text) or not squeeze(b.text):
         return False
@@ -111,113 +121,88 @@ def equal(a: Node, b: Node, ask) -> bool:
     if "equation" in kinds:
         return same_equation(a, b, ask)
     if kinds <= {"list", "set"} or kinds == {"list", "region"}:  # x < 2, x > 3 is x < 2 or x > 3
-        return same_unordered(list(a.parts), list(b.parts), ask)
+        return same_unordered(a.parts, b.parts, ask)
     if "region" in kinds or kinds in ({"tuple", "scalar"}, {"set", "scalar"}):
-        return same_region(a, b, ask)
+        if not all(n.kind in SETS or n.kind == "scalar" and SET_VALUED.search(n.text) for n in (a, b)):
+            return False
+        if a.kind == b.kind == "region" and a.mark and b.mark and a.mark != b.mark:
+            return False  # x > 3 and y > 3
+        return squeeze(a.text) == squeeze(b.text) or ask(a.text, b.text)
     if kinds == {"scalar"}:
         return same_scalar(a, b, ask)
     if "ratio" in kinds and kinds <= {"ratio", "scalar"}:
         return same_ratio(a, b, ask)
-    if kinds == {"matrix", "scalar"}:  # 2 \\begin{pmatrix} ...
-        return any(node.kind == "scalar" and "matrix}" in node.text for node in (a, b)) and ask(a.text, b.text)
-    if kinds == {"tuple", "list"}:
-        return "()" in (a.mark, b.mark) and same_ordered(a, b, ask)
-    return a.kind == b.kind and a.mark == b.mark and same_ordered(a, b, ask)
+    alike = "()" in (a.mark, b.mark) if kinds == {"tuple", "list"} else a.kind == b.kind and a.mark == b.mark
+    return alike and same_ordered(a.parts, b.parts, ask)
 
 
-def same_ordered(a: Node, b: Node, ask) -> bool:
-    return len(a.parts) == len(b.parts) and all(equal(x, y, ask) for x, y in zip(a.parts, b.parts, strict=True))
+def same_ordered(parts: tuple[Node, ...], others: tuple[Node, ...], ask) -> bool:
+    return len(parts) == len(others) and all(equal(x, y, ask) for x, y in zip(parts, others, strict=True))
 
 
-def same_unordered(parts: list[Node], others: list[Node], ask) -> bool:
-    if len(parts) != len(others):
-        return False
+def same_unordered(parts: tuple[Node, ...], others: tuple[Node, ...], ask) -> bool:
+    left = list(others)
     for part in parts:  # greedy is enough, for equality is transitive
-        match = next((i for i, other in enumerate(others) if equal(part, other, ask)), None)
+        match = next((i for i, other in enumerate(left) if equal(part, other, ask)), None)
         if match is None:
             return False
-        del others[match]
-    return True
+        del left[match]
+    return len(parts) == len(others)
 
 
 def same_choice(a: Node, b: Node, ask) -> bool:
     """Letters are compared if both have one, and values if both have one."""
-    letters = [node.mark if node.kind == "choice" else node.text for node in (a, b)]
-    values = [node.parts[0] if node.parts else None for node in (a, b)]
+    letters = [node.mark.lower() if node.kind == "choice" else node.text.lower() for node in (a, b)]
+    x, y = (node if node.kind != "choice" else node.parts[0] if node.parts else None for node in (a, b))
     if a.kind == b.kind:
-        return letters[0].lower() == letters[1].lower() and (None in values or equal(*values, ask))
-    if all(re.fullmatch("[a-zA-Z]", letter) for letter in letters):
-        return letters[0].lower() == letters[1].lower()
-    a, b = (node if node.kind != "choice" else value for node, value in zip((a, b), values, strict=True))
-    return a is not None and b is not None and equal(a, b, ask)
+        return letters[0] == letters[1] and (x is None or y is None or equal(x, y, ask))
+    if all(re.fullmatch("[a-z]", letter) for letter in letters):
+        return letters[0] == letters[1]
+    return x is not None and y is not None and equal(x, y, ask)
 
 
 FUNCTION_OF = re.compile(r"([a-zA-Z])\(([a-z])\)")
-COMMAND = re.compile(r"\\[a-zA-Z]+")
 
 
 def same_equation(a: Node, b: Node, ask) -> bool:
-    if a.kind == b.kind:
-        b = same_argument(a, b)
-        names = [node.parts[0].text for node in (a, b)]
-        if squeeze(names[0]) == squeeze(names[1]):
-            return all(equal(side, b.parts[-1], ask) for side in a.parts[1:])
-        if all(is_name(name, SINGLE_NAME) for name in names) and names[0] not in b.text and names[1] not in a.text:
-            return False  # x = 3 and y = 3
-        return ask(a.text, b.text)
-    equation, other = (a, b) if a.kind == "equation" else (b, a)
-    name = equation.parts[0].text
-    if other.kind == "region" and other.mark and is_name(name, SINGLE_NAME) and squeeze(name) != other.mark:
-        return False  # k \in (0,1) and 0 < m < 1
-    return all(equal(x, y, ask) for x in values(a) for y in values(b))
-
-
-def same_argument(a: Node, b: Node) -> Node:
-    """b with the variable of a's function: f(n) = 2n + 1 is f(x) = 2x + 1."""
+    if a.kind != b.kind:
+        equation, other = (a, b) if a.kind == "equation" else (b, a)
+        name = equation.parts[0].text
+        if other.kind == "region" and other.mark and is_name(name, SINGLE_NAME) and squeeze(name) != other.mark:
+            return False  # k \in (0,1) and 0 < m < 1
+        # Of an equation, the sides that are not just a name, or else the last one.
+        sides = tuple(side for side in equation.parts if not is_name(side.text)) or equation.parts[-1:]
+        return all(equal(side, b, ask) if equation is a else equal(a, side, ask) for side in sides)
     f, g = (FUNCTION_OF.fullmatch(squeeze(node.parts[0].text)) for node in (a, b))
-    if not (f and g and f[1] == g[1] and f[2] != g[2]) or f[2] in COMMAND.sub("", b.text) or "\\text" in b.text:
-        return b
-    return read(re.sub(rf"{COMMAND.pattern}|{g[2]}", lambda m: f[2] if m[0] == g[2] else m[0], b.text))
-
-
-def values(node: Node) -> tuple[Node, ...]:
-    """The sides of an equation that are not just a name, or the last side."""
-    if node.kind != "equation":
-        return (node,)
-    return tuple(side for side in node.parts if not is_name(side.text)) or node.parts[-1:]
-
-
-def same_region(a: Node, b: Node, ask) -> bool:
-    """Two sets of reals, not both of them plain intervals."""
-    for node in (a, b):
-        if node.kind not in ("region", "tuple", "set") and not (node.kind == "scalar" and SET_VALUED.search(node.text)):
-            return False
-    if a.mark != b.mark and a.kind == b.kind == "region" and a.mark and b.mark:
-        return False  # x > 3 and y > 3
-    return squeeze(a.text) == squeeze(b.text) or ask(a.text, b.text)
-
-
-TIME = re.compile(r"\d\d?:[0-5]\d")
+    letters = re.sub(r"\\[a-zA-Z]+", "", b.text)
+    if f and g and f[1] == g[1] and f[2] != g[2] and f[2] not in letters and "\\text" not in b.text:
+        # f(n) = 2n + 1 is f(x) = 2x + 1
+        b = read(re.sub(rf"\\[a-zA-Z]+|{g[2]}", lambda m: f[2] if m[0] == g[2] else m[0], b.text))
+    names = [node.parts[0].text for node in (a, b)]
+    if squeeze(names[0]) == squeeze(names[1]):
+        return all(equal(side, b.parts[-1], ask) for side in a.parts[1:])
+    if all(is_name(name, SINGLE_NAME) for name in names) and names[0] not in b.text and names[1] not in a.text:
+        return False  # x = 3 and y = 3
+    return ask(a.text, b.text)
 
 
 def same_ratio(a: Node, b: Node, ask) -> bool:
     """2:3 is also 4:6 and 2/3, and 1:2:3 is 2:4:6. What may be times of day is not reduced: 3:30 is not 1:10."""
+    times = [re.fullmatch(r"(\d\d?):([0-5]\d)", squeeze(node.text)) for node in (a, b)]
     later_parts = zip(a.parts[1:], b.parts[1:], strict=False)
     if any(re.fullmatch(r"0\d \d|\d 0\d", f"{x.text} {y.text}") for x, y in later_parts):
         return False  # 9:05 and 9:5
-    if a.kind == b.kind and same_ordered(a, b, ask):
+    if a.kind == b.kind and same_ordered(a.parts, b.parts, ask):
         return True
-    if TIME.fullmatch(squeeze(a.text)) and TIME.fullmatch(squeeze(b.text)):
+    if all(times):
         return False
     if a.kind == b.kind and len(a.parts) == len(b.parts) > 2:
         x, y = ([number(squeeze(part.text)) for part in node.parts] for node in (a, b))
         return None not in x + y and all(x[0] * j == i * y[0] != 0 for i, j in zip(x, y, strict=True))
     if any(len(node.parts) not in (0, 2) or any(part.mark for part in node.parts) for node in (a, b)):
         return False
-    a, b = (
-        read(r"\frac{{{}}}{{{}}}".format(*(part.text for part in node.parts))) if node.parts else node
-        for node in (a, b)
-    )
+    fractions = [r"\frac{{{}}}{{{}}}".format(*(part.text for part in node.parts)) for node in (a, b) if node.parts]
+    a, b = (read(fractions.pop(0)) if node.parts else node for node in (a, b))
     return equal(a, b, ask)
 
 
@@ -227,8 +212,9 @@ NOT_EVALUATED = re.compile(r"\\ldots|\\int(?! ?_)")  # math-verify leaves out th
 
 def same_scalar(a: Node, b: Node, ask) -> bool:
     x, y = number(squeeze(a.text)), number(squeeze(b.text))
+    marks = {a.mark, b.mark}
     radians = [rf"\frac{{\pi}}{{180}}({node.text})" if node.mark == "degree" else node.text for node in (a, b)]
-    if {a.mark, b.mark} == {"degree", "radian"}:
+    if marks == {"degree", "radian"}:
         return ask(*radians)
     if a.mark and b.mark and a.mark != b.mark:
         size = compare(a.mark, b.mark)
@@ -245,49 +231,100 @@ def same_scalar(a: Node, b: Node, ask) -> bool:
         return x == y and alike or x * percent[1] == y * percent[0]
     if squeeze(a.text) == squeeze(b.text):
         return True
-    if NOT_EVALUATED.search(f"{a.text} {b.text}"):
+    texts = f"{a.text} {b.text}"
+    if NOT_EVALUATED.search(texts) or WORD.search(texts):  # math-verify multiplies letters: east = seat
         return False
-    if WORD.search(a.text) or WORD.search(b.text):  # math-verify multiplies letters: east = seat
-        return False
-    if a.mark != b.mark and "percent" in (a.mark, b.mark):
+    if a.mark != b.mark and "percent" in marks:
         return ask(*(rf"\frac{{{node.text}}}{{100}}" if node.mark == "percent" else node.text for node in (a, b)))
-    if a.mark != b.mark and "degree" in (a.mark, b.mark):
-        return ask(a.text, b.text) or ask(*radians)
-    return ask(a.text, b.text)
+    return ask(a.text, b.text) or a.mark != b.mark and "degree" in marks and ask(*radians)
 
 
-DECIMAL = r"[+-]?(?:\d+\.?\d*|\.\d+)"
-NUMBERS = {  # of squeezed strings: 3 or -.5; 2/3; -\frac23
-    rf"({DECIMAL})": Fraction,
-    rf"({DECIMAL})/({DECIMAL})": lambda a, b: Fraction(a) / Fraction(b),
-    rf"([+-]?)\\frac(\d|\{{{DECIMAL}\}})(\d|\{{{DECIMAL}\}})": lambda sign, a, b: (
-        int(sign + "1") * Fraction(a.strip("{}")) / Fraction(b.strip("{}"))
-    ),
-}
-NUMBERS = {re.compile(pattern, re.ASCII): value for pattern, value in NUMBERS.items()}
+DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
+NUMBER = re.compile(
+    rf"([+-]?)(?:({DECIMAL})(?:/([+-]?{DECIMAL}))?|\\frac(\d|\{{[+-]?{DECIMAL}\}})(\d|\{{[+-]?{DECIMAL}\}}))", re.ASCII
+)
 
 
 def number(text: str) -> Fraction | None:
-    for pattern, value in NUMBERS.items():
-        if match := pattern.fullmatch(text):
-            try:
-                return value(*match.groups())
-            except ZeroDivisionError:
-                return None
-    return None
+    """The value of a squeezed string: 3, -.5, 2/3, -\\frac23."""
+    if not (match := NUMBER.fullmatch(text)):
+        return None
+    above, below = (Fraction((part or "1").strip("{}")) for part in (match[2] or match[4], match[3] or match[5]))
+    return int(match[1] + "1") * above / below if below else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Inputs that would hang or crash math-verify.
+# math-verify and sympy. Only in a worker: they may take any amount of time and memory
 
-BOMB = re.compile(  # factorials of factorials or large numbers, exponents of 5 digits, towers of 4 storeys
-    r"!\W*!|\d{5}\W*!|\\binom.*\d{5}|\^[{(\s+-]*\d{5}|\^\{[^{}^]*\^\{[^{}^]*\^"
-)
-TOWER = re.compile(r"\^[{(\s]*(\d+)\s*\^[{(\s]*(\d+)")
+MAX_DIGITS = 40_000  # numbers that need more count as different
 
 
-def is_bomb(text: str) -> bool:
-    if len(text) > LONGEST or max(depths(text), default=0) > MAX_DEPTH:
-        return True
-    huge_exponent = any(int(base) ** min(int(power), 99) > 10_000 for base, power in TOWER.findall(text))
-    return huge_exponent or bool(BOMB.search(text))
+def math_verify(answer: str, truth: str) -> bool:
+    r"""math-verify on two scalars or sets.
+
+    Its pitfalls, and in brackets the remedies: it compares floats to 6 places and drops small differences (decimals
+    become fractions, and `equal_values` compares). It strips one-letter variables as units, takes any number out of
+    text that it cannot parse, compares the raw strings, and writes variables in lower case (all turned off). It has no
+    imaginary unit i, and reads I^2 as I (i becomes the root of -1). It adds up numbers side by side (a \cdot between
+    them). It drops primes and the base of 101_2 (such answers count as different).
+    """
+    from functools import partial
+
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy2
+    from math_verify import LatexExtractionConfig, grader, parse, parser
+    from sympy import Expr, MatrixBase, Set
+
+    grader.sympy_numeric_eq = lambda a, b, *_: equal_values(a, b)  # in sets, intervals and equations
+    grader.sympy_symbolic_eq = lambda a, b: False
+    cases_kept = latex2sympy2.ConversionConfig(lowercase_symbols=False)
+    parser.latex2sympy = partial(latex2sympy2.latex2sympy, conversion_config=cases_kept)
+    if answer.count("'") != truth.count("'") or re.search(r"\d_", f"{answer} {truth}"):
+        return False
+    normalization = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
+    parsed = []
+    for text in (truth, answer):
+        text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+        text = re.sub(r"\d*\.\d+", lambda m: "{{\\frac{{{}}}{{{}}}}}".format(*Fraction(m[0]).as_integer_ratio()), text)
+        text = re.sub(r"(\d+)\s*\^\\circ", r"{\\frac{\1\\pi}{180}}", text)
+        text = re.sub(r"(?<![\w^{.])\d+ ?(?=[(\[])|[(\[] ?-?\d+ ?[)\]] ?(?=[(\[\d])", r"\g<0>\\cdot ", text)
+        if not re.search(r"\\(?:sum|prod)|_\{?i", text):
+            text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", r"{\\sqrt{-1}}", text)
+        modes = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
+        found = parse(f"${text}$", [config], parsing_timeout=None, **modes)
+        if not found:
+            return False
+        parsed.append(found[0].doit() if isinstance(found[0], Set) else found[0])
+    if all(isinstance(value, Expr | MatrixBase) for value in parsed):
+        return equal_values(*parsed)
+    return grader.verify(parsed[:1], parsed[1:], timeout_seconds=None, allow_set_relation_comp=True)
+
+
+def equal_values(a, b) -> bool:
+    """Exact equality of two sympy expressions or matrices: rationals as rationals, others with enough digits."""
+    import sympy
+
+    a, b = a.doit(), b.doit()
+    if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
+        return a.shape == b.shape and all(map(equal_values, a.flat(), b.flat()))
+    if a == b or a.has(sympy.oo, sympy.nan, sympy.zoo) or b.has(sympy.oo, sympy.nan, sympy.zoo):
+        return a == b and not a.has(sympy.nan, sympy.zoo)
+    if not (a.is_number and b.is_number):
+        return sympy.simplify(a - b).is_zero is True
+    if a.is_Rational and b.is_Rational:
+        return False
+    terms = [*sympy.Add.make_args(a), *sympy.Add.make_args(-b)]
+    # Most different numbers differ in the first 50 digits. Else as many as resolve the smallest part of a term.
+    spread = 0
+    for part in (part for term in terms for part in sympy.preorder_traversal(term)):
+        if isinstance(part, sympy.Rational):
+            spread += (part.p.bit_length() + part.q.bit_length()) // 3
+        elif isinstance(part, sympy.Expr) and part.is_number and (size := abs(part.evalf(15))):
+            spread += abs(int(sympy.log(size, 10).evalf(15)))
+    for digits in (50, 100 + spread):
+        if digits > MAX_DIGITS:
+            return False
+        values = [term.evalf(digits, maxn=2 * digits) for term in terms]
+        if abs(sum(values)) > max(map(abs, values)) * sympy.S(10) ** (10 - digits):
+            return False
+    return True

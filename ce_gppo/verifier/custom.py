@@ -1,31 +1,26 @@
-"""Verifiers that may hang or break: functions of the user's own, `mine.py:score`, and the scorers of reasoning-gym.
+"""A verifier of the user's own, mine.py:score: finding it, loading it and calling it. Only workers load and call it."""
 
-They run only in worker processes.
-"""
-
-import contextlib
 import functools
 import importlib.util
 import math
-import modulefinder
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from ce_gppo.messages import UserError
-from ce_gppo.verifier import gym
 
 
-def as_parts(value, verifier: str) -> dict[str, float]:
-    """A verifier's result as named parts; a number becomes `correctness`. UserError for any other result."""
-    parts = value if isinstance(value, dict) else {"correctness": value}
+def as_components(value, verifier: str) -> dict[str, float]:
+    """A verifier's result as named components; a number becomes `correctness`. UserError for any other result."""
+    components = value if isinstance(value, dict) else {"correctness": value}
     try:
-        numbers = {name: float(part) for name, part in parts.items() if not isinstance(part, str)}
+        numbers = {name: float(number) for name, number in components.items() if not isinstance(number, str)}
     except (TypeError, ValueError, OverflowError):
         numbers = {}
-    named = all(isinstance(name, str) and name.isprintable() and name not in ("", "mean") for name in parts)
-    if "correctness" in parts and named and len(numbers) == len(parts) and all(map(math.isfinite, numbers.values())):
+    named = all(isinstance(name, str) and name.isprintable() and name not in ("", "mean") for name in components)
+    complete = "correctness" in components and len(numbers) == len(components)
+    if named and complete and all(map(math.isfinite, numbers.values())):
         return numbers
     raise UserError(
         f"verifier {verifier} returned {repr(value)[:80]}; a number is needed, or a dictionary of numbers by name with "
@@ -39,23 +34,15 @@ def file_of(verifier: str) -> Path | None:
     return Path(path) if path.endswith(".py") and function.isidentifier() else None
 
 
-def neighbours(path: Path) -> set[Path]:
-    """The files in the folder of a user's file that it imports, and that these import. Nothing is run."""
-    finder = modulefinder.ModuleFinder([str(path.parent)])
-    with contextlib.suppress(OSError, SyntaxError, ValueError):  # `load` says what is wrong with the file
-        finder.load_file(str(path))
-    return {Path(module.__file__) for module in finder.modules.values() if module.__file__}
-
-
 @functools.cache
 def load(verifier: str) -> Callable:
-    """The function of /path/mine.py:score, or of gym/<task>. UserError where the file or the function is missing."""
-    if verifier.startswith(gym.KINDS):
-        return gym.scorer(verifier)
+    """The function of /path/mine.py:score. UserError if the file or the function is missing."""
     path, name = file_of(verifier), verifier.rpartition(":")[2]
     if not path.is_file():
         raise UserError(f"verifier {verifier}: there is no file {path}")
-    sys.path.append(str(path.parent))  # for imports of files beside it; at the end, so that these hide no library
+    # The files beside it hide no library, and this program's files (reward.py, loss.py) do not hide them.
+    program = [folder for folder in sys.path if Path(folder, "ce_gppo").is_dir()]
+    sys.path[:] = [folder for folder in sys.path if folder not in program] + [str(path.parent), *program]
     spec = importlib.util.spec_from_file_location(f"verifier_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
@@ -70,7 +57,7 @@ def load(verifier: str) -> Callable:
 
 
 def call(verifier: str, response: str, answer: str) -> dict[str, float]:
-    """The parts that a user's function returns. UserError if it raises, or returns anything else."""
+    """The components that a user's function returns. UserError if it raises, or returns anything else."""
     function = load(verifier)
     try:
         value = function(response, answer)
@@ -80,7 +67,7 @@ def call(verifier: str, response: str, answer: str) -> dict[str, float]:
         raise UserError(
             f"verifier {verifier} raised {told(error, file_of(verifier))}; a wrong response should be 0, not an error"
         ) from None
-    return as_parts(value, verifier)
+    return as_components(value, verifier)
 
 
 def told(error: BaseException, path: Path) -> str:

@@ -1,25 +1,25 @@
-r"""A grammar of answers: reads a normalized text as a tree of nodes, by recursive descent.
+r"""Grammar: an answer in one spelling is read as a tree of nodes, by recursive descent, and a scalar with its unit.
 
 `read` tries one reader after the other, from the loosest binding to the tightest: a choice such as `(C) 12`, a region
-such as `x < 2 or x > 3`, a list, an equation, brackets, a matrix, a ratio. Each returns a node, or None if the text is
-not of its kind. Any other text is a scalar, with its unit. Readers split a text only outside all brackets, so the
-recursion is as deep as the brackets are nested, which `same` limits.
+such as `x < 2 or x > 3`, a list, an equation, brackets, a ratio. Each returns a node, or None if the text is
+not of its kind. Any other text is a scalar. Readers split a text only outside all brackets.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 
 from ce_gppo.verifier.spelling import TOKEN
-from ce_gppo.verifier.units import measure
 
 MAX_PARTS = 100  # of a list: the time to compare two lists grows with the product of their lengths
 
 
 @dataclass(frozen=True)
 class Node:
-    kind: str  # scalar, list, set, tuple, ratio, matrix, equation, region, choice
+    kind: str  # scalar, list, set, tuple, ratio, equation, region, choice
     text: str
     parts: tuple["Node", ...] = ()
     mark: str = ""  # of a scalar its unit, of a tuple its brackets, of a region its variable, of a choice its letter
@@ -36,10 +36,14 @@ def read(text: str) -> Node:
         return choice
     if (levels := depths(text)) and (min(levels) < 0 or levels[-1]):
         return Node("scalar", "")  # equals nothing
-    for reader in (read_region, read_list, read_equation, read_brackets, read_matrix, read_ratio):
+    for reader in (read_region, read_list, read_equation, read_brackets, read_ratio):
         if node := reader(text):
             return node
-    return read_scalar(text)
+    sides = split(text, *INTERVALS)
+    if sides[1:2] and sides[1] in (">", r"\ge"):  # c > b > a is a < b < c
+        text = " ".join(FLIPPED.get(side, side) for side in reversed(sides))
+    value, unit = measure(text)
+    return Node("scalar", value, mark=unit)
 
 
 def split(text: str, *separators: str) -> list[str]:
@@ -71,17 +75,15 @@ def read_choice(text: str) -> Node | None:
         return None
     letter, value = match[1] or match[3], match[2] or ""
     words = re.findall(r"(?<!\\)\b[a-zA-Z]{2,}", value.replace("\\text", ""))
-    if match[2] and re.search(r"[A-Ja-j]\)\(", text):  # a product
-        return None
-    if re.search(r"^[A-Ja-j](?:\)|[.:] )|\([A-Ja-j]\)", value) or len(words) > 1:  # other choices, or a sentence
+    product = value and re.search(r"[A-Ja-j]\)\(", text)
+    if product or len(words) > 1 or re.search(r"^[A-Ja-j](?:\)|[.:] )|\([A-Ja-j]\)", value):  # a sentence, two choices
         return None
     return Node("choice", text, (read(value),) if value else (), letter)
 
 
 def read_list(text: str) -> Node | None:
     elements = [part for part in split(text, ",", r"\lor", r"\land")[::2] if part]
-    parts = [variant for element in elements for variant in variants(element)]
-    return several("list", text, parts)
+    return several("list", text, [variant for element in elements for variant in variants(element)])
 
 
 def variants(text: str) -> list[str]:
@@ -110,19 +112,16 @@ def several(kind: str, text: str, parts: list[str], mark: str = "") -> Node | No
 
 
 def read_brackets(text: str) -> Node | None:
+    r"""\{5\} is read as 5, but with a set among its elements it stays a set: \{\emptyset\} is not \emptyset."""
     body = text.removeprefix("\\")
     if not enclosed(body) or body[0] == "{" and body == text:
         return None
     elements = [part for part in split(body[1:-1].removesuffix("\\"), ",")[::2] if part]
-    if body[0] == "{":
-        return read_set(text, elements)
-    if len(elements) == 1 and body[0] + body[-1] not in ("()", "[]"):
-        return Node("tuple", text, tuple(map(read, elements)), body[0] + body[-1])  # [5) is not 5
-    return several("tuple", text, elements, body[0] + body[-1])
-
-
-def read_set(text: str, elements: list[str]) -> Node | None:
-    r"""\{5\} is read as 5, but with a set among its elements it stays a set: \{\emptyset\} is not \emptyset."""
+    brackets = body[0] + body[-1]
+    if body[0] != "{":
+        if len(elements) == 1 and brackets not in ("()", "[]"):
+            return Node("tuple", text, (read(elements[0]),), brackets)  # [5) is not 5
+        return several("tuple", text, elements, brackets)
     members = list(dict.fromkeys(variant for element in elements for variant in variants(element)))
     if not any(member.startswith(("\\{", r"\emptyset")) for member in members) or len(members) > MAX_PARTS:
         return several("set", text, members)
@@ -130,30 +129,13 @@ def read_set(text: str, elements: list[str]) -> Node | None:
     return Node("set", text, tuple(nodes))
 
 
-def read_matrix(text: str) -> Node | None:
-    match = re.fullmatch(r"\\begin ?\{[pbB]?matrix\}(.*)\\end ?\{[pbB]?matrix\}", text)
-    if not match or "\\begin" in match[1]:
-        return None
-    rows = [split(row, "&")[::2] for row in split(match[1], r"\\")[::2] if row]
-    shape = f"{len(rows)} {[len(row) for row in rows]}"
-    return Node("matrix", text, tuple(read(cell) for row in rows for cell in row), shape)
-
-
 def read_ratio(text: str) -> Node | None:
     parts = split(text, ":")[::2]
     return several("ratio", text, parts) if all(parts) else None
 
 
-def read_scalar(text: str) -> Node:
-    sides = split(text, *INTERVALS)
-    if sides[1:2] and sides[1] in (">", r"\ge"):  # c > b > a is a < b < c
-        text = " ".join(FLIPPED.get(side, side) for side in reversed(sides))
-    value, unit = measure(text)
-    return Node("scalar", value, mark=unit)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Sets of reals
+# Regions: conditions on one variable as a set of reals in LaTeX. 1 < x \le 2, x \ne 1, joined by `and` and `or`
 
 INTERVALS = {
     "<": r"(-\infty,{0})",
@@ -163,36 +145,22 @@ INTERVALS = {
     r"\ne": r"(-\infty,{0})\cup({0},\infty)",
 }
 VARIABLE = re.compile(r"[a-zA-Z]|\\(?:alpha|beta|theta|lambda|phi|omega)")
-RELATIONS = ("=", r"\approx", *INTERVALS)
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
-REALS = re.compile(
-    r"(?i)(?:([a-z]) ?= ?)?(?:\\mathbb ?\{? ?R ?\}?"
-    r"|(?:the set of )?(?:all|any) real(?:s| numbers?| values)?(?: of| for)? ?[a-z]?)"
-)
-EXCEPT = re.compile(r"(?i)(?:\\text ?\{)? ?all real(?:s| numbers) except(?: for)? ?\}? ?(?:[a-z] ?= ?)?(.+)")
-BUILDER = re.compile(r"\\\{ ?([a-z]|\\[a-z]+) ?(?:= ?\\mathbb ?\{? ?R ?\}? ?)?[|:](.*)\\\}")
 
 
-def read_region(text: str) -> Node | None:
-    r"""Conditions on one variable as a set of reals in LaTeX: 1 < x \le 2, x \ne 1, joined by `and` and `or`."""
-    if match := REALS.fullmatch(text):
-        return Node("region", r"(-\infty,\infty)", mark=match[1] or "")
-    if match := EXCEPT.fullmatch(text):
-        gaps = [INTERVALS[r"\ne"].format(gap) for gap in split(match[1], ",", r"\land")[::2]]
-        return join_regions([Node("region", gap) for gap in gaps], r"\cap")
-    if match := BUILDER.fullmatch(text):
-        region = read_region(match[2].strip())
-        return region if region and region.mark == match[1] else None
+def read_region(text: str, whole: bool = True) -> Node | None:
+    if not whole and enclosed(text) and r"\infty" in text:
+        return Node("region", text)
     left, *gaps = split(text, r"\ne", ",")
-    if len(gaps) > 1 and gaps[0] == r"\ne" and set(gaps[2::2]) <= {","}:  # x \ne 0, 1 and x \ne \pm 1
+    if gaps[:1] == [r"\ne"] and set(gaps[2::2]) <= {","}:  # x \ne 0, 1 and x \ne \pm 1
         gaps = [variant for gap in gaps[1::2] for variant in variants(gap)]
-        if VARIABLE.fullmatch(left) and len(gaps) > 1 and all(gap and len(split(gap, *RELATIONS)) == 1 for gap in gaps):
-            return join_regions([Node("region", INTERVALS[r"\ne"].format(gap), mark=left) for gap in gaps], r"\cap")
+        if len(gaps) > 1 and not any(split(gap, "=", r"\approx", *INTERVALS)[1:] for gap in gaps):
+            return join_regions([read_region(rf"{left} \ne {gap}") for gap in gaps], r"\cap")
     for separator, joint in ((r"\lor", r"\cup"), (r"\land", r"\cap"), (",", r"\cap")):
         if len(pieces := split(text, separator)[::2]) > 1:
             # A comma may mean `and` or `or`. Only before \ne the meaning is clear.
             clear = separator != "," or all(split(piece, r"\ne")[1:] for piece in pieces[1:])
-            return join_regions([read_region(piece) or unbounded(piece) for piece in pieces], joint) if clear else None
+            return join_regions([read_region(piece, whole=False) for piece in pieces], joint) if clear else None
     sides = split(text, *INTERVALS)
     if len(sides) == 5:  # 1 < x < 2
         both = [read_region(" ".join(part)) for part in (sides[:3], sides[2:])]
@@ -214,15 +182,10 @@ def join_regions(regions: list[Node | None], joint: str) -> Node | None:
     return Node("region", joint.join(f"({region.text})" for region in regions), parts, regions[0].mark)
 
 
-def unbounded(text: str) -> Node | None:
-    return Node("region", text) if enclosed(text) and r"\infty" in text else None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Names
-
-# Left sides of `= 3`: x_1, f(2), P(X=3), AB, m\angle ABC, \text{Area}, [ABC], a+b, V_1:V_2, \frac{a}{b}
+# Names: left sides of `= 3`. x_1, f(2), P(X=3), AB, m\angle ABC, \text{Area}, [ABC], a+b, V_1:V_2, \frac{a}{b}
 # Spaces are removed first: a pattern with many optional spaces would take exponential time.
+
 FUNCTION = r"(?:\\lim_\{[^{}]*\}|\\(?:sin|cos|tan) ?\d?(?=[A-Z\\]))?(?:m?\\(?:measured)?angle ?|\\triangle ?)?"
 SYMBOL = (
     r"(?:[a-zA-Z]|[A-Z]{2,4}|\\text\{[^{}]*\}|\([a-z]\\circ ?[a-z]\)|[A-Z]{2}\^2|\\sigma\^2"
@@ -234,18 +197,135 @@ INDEX = r"(?:_(?:\w|\{[^{}]*\}|\\[a-z]+))?"
 ARGUMENTS = r"'{0,3}(?:\^\{-1\})?(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])?"
 NAME = FUNCTION + SYMBOL + INDEX + ARGUMENTS + INDEX
 SINGLE_NAME = r"(?!([a-z])\([^()]*\1)" + NAME  # x(x+1) is a product
-FRACTION = rf"-?\\frac\{{(?:{NAME}){{1,2}}\}}\{{(?:{NAME}){{1,2}}\}}"
-SUM_OF_NAMES = rf"{SINGLE_NAME}(?:(?:[:/+-]|\\c(?:dot|ap|up) ?)?{NAME}){{0,4}}|{FRACTION}"
 COORDINATE = r"(?:[a-zA-Z]|\\[a-z]+ ?)(?:_\w)?"
-DERIVATIVE = r"\\frac\{(?:d|\\partial )(?:\^\d)?\w\}\{(?:(?:d|\\partial )\w(?:\^\d)?)+\}"
-OTHER_NAMES = (
-    rf"[a-zA-Z]{{4,}}|\({COORDINATE}(?:,{COORDINATE})+\)|{DERIVATIVE}|\[(?:\\triangle ?)?[A-Z]{{3,}}\]"
+ANY_NAME = (
+    rf"{SINGLE_NAME}(?:(?:[:/+-]|\\c(?:dot|ap|up) ?)?{NAME}){{0,4}}|[a-zA-Z]{{4,}}"
+    rf"|-?\\frac\{{(?:{NAME}){{1,2}}\}}\{{(?:{NAME}){{1,2}}\}}"
+    rf"|\({COORDINATE}(?:,{COORDINATE})+\)|\[(?:\\triangle ?)?[A-Z]{{3,}}\]"
+    r"|\\frac\{(?:d|\\partial )(?:\^\d)?\w\}\{(?:(?:d|\\partial )\w(?:\^\d)?)+\}"
     r"|\\begin\{[pb]matrix\}[a-z](?:_\d)?(?:\\\\[a-z](?:_\d)?)+\\end\{[pb]matrix\}"
     r"|\|(?:[A-Z]+|z|\\(?:vec ?|text)\{?[a-z]\}?)\|"
 )
 MAX_NAME = 60  # characters
 
 
-def is_name(text: str, pattern: str = f"{SUM_OF_NAMES}|{OTHER_NAMES}") -> bool:
+def is_name(text: str, pattern: str = ANY_NAME) -> bool:
     text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])|\s+", lambda m: f"{m[1]} " if m[1] else "", text)
     return len(text) <= MAX_NAME and bool(re.fullmatch(pattern, text))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Units: words of a table (60 \text{ km/h}), or one plain plural noun that a number counts (5 apples). Nothing else is a
+# unit: no number word (dozens, thirds), no other words (4 \text{ is wrong}). Outside \text one letter is a variable.
+
+WORDS = """percent % pct percentage; degree deg; radian rad; second sec; minute min; hour hr hrs h; day; week; month;
+year yr yrs; inch in inche; foot ft feet; yard yd; mile mi; acre; hectare ha; pound lb lbs; ounce oz; ton tonne;
+gallon gal; quart qt; pint pt; cup; ohm; kelvin K; mole mol; dollar usd; cent; euro; sterling; yen; rupee rs; knot;
+am; pm; ordinal th st nd rd; revolution; unit"""
+METRIC = """meter metre - m; gram gramme - g gm; second - s; liter litre - l L; watt - W; joule - J; newton - N;
+volt - V; coulomb - C; tesla - T; hertz - Hz; pascal - Pa; byte - B; ampere amp - A; calorie - cal; electronvolt - eV"""
+PREFIXES = "nano n -9; micro u -6; milli m -3; centi c -2; deci d -1; kilo k 3; mega M 6; giga G 9"
+ABBREVIATIONS = {"mph": "mile/hour", "mpg": "mile/gallon", "kph": "km/h", "kmph": "km/h", "rpm": "revolution/minute"}
+POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
+BARE = {"%", "mm", "cm", "km", "in", "ft", "yd", "mi", "kg", "lb", "oz", "ml", "mL", "hr"}  # other pairs are products
+
+UNITS = {}  # word -> its unit
+CONVERSIONS = {  # unit -> (another unit, its size in this one)
+    **{"minute": ("second", 60), "hour": ("second", 3600), "day": ("second", 86400), "week": ("second", 604800)},
+    **{"foot": ("inch", 12), "yard": ("inch", 36), "mile": ("inch", 63360), "pound": ("ounce", 16)},
+    **{"pint": ("cup", 2), "quart": ("cup", 4), "gallon": ("cup", 16), "dollar": ("cent", 100)},
+}
+for names in WORDS.split(";"):
+    UNITS |= dict.fromkeys(names.split(), names.split()[0])
+for names in METRIC.split(";"):
+    words, symbols = map(str.split, names.split("-"))
+    UNITS |= dict.fromkeys(words + symbols, words[0])
+    for prefix in PREFIXES.split(";"):
+        long, short, ten_to_the = prefix.split()
+        UNITS |= dict.fromkeys([long + word for word in words] + [short + word for word in symbols], long + words[0])
+        CONVERSIONS[long + words[0]] = words[0], Fraction(10) ** int(ten_to_the)
+
+NOUN = re.compile(  # a plural; but not what ends in s and counts nothing
+    r"people|men|women|children|mice|geese|teeth|sheep|fish|dice|vertices"
+    r"|(?!(?:.*([iu]s|ss)|was|has|does|goes|means|gives|makes|fails|equals|exceeds|remains|always|perhaps|sometimes|times"
+    r"|ones|tens|dozens|hundreds|thousands|lakhs|crores|\w*illions|halves|quarters|thirds|fifths|eighths|ninths|twelfths"
+    r"|(four|six|seven|ten|eleven|\w+teen|hundred|thousand|\w*illion|\w+tie)ths|\w+ties)$)[a-z]{3,}s"
+)
+TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
+QUANTITY = re.compile(
+    r"(.*?)(?=\\text|%|(?<![\\a-zA-Z]) ?(?:[a-zA-Z]|\\text))((?:\\text ?\{[^{}]*\}|\\cdot|\^\{?-?\d\}?|[a-zA-Z%/. ])+)"
+)
+WORD_UNIT = r"(\\text ?\{[^{}]*\}|[a-zA-Z]{2,}) ?"
+COMPOUND = re.compile(rf"(\d+) ?{WORD_UNIT}(\d+) ?{WORD_UNIT}")
+CELSIUS = re.compile(r"(?!.*\\(?:sin|cos|tan|cot|sec|csc))(.*)\^\\circ ?(?:\\text ?\{)? ?([CF]?) ?\}?")
+MODULO = re.compile(r"(.*?\S.*?) ?(?:\\pmod|\( ?(?:\\text ?\{ ?mod ?\}|\\bmod|\\mod|mod)) ?\{?([^{}()]*)\}? ?\)?")
+
+
+def measure(text: str) -> tuple[str, str]:
+    """(value, unit); the unit is "" if there is none."""
+    if match := CELSIUS.fullmatch(text):
+        return match[1].strip(), "degree" + match[2]
+    if match := MODULO.fullmatch(text):
+        return match[1].strip(), "mod " + match[2].strip()
+    if match := COMPOUND.fullmatch(text):  # 1 hour 30 minutes is 90 minutes
+        count, rest, units = int(match[1]), int(match[3]), [read_unit(match[i], counts=False) for i in (2, 4)]
+        size = None not in units and compare(*units)
+        if size and rest < size and (count * size).denominator == 1:
+            return str(count * size + rest), units[1]
+    if (match := QUANTITY.fullmatch(text)) and match[1].strip(" +-"):
+        unit = read_unit(match[2], counts=bool(re.fullmatch(r"[+-]?[\d.]+|.*\\frac.*", match[1].strip())))
+        if unit is not None:
+            return match[1].strip(), unit
+    return text, ""
+
+
+def read_unit(text: str, counts: bool) -> str | None:
+    """The unit as a product of powers in a fixed order, or None. counts: the text before it is a number."""
+    plain = TEXT.sub(r" \1 ", text).replace("\\cdot", " ").replace(".", "")
+    plain = re.sub(r"[a-zA-Z]+", lambda word: ABBREVIATIONS.get(word[0], word[0]), plain)
+    words = re.findall(r"[a-zA-Z]+|\^\{?-?\d\}?|[%/]", plain)
+    if not words or not TEXT.match(text.strip()) and len(words[0]) < 3 and words[0] not in BARE and words[1:2] != ["/"]:
+        return None
+    powers, last, sign, power = Counter(), None, 1, 1
+    for word in words:
+        if word in ("/", "per"):
+            sign = -1
+        elif last is not None and (word in ("squared", "cubed") or word[0] == "^"):
+            power = POWERS.get(word) or int(word.strip("^{}"))
+            powers[last] += sign * (power - 1)
+            power = 1
+        elif word in POWERS:
+            power = POWERS[word]
+        elif (last := known(word)) is not None:
+            powers[last] += sign * power
+            power = 1
+        else:
+            return word.lower() if counts and len(words) == 1 and NOUN.fullmatch(word.lower()) else None
+    if last is None:
+        return None
+    factors = [(unit, exponent) for unit, exponent in sorted(powers.items()) if exponent]
+    return " ".join(unit if exponent == 1 else f"{unit}^{exponent}" for unit, exponent in factors)
+
+
+def known(word: str) -> str | None:
+    """The unit of a symbol, whose case matters (mW, MW), or of a word, in the plural too."""
+    for spelling in (word, word.lower(), word.lower().removesuffix("s")):
+        if spelling in UNITS and (spelling == word or len(word) > 3 or len(word) == len(spelling) == 3):
+            return UNITS[spelling]
+    return None
+
+
+def compare(unit: str, other: str) -> Fraction | None:
+    """How many of the other unit one unit is: 1000 g are a kg. None if they cannot be compared, as kg and cm."""
+    generic = "unit" in (unit.partition("^")[0], other.partition("^")[0])  # 12 square units are 12 cm^2, but not 12 cm
+    if generic and unit.partition("^")[1:] == other.partition("^")[1:]:
+        return Fraction(1)
+    if "mod" in (unit[:3], other[:3]):
+        return None
+    sizes, dimensions = Fraction(1), Counter()
+    for text, sign in ((unit, 1), (other, -1)):
+        for name, _, exponent in (part.partition("^") for part in text.split()):
+            base, size = CONVERSIONS.get(name, (name, 1))
+            dimensions[base] += sign * int(exponent or 1)
+            sizes *= Fraction(size) ** (sign * int(exponent or 1))
+    return None if any(dimensions.values()) else sizes

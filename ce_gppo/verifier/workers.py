@@ -1,7 +1,7 @@
-"""Processes, which can be killed, for verifiers that may hang: math-verify, users' own functions and reasoning-gym.
+"""Processes that can be killed, for verifiers that may hang; and a thread that scores while others are being sampled.
 
-math-verify hangs on some answers. Its own time limit does not help: signal.alarm fails outside the main thread, and
-does not interrupt C (Math-Verify#50, #55).
+math-verify hangs on some answers, and a user's own function may. math-verify's time limit does not help: signal.alarm
+fails outside the main thread, and does not interrupt C (Math-Verify#50, #55).
 """
 
 import atexit
@@ -9,30 +9,30 @@ import contextlib
 import json
 import logging
 import os
-import re
+import queue
 import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from ce_gppo.messages import UserError
 from ce_gppo.verifier import custom
-from ce_gppo.verifier.answers import same
+from ce_gppo.verifier.answers import math_verify, same
 
 MAX_MEMORY = 4 * 2**30  # bytes of address space per worker
-MAX_CACHED = 100_000  # verdicts
+MAX_CACHED = 100_000  # results
 PATIENCE = 10  # times its limit, at most, that a worker has on a busy machine
 STARTUP_SECONDS = 60.0  # a worker needs about 1 s on an idle machine, most of it for sympy
 MATH = "math"  # the name for math-verify; all other names are those of custom.load
 
 Job = tuple[str, str, str]  # verifier, response (of math only its answer), true answer
-Parts = dict[str, float]
+Components = dict[str, float]
 COMMAND = [sys.executable, "-m", "ce_gppo.verifier.workers"]
 
 
@@ -81,8 +81,8 @@ class Worker:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] == "R"
 
-    def ask(self, job: Job, timeout: float) -> Parts | None:
-        """The parts that the job's verifier gives. None if it takes more than `timeout` seconds, or crashes twice.
+    def ask(self, job: Job, timeout: float) -> Components | None:
+        """What the job's verifier gives. None if it takes more than `timeout` seconds, or crashes twice.
 
         UserError for a mistake in a user's verifier.
         """
@@ -106,7 +106,7 @@ class Worker:
             raise UserError(f"verifier {verifier}: its import crashes, or takes over {STARTUP_SECONDS:g} s")
         self.loaded.add(verifier)
 
-    def request(self, line: list, timeout: float) -> tuple[bool, Parts | None]:
+    def request(self, line: list, timeout: float) -> tuple[bool, Components | None]:
         """(whether the worker died, its reply). After `timeout` seconds it is killed, and the reply is None."""
         try:
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
@@ -129,7 +129,7 @@ class Worker:
 
 
 _workers: list[Worker] = []
-_cache: dict[Job, Parts | None] = {}  # math-verify's, the least recently used first
+_cache: dict[Job, Components | None] = {}  # math-verify's, the least recently used first
 _lock = threading.Lock()
 os.register_at_fork(after_in_child=_workers.clear)  # a forked child must not talk to its parent's workers
 
@@ -140,25 +140,15 @@ def _stop_workers():
         worker.kill()
 
 
-def check(verifiers: set[str]) -> None:
-    """UserError for a verifier that cannot be imported."""
-    with _lock:
-        if verifiers and not _workers:
-            _workers.append(Worker())
-        for verifier in sorted(verifiers):
-            _workers[0].load(verifier)
+def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> dict[Job, Components | None]:
+    """The results of distinct jobs. None, which counts as wrong, if a verifier took too long or crashed.
 
-
-def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> dict[Job, Parts | None]:
-    """The verdicts on distinct jobs. None, which counts as wrong, if a verifier took too long or crashed.
-
-    Jobs that were not reached within the budget are missing. UserError for a mistake in a user's verifier.
+    Jobs that were not reached within `budget` seconds are missing. UserError for a mistake in a user's verifier.
     """
     with _lock:
-        verdicts = {job: _cache.pop(job) for job in jobs if job in _cache}
-        waiting = [job for job in jobs if job not in verdicts]
+        results = {job: _cache.pop(job) for job in jobs if job in _cache}
+        waiting = [job for job in jobs if job not in results]
         waiting.sort(key=lambda job: -abs(len(job[1]) - len(job[2])))  # popped first: lengths like the true answer's
-
         verifiers = sorted({job[0] for job in waiting})
 
         def work(worker: Worker):
@@ -170,7 +160,7 @@ def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> d
                     job = waiting.pop()
                 except IndexError:  # another thread was faster
                     return
-                verdicts[job] = worker.ask(job, timeout)
+                results[job] = worker.ask(job, timeout)
 
         num_workers = min(num_workers, len(waiting))
         _workers.extend(Worker() for _ in range(num_workers - len(_workers)))
@@ -180,50 +170,69 @@ def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> d
                     list(threads.map(work, _workers[:num_workers]))
                 finally:
                     waiting.clear()  # also after an exception, so that no thread continues
-        _cache.update({job: parts for job, parts in verdicts.items() if job[0] == MATH})  # other jobs are too large
+        _cache.update({job: result for job, result in results.items() if job[0] == MATH})  # other jobs are too large
         for job in list(_cache)[: max(0, len(_cache) - MAX_CACHED)]:
             del _cache[job]
-        return verdicts
+        return results
 
 
-def sympy_equal(answer: str, truth: str) -> bool:
-    r"""math-verify on two scalars. Only in a worker.
+class BackgroundScorer:
+    """`reward.score` in a thread, for groups of responses that arrive one by one.
 
-    Its pitfalls, and in brackets the remedies: it compares floats to 6 places and drops small differences (decimals
-    become fractions, and exact.py compares). It strips one-letter variables as units, takes any number out of text that
-    it cannot parse, and then compares the raw strings (all turned off). It has no imaginary unit i, and reads I^2 as I
-    (i becomes the root of -1). It adds up numbers side by side (exact.py multiplies them). It drops primes and the base
-    of 101_2 (such answers count as different).
+    Groups that arrive while the thread is busy are scored as one batch.
     """
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
 
-    from ce_gppo.verifier import exact  # here, as it imports sympy
+    def __init__(self, score: Callable, problems: list, **options):
+        """problems: one for each group to come, with `answer` and `verifier`. options: keyword arguments of `score`."""
+        self.score, self.problems, self.options = score, problems, options
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()
+        self.components: list[list[Components]] = [[] for _ in problems]
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
 
-    if answer.count("'") != truth.count("'") or re.search(r"\d_", f"{answer} {truth}"):
-        return False
-    normalization = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
-    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
-    parsed = []
-    for text in (truth, answer):
-        text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
-        text = re.sub(r"\d*\.\d+", lambda m: "{{\\frac{{{}}}{{{}}}}}".format(*Fraction(m[0]).as_integer_ratio()), text)
-        text = re.sub(r"(\d+)\s*\^\\circ", r"{\\frac{\1\\pi}{180}}", text)
-        if not re.search(r"\\(?:sum|prod)|_\{?i", text):
-            text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", r"{\\sqrt{-1}}", text)
-        modes = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
-        parsed.append(parse(f"${text}$", [config], parsing_timeout=None, **modes))
-    gold, target = parsed
-    return bool(gold and target and exact.equal(gold[0], target[0]))
+    def add(self, index: int, texts: list[str]) -> None:
+        """A group of responses to the problem of this index."""
+        self.waiting.put((index, texts))
+
+    def finish(self) -> list[list[Components]]:
+        """Wait, and return what each group's responses got. Raises the error that `score` raised, if any."""
+        self.waiting.put(None)
+        self.thread.join()
+        if self.error:
+            raise self.error
+        return self.components
+
+    def _work(self) -> None:
+        last = False
+        while not last and not self.error:
+            groups = [self.waiting.get()]
+            while not self.waiting.empty():
+                groups.append(self.waiting.get())
+            last = groups[-1] is None
+            responses = [(index, text) for index, texts in filter(None, groups) for text in texts]
+            problems = [self.problems[index] for index, _ in responses]
+            answers, verifiers = [p.answer for p in problems], [p.verifier for p in problems]
+            try:
+                scores = self.score([text for _, text in responses], answers, verifiers, **self.options)
+                for (index, _), components in zip(responses, scores, strict=True):
+                    self.components[index].append(components)
+            except Exception as error:
+                self.error = error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The worker's side
 
 
 def serve():
-    """The worker's side: one "ready", then a JSON reply for each JSON line [verifier, response, answer, seconds].
+    """One "ready", then a JSON reply for each JSON line [verifier, response, answer, seconds].
 
-    Without a response it only imports the verifier. A reply is the parts, or a sentence about what is wrong.
+    Without a response it only imports the verifier. A reply is the components, or a sentence about what is wrong.
     """
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for what, most in ((resource.RLIMIT_AS, MAX_MEMORY), (resource.RLIMIT_CORE, 0)):
+        allowed = resource.getrlimit(what)[1]
+        resource.setrlimit(what, 2 * (most if allowed == resource.RLIM_INFINITY else min(most, allowed),))
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):  # so that a library cannot read requests or print into the replies
@@ -244,13 +253,13 @@ def limit(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds and PATIENCE * seconds + 1)
 
 
-def answer_to(verifier: str, response: str | None, answer: str) -> Parts | str:
+def answer_to(verifier: str, response: str | None, answer: str) -> Components | str:
     if verifier == MATH and response is None:  # imports sympy, prepares the parser
-        sympy_equal(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")
+        math_verify(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")
         return {}
     if verifier == MATH:
         try:
-            return {"correctness": float(same(response, answer, sympy_equal))}
+            return {"correctness": float(same(response, answer, math_verify))}
         except Exception:  # sympy can raise any error: the answers then count as different
             return {"correctness": 0.0}
     try:

@@ -1,0 +1,249 @@
+"""The policy: a model as a function from packed tokens to logprobs, entropy and moment, without padding or [N, V]."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, PreTrainedModel
+
+from ce_gppo import parallel
+from ce_gppo.batch import Packed, Packing, Rollout, concat, micro_batches, pack
+from ce_gppo.messages import UserError
+
+CPU_PASS = 2048  # tokens of a pass without gradients on a CPU: the activations fit its cache, 1.6 times as fast
+
+
+class Policy(torch.nn.Module):
+    """The unit that DDP and FSDP2 wrap."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, packed: Packed, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Logprob, entropy and moment (see TokenStatistics) of every response token: [N] each."""
+        hidden = hidden_states(self.model.base_model, packed)  # [L, D]
+        hidden = hidden.to(torch.bfloat16) if hidden.is_cuda else hidden  # the precision that vLLM's head gets
+        weight = self.model.get_output_embeddings().weight  # [V, D]
+        return token_statistics(take(hidden, packed.predecessors), weight, packed.targets, temperature)
+
+
+def hidden_states(body: PreTrainedModel, packed: Packed) -> Tensor:
+    """Output of a model's body, without its head, for the packed tokens: [L, D], in the residual stream's precision."""
+    assert body.config._attn_implementation == "packed"  # any other would attend across sequences
+    ids, positions = packed.input_ids[None], packed.position_ids[None]
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        outputs = body(input_ids=ids, position_ids=positions, packing=packed.packing, use_cache=False)
+    return outputs.last_hidden_state[0]
+
+
+@torch.no_grad()
+@parallel.host_threads()
+def logprobs_and_entropy(
+    policy: torch.nn.Module, parts: list[Rollout], temperature: float, max_tokens: int, device: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Logprobs and entropy of every part's response tokens under the policy's present weights: [N] each. Collective.
+
+    parts: of one rollout, this rank's share, perhaps empty. The results are on the CPU.
+    """
+    if device == "cpu":
+        max_tokens = min(max_tokens, CPU_PASS)
+    results = [torch.zeros(2, 0)]
+    for part in micro_batches(concat(parts), max_tokens) if parts else []:
+        logprobs, entropy, _ = policy(pack(part, device), temperature)
+        results.append(torch.stack([logprobs, entropy]).cpu())
+    parallel.reshard(policy)  # no backward pass will do it
+    return [tuple(columns) for columns in torch.cat(results, 1).split([len(part.tokens) for part in parts], 1)]
+
+
+def with_old_logprobs(policy: torch.nn.Module, parts: list[Rollout], *passes) -> list[Rollout]:
+    """The parts with old_logprobs and entropy under the present weights. passes: as of logprobs_and_entropy."""
+    columns = logprobs_and_entropy(policy, parts, *passes)
+    return [replace(part, old_logprobs=a, entropy=b) for part, (a, b) in zip(parts, columns, strict=True)]
+
+
+def with_reference_logprobs(reference: torch.nn.Module, parts: list[Rollout], *passes) -> list[Rollout]:
+    columns = logprobs_and_entropy(reference, parts, *passes)
+    return [replace(part, reference_logprobs=a) for part, (a, _) in zip(parts, columns, strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention within the packed sequences
+
+
+def register_attention() -> None:
+    """Make attn_implementation "packed" known to transformers; compiled layers call it between their graphs."""
+    AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+
+
+def packed_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packing: Packing, scaling=None, **options
+) -> tuple[Tensor, None]:
+    """Causal attention within each packed sequence, as transformers calls it: [1, H, L, d] -> [1, L, H, d]."""
+    if refused := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
+        raise UserError(f"{type(module).__name__}: attention with {refused[0]} is not supported")
+    window = options.get("sliding_window")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, H, d]
+    if query.is_cuda:
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+    if not packing.is_identity:
+        q, k, v = (take(x, packing.order) for x in (q, k, v))  # [M, H, d]
+    if query.is_cuda:
+        longest, starts = packing.longest, packing.starts
+        ends = {"max_q": longest, "max_k": longest, "cu_seq_q": starts, "cu_seq_k": starts}
+        sides = (-1 if window is None else window - 1, 0)
+        out = varlen_attn(q, k, v, **ends, scale=scaling, window_size=sides, enable_gqa=True)  # [M, H, d]
+    else:
+        out, sizes = [], [b * t for b, t in packing.blocks]
+        for (b, t), *qkv in zip(packing.blocks, *(x.split(sizes) for x in (q, k, v)), strict=True):
+            qkv = (x.unflatten(0, (b, t)).transpose(1, 2) for x in qkv)  # [b, H, t, d]
+            mask = None if window is None or window >= t else torch.ones(t, t, dtype=torch.bool).tril().triu(1 - window)
+            block = F.scaled_dot_product_attention(
+                *qkv, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            )
+            out.append(block.transpose(1, 2).flatten(0, 1))
+        out = torch.cat(out)  # [M, H, d]
+    return (out if packing.is_identity else take(out, packing.inverse))[None], None
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] along the first dimension, by F.embedding: its backward is fast, and adds up in a fixed order."""
+    return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logprob, entropy and moment of tokens, without a [tokens, vocabulary] tensor
+
+TILE_LOGITS = {"cuda": 2**27, "cpu": 2**20}  # in memory at a time: 512 MiB on a GPU; 4 MiB on a CPU, for its caches
+
+
+def token_statistics(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, width: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logprob of `targets`, entropy in nats, and moment: [N, D], [V, D], [N] -> three times [N], float32.
+
+    All three are of softmax(logits / temperature), the distribution that was sampled from. The first two have
+    gradients. width: for how many entries of the vocabulary logits are in memory at a time. Default: as
+    TILE_LOGITS allows; matrix products are fastest at round widths.
+    """
+    if width is None:
+        width = max(256, TILE_LOGITS["cuda" if hidden.is_cuda else "cpu"] // max(1, len(hidden)) // 256 * 256)
+    return TokenStatistics.apply(hidden, weight, targets, temperature, width)
+
+
+class TokenStatistics(torch.autograd.Function):
+    """hidden [N, D], weight [V, D], targets [N] -> logprobs, entropy, moment, each [N] in float32.
+
+    With z = hidden weight^T / temperature, p = softmax(z) and a the target:
+        logprob = log p_a                       d logprob / dz = onehot(a) - p
+        entropy H = - sum_k p_k log p_k         d H / dz       = - p (log p + H)
+        moment S = sum_k p_k^2 (log p_k + H)    (no gradient)
+    The logits exist for `width` entries of the vocabulary at a time. Forward folds them into a maximum and four sums
+    per token, and backward computes them again. Each pass reads the head's weight once, and backward writes its
+    gradient once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, width: int):
+        # m is the largest logit so far. The sums are e, e (z - m), e^2 and e^2 (z - m), where e = exp(z - m).
+        m = torch.full_like(targets, -1e30, dtype=torch.float32)  # [N]; not -inf, whose products with 0 are NaN
+        sums = tuple(torch.zeros_like(m) for _ in range(4))  # [N] each
+        target_logits = torch.zeros_like(m)  # [N]
+        for columns in _tiles(len(weight), width):
+            z = _product(hidden, weight[columns].to(hidden.dtype).T)  # [N, W]
+            place = targets - columns.start  # of the target in this tile, [N]
+            m, sums, target_logits = _on_device(_fold, hidden)(z, m, sums, target_logits, place, temperature)
+        e, ez, ee, eez = sums
+        log_z = m + e.log()
+        entropy = e.log() - ez / e
+        moment = (eez - ez / e * ee) / e.square()
+        ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
+        ctx.temperature, ctx.width = temperature, width
+        ctx.mark_non_differentiable(moment)
+        ctx.set_materialize_grads(False)
+        return target_logits - log_z, entropy, moment
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
+        hidden, weight, targets, *of_tokens = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # [N, D]
+        grad_weight = torch.empty_like(weight)  # [V, D]
+        for columns in _tiles(len(weight), ctx.width):
+            own_weight = weight[columns].to(hidden.dtype)  # [W, D]
+            z, place = _product(hidden, own_weight.T), targets - columns.start  # [N, W], [N]
+            inputs = z, *of_tokens, grad_logprobs, grad_entropy, place, ctx.temperature, hidden.dtype
+            grad_z = _on_device(_grad_logits, hidden)(*inputs, hidden.is_cuda)  # [N, W]
+            if hidden.is_cuda:
+                grad_hidden = torch.addmm(grad_hidden, grad_z, own_weight, out_dtype=torch.float32)
+                grad_weight[columns] = _product(grad_z.T, hidden)
+            else:
+                grad_hidden.addmm_(grad_z, own_weight)
+                torch.mm(grad_z.T, hidden, out=grad_weight[columns])
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+
+
+def _tiles(length: int, width: int) -> Iterator[slice]:
+    return (slice(start, min(start + width, length)) for start in range(0, length, width))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product in float32. On a GPU the factors are bfloat16, and the result is not rounded to it."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a @ b
+
+
+# On a GPU the next two functions are compiled, so that a tile of logits is read and written as few times as possible.
+
+
+def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...], target_logits: Tensor, place: Tensor, temperature: float):
+    """Add a tile of logits [N, W] to the sums [N] about their running maximum m [N], and find the targets' logits."""
+    z = z if temperature == 1 else z / temperature
+    inside = (place >= 0) & (place < z.shape[1])  # other tokens have their target in another tile
+    target_logits = target_logits + z.gather(1, place.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1) * inside
+    e, ez, ee, eez = sums
+    new_m = torch.maximum(m, z.amax(1))
+    shift = m - new_m
+    scale = shift.exp()
+    z = z - new_m[:, None]
+    p = z.exp()
+    pz = z.mul_(p)  # overwrites z: on a CPU the first touch of fresh memory costs more than the product
+    sums = (
+        e * scale + p.sum(1),
+        (ez + shift * e) * scale + pz.sum(1),
+        ee * scale**2 + p.norm(dim=1).square(),
+        (eez + shift * ee) * scale**2 + p.mul_(pz).sum(1),
+    )
+    return new_m, sums, target_logits
+
+
+def _grad_logits(z, log_z, entropy, grad_logprobs, grad_entropy, place, temperature: float, dtype, compare: bool):
+    """The gradient of a tile of logits z [N, W]. All other tensors are [N]; one of the two gradients may be None.
+
+    compare: find the targets by comparing every column with `place`. In a compiled function that costs nothing. Without
+    compiling it is a pass over the tile, and one write per token is faster.
+    """
+    log_p = (z if temperature == 1 else z / temperature) - log_z[:, None]
+    factor = torch.zeros_like(log_z)[:, None] if grad_logprobs is None else -grad_logprobs[:, None]
+    if grad_entropy is not None:
+        factor = factor - grad_entropy[:, None] * (log_p + entropy[:, None])
+    grad = log_p.exp().mul_(factor)
+    if grad_logprobs is not None and compare:
+        here = torch.arange(z.shape[1], device=z.device) == place[:, None]  # [N, W]
+        grad = torch.where(here, grad + grad_logprobs[:, None], grad)
+    elif grad_logprobs is not None:
+        inside = (place >= 0) & (place < z.shape[1])
+        grad.scatter_add_(1, place.clamp(0, z.shape[1] - 1)[:, None], (grad_logprobs * inside)[:, None])
+    return (grad if temperature == 1 else grad / temperature).to(dtype)
+
+
+_compiled = functools.cache(functools.partial(torch.compile, dynamic=True))  # once for each function, not for each tile
+
+
+def _on_device(function, tensor: Tensor):
+    """On a GPU the element-wise work of a tile becomes one kernel. On a CPU compiling takes longer than it saves."""
+    return _compiled(function) if tensor.is_cuda else function

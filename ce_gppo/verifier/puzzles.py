@@ -1,0 +1,149 @@
+"""The rules of the puzzles, `countdown` and `walk`, and their verifiers. Model output is read here, never evaluated."""
+
+import json
+import re
+from fractions import Fraction
+
+from ce_gppo.messages import UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# countdown: an expression that uses each given number exactly once and equals the target. For 19, 36, 55, 7 and the
+# target 65, for example: 55 + 36 - 7 - 19. It has whole numbers, + - * / and parentheses, and fractions are exact.
+
+MAX_CHARS = 200
+MAX_DEPTH = 20  # parentheses and signs
+MAX_DIGITS = 9
+MAX_NUMBERS = 20
+FORMAT = 0.1  # reward for the format in GRPO-Zero and TinyZero
+
+TOKEN = re.compile(r"[0-9]+|[-+*/()]")  # not \d, which matches the digits of every script
+
+
+def countdown(response: str, answer: str) -> dict[str, float]:
+    """Components: `correctness`, 1 if the last <answer></answer> solves the puzzle; `format`, 0.1 if the response ends
+    with that tag and its expression can be read.
+
+    answer: {"numbers": [19, 36, 55, 7], "target": 65}. UserError for any other form.
+    """
+    numbers, target = read_numbers(answer)
+    value, used = evaluate(last_tag(response) or "") or (None, [])
+    right = value == target and sorted(used) == sorted(numbers)
+    well_formed = value is not None and response.rstrip().endswith("</answer>")
+    return {"correctness": float(right), "format": FORMAT * well_formed}
+
+
+def last_tag(response: str) -> str | None:
+    """The text between the last <answer></answer>, without white space around it. None if it is empty or missing."""
+    before, end, _ = response.rpartition("</answer>")
+    _, begin, answer = before.rpartition("<answer>")
+    return (end and begin and answer.strip()) or None
+
+
+def read_numbers(answer: str) -> tuple[list[int], int]:
+    """(numbers, target)"""
+    try:
+        task = json.loads(answer)
+        numbers, target = task["numbers"], task["target"]
+        whole = all(type(n) is int and abs(n) < 10**MAX_DIGITS for n in [*numbers, target])
+        if whole and 1 <= len(numbers) <= MAX_NUMBERS and min(numbers) >= 0:
+            return numbers, target
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(
+        f'countdown: answer {answer[:60]!r}, where {{"numbers": [19, 36, 55, 7], "target": 65}} is needed: '
+        f"at most {MAX_NUMBERS} whole numbers of at most {MAX_DIGITS} digits"
+    )
+
+
+def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
+    """(value, its numbers) of an expression. None if it is not valid, divides by 0, or exceeds a bound of this file.
+
+    The bounds keep numerator and denominator of every value below MAX_CHARS digits.
+
+        sum      product, then any number of: + or -, product
+        product  factor, then any number of: * or /, factor
+        factor   a number, ( sum ), or - factor
+    """
+    tokens = TOKEN.findall(text[: MAX_CHARS + 1])
+    if len(text) > MAX_CHARS or "".join(tokens) != re.sub(r"[ \t\n]", "", text):
+        return None
+    tokens.reverse()  # the next one is the last
+    numbers: list[int] = []
+
+    def total(depth: int) -> Fraction:
+        value = product(depth)
+        while tokens and tokens[-1] in "+-":
+            value = value + product(depth) if tokens.pop() == "+" else value - product(depth)
+        return value
+
+    def product(depth: int) -> Fraction:
+        value = factor(depth)
+        while tokens and tokens[-1] in "*/":
+            value = value * factor(depth) if tokens.pop() == "*" else value / factor(depth)
+        return value
+
+    def factor(depth: int) -> Fraction:
+        token = tokens.pop() if tokens and depth <= MAX_DEPTH else ""
+        if token == "-":
+            return -factor(depth + 1)
+        if token == "(":
+            value = total(depth + 1)
+            if not tokens or tokens.pop() != ")":
+                raise ValueError
+            return value
+        if not token.isdecimal() or len(token) > MAX_DIGITS:
+            raise ValueError
+        numbers.append(int(token))
+        return Fraction(numbers[-1])
+
+    try:
+        value = total(0)
+    except (ValueError, ZeroDivisionError):
+        return None
+    return None if tokens else (value, numbers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# walk: from a start to a target in at most six moves. A response is one line per move, the move and the number it leads
+# to. From 17 to 30, for example, "+7 =24" and "+6 =30".
+
+LARGEST = 59  # numbers are 0 to LARGEST
+MAX_MOVES = 6
+MOVES = (*(f"+{n}" for n in range(1, 11)), *(f"-{n}" for n in range(1, 11)), "*2", "*3")
+
+LINE = re.compile(r"([-+*][0-9]{1,2}) =(0|[1-9][0-9]?)")
+START_AND_TARGET = re.compile(r"(0|[1-9][0-9]?) to (0|[1-9][0-9]?)")
+
+
+def after(move: str, number: int) -> int:
+    """The number after a move. It may be out of range."""
+    operand = int(move[1:])
+    return {"+": number + operand, "-": number - operand, "*": number * operand}[move[0]]
+
+
+def legal_moves(number: int) -> list[str]:
+    """The moves from `number` that stay in range."""
+    return [move for move in MOVES if 0 <= after(move, number) <= LARGEST]
+
+
+def walk(response: str, answer: str) -> float:
+    """1.0 if there are at most six lines, each a legal move with its right result, and the last reaches the target.
+
+    Else 0.0. Spaces and newlines around the response are ignored. answer: "17 to 30", start and target. UserError for
+    any other form.
+    """
+    numbers = [int(number) for number in match.groups()] if (match := START_AND_TARGET.fullmatch(answer)) else []
+    if not numbers or max(numbers) > LARGEST:
+        raise UserError(
+            f"walk: answer '{answer[:40]}', where '<start> to <target>' is needed, each from 0 to {LARGEST}"
+        )
+    number, target = numbers
+    if len(response) > MAX_MOVES * len("+10 =59\n") + 2:  # a longer response has too many lines
+        return 0.0
+    lines = response.strip(" \n").split("\n")
+    for line in lines:
+        step = LINE.fullmatch(line)
+        if not step or step[1] not in legal_moves(number) or after(step[1], number) != int(step[2]):
+            return 0.0
+        number = int(step[2])
+    return float(number == target and len(lines) <= MAX_MOVES)
