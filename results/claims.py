@@ -19,11 +19,10 @@ import tyro
 
 from ce_gppo.config import command
 from ce_gppo.messages import UserError
-from results import draw, effects
-from results.series import EARLY, Runs, difference, interval, markdown, mean, text
+from results import draw
+from results.series import EARLY, by_setting, difference, interval, markdown, mean, measured, text
 from results.settings import CE, STRONG, WEAK
 from results.sweep import read
-from tools.figures import QUADRANTS
 
 ENTROPY_MARGIN = 0.05  # of the base policy's entropy
 MARGIN = 0.02  # of accuracy and of pass@k; "at least" allows this much less
@@ -56,22 +55,22 @@ def verdict(differences: list[dict[int, float]], margin: float = 0.0, bound: flo
     return "held" if len(counted) == len(intervals) else "no difference"
 
 
-def above(runs: Runs, pairs, measure: str, margin: float = 0.0, bound: float = 0.0) -> tuple[str, str]:
+def above(groups: dict, pairs, measure: str, margin: float = 0.0, bound: float = 0.0) -> tuple[str, str]:
     """(verdict, numbers) on "the first setting of each pair is above the second", or above 0 where that is None."""
-    gaps, numbers = [], []
-    for a, b in pairs:
-        gaps.append(difference(runs.values(a, measure), runs.values(b, measure)) if b else runs.values(a, measure))
-        numbers.append(f"{a}{f' over {b}' * bool(b)}: {text(gaps[-1], 4, '+')}")
-    return verdict(gaps, margin, bound), f"{measure}, {'; '.join(numbers)}"
+    values = {name: measured(groups[name], measure) for pair in pairs for name in pair if name}
+    gaps = [difference(values[a], values[b]) if b else values[a] for a, b in pairs]
+    names = [f"{a} over {b}" if b else a for a, b in pairs]
+    numbers = "; ".join(f"{name}: {text(gap, 4, '+')}" for name, gap in zip(names, gaps, strict=True))
+    return verdict(gaps, margin, bound), f"{measure}, {numbers}"
 
 
-def claims(runs: Runs) -> list[tuple[str, str, str]]:
+def claims(groups: dict[str, list[dict]]) -> list[tuple[str, str, str]]:
     """(claim, verdict, numbers) in the order of docs/evidence.md, without the claims whose runs are missing."""
-    nats, (weak, strong) = entropy_margin(runs), STRONG if set(STRONG) <= set(runs.groups) else WEAK
+    nats, (weak, strong) = entropy_margin(groups), STRONG if set(STRONG) <= set(groups) else WEAK
     betas, fastest = [(LOW_BETA, "grpo"), (DEFAULT, "grpo")], [(name, CE[3]) for name in CE[:3]]
     grpo, ours, dapo = [("grpo", None)], [(LP_ONLY, "gppo")], [("dapo", "grpo")]
-    each = [(name, None) for name in ("grpo", *CE) if name in runs.groups]
-    table = (  # claim, pairs of settings, measure, margin, bound
+    each, ours_and_grpo = [(name, None) for name in ("grpo", *CE) if name in groups], [(LOW_BETA, DEFAULT), *grpo]
+    table = (  # claim, pairs of settings, and a measure, margin and bound; or a function of groups and pairs
         ("1a. grpo loses more than half of its entropy", grpo, "half of the entropy lost"),
         ("1b. ce_gppo (0.5, 1) and (0.75, 1) end with more entropy", betas, "entropy", nats),
         ("2a. (1, 0.5) loses entropy fastest: the mean over the run", fastest, "entropy/mean", nats),
@@ -81,60 +80,58 @@ def claims(runs: Runs) -> list[tuple[str, str, str]]:
         ("4a. ce_gppo's accuracy is at least grpo's and dapo's", PAIRS, "accuracy", 0.0, -MARGIN),
         ("4b. its pass@8 keeps more of its start", PAIRS, "pass@8 kept", MARGIN),
         ("4c. it finds more different right answers among 8", PAIRS, "distinct@8", 8 * MARGIN),
-        ("6a. clipped tokens are improbable: 0.5 less their probability", each, "improbable, clipped below"),
-        ("6a. the same above the interval", each, "improbable, clipped above"),
+        ("5. a bonus is more sensitive than beta1 in [0.5, 0.75]", [(weak, strong), (LOW_BETA, DEFAULT)], sensitive),
+        ("6a. tokens clipped below are improbable", each, "0.5 less the probability below"),
+        ("6a. tokens clipped above are improbable", each, "0.5 less the probability above"),
+        ("6b. velocities have the signs of the theory", grpo, signs),
+        ("6c. ce_gppo neither collapses nor explodes, nor unlearns", ours_and_grpo, steady),
         ("7a. lp_only is more accurate than gppo (ours)", ours, "accuracy", MARGIN),
         ("7b. lp_only has more entropy than gppo (ours)", ours, "entropy", nats),
         ("8. the stronger bonus ends with more entropy than grpo", [(strong, "grpo")], "entropy", nats),
     )
-    others = (
-        ("5. a bonus is more sensitive than beta1 in [0.5, 0.75]", (weak, strong, LOW_BETA, DEFAULT), sensitive),
-        ("6b. velocities have the signs of the theory", ("grpo",), signs),
-        ("6c. ce_gppo neither collapses nor explodes, nor unlearns", ("grpo", LOW_BETA, DEFAULT), steady),
-    )
-    known = {*runs.groups, None}
-    rows = [(claim, *above(runs, pairs, *rule)) for claim, pairs, *rule in table if known.issuperset(sum(pairs, ()))]
-    rows += [(claim, *decide(runs, names)) for claim, names, decide in others if known.issuperset(names)]
-    return sorted(rows, key=lambda row: row[0].partition(".")[0])
-
-
-def entropy_margin(runs: Runs) -> float:
-    """In nats, by the entropy of the first step over all runs."""
-    return ENTROPY_MARGIN * mean(row["series"]["entropy/mean"][0] for group in runs.groups.values() for row in group)
-
-
-def sensitive(runs: Runs, names: tuple[str, ...]) -> tuple[str, str]:
-    """Compares d ln entropy / d ln coefficient: the bonus is tripled, beta1 is multiplied by 1.5."""
-    logs = [{seed: np.log(value) for seed, value in runs.values(name, "entropy").items()} for name in names]
-    slopes = [
-        {seed: abs(gap) / np.log(factor) for seed, gap in difference(high, low).items()}
-        for low, high, factor in ((*logs[:2], 3), (*logs[2:], 1.5))
+    there = {*groups, None}
+    table = [(claim, pairs, *rule) for claim, pairs, *rule in table if there.issuperset(itertools.chain(*pairs))]
+    return [
+        (claim, *(rule[0](groups, pairs) if callable(rule[0]) else above(groups, pairs, *rule)))
+        for claim, pairs, *rule in table
     ]
+
+
+def entropy_margin(groups: dict[str, list[dict]]) -> float:
+    """In nats, by the entropy of the first step over all runs."""
+    return ENTROPY_MARGIN * mean(n for group in groups.values() for n in measured(group, "first entropy").values())
+
+
+def sensitive(groups: dict, pairs: list) -> tuple[str, str]:
+    """Compares d ln entropy / d ln coefficient: the bonus is tripled, beta1 is multiplied by 1.5."""
+    slopes = []
+    for pair, factor in zip(pairs, (3, 1.5), strict=True):
+        low, high = (measured(groups[name], "entropy") for name in pair)
+        slopes.append({seed: abs(np.log(high[seed] / low[seed])) / np.log(factor) for seed in low if seed in high})
+    bonus, beta = (text(slope, 2) for slope in slopes)
     # The margin: with this difference of the slopes, a factor of 1.5 changes entropy by 5 %.
-    return verdict([difference(*slopes)], np.log(1 + ENTROPY_MARGIN) / np.log(1.5)), (
-        "size of d ln entropy / d ln coefficient: bonus {}, beta1 {}".format(*(text(slope, 2) for slope in slopes))
-    )
+    found = verdict([difference(*slopes)], np.log(1 + ENTROPY_MARGIN) / np.log(1.5))
+    return found, f"size of d ln entropy / d ln coefficient: bonus {bonus}, beta1 {beta}"
 
 
-def signs(runs: Runs, _) -> tuple[str, str]:
-    series = [row["series"] for group in runs.groups.values() for row in group]
+def signs(groups: dict, _) -> tuple[str, str]:
+    series = [row["series"] for group in groups.values() for row in group]
     right = {q: np.mean([v * sign > 0 for s in series for v in s[f"velocity/{q}"] if v]) for q, sign in SIGNS.items()}
-    numbers = ", ".join(f"{QUADRANTS[quadrant]} {share:.2%}" for quadrant, share in right.items())
+    numbers = ", ".join(f"{quadrant} {share:.2%}" for quadrant, share in right.items())
     return ("held" if min(right.values()) > 0.99 else "not held"), f"steps of all runs with the sign: {numbers}"
 
 
-def steady(runs: Runs, names: tuple[str, ...]) -> tuple[str, str]:
+def steady(groups: dict, pairs: list) -> tuple[str, str]:
     numbers, held = [], True
-    for name in names:
-        low = min(runs.values(name, "lowest").values())
-        high, lost = (max(runs.values(name, measure).values()) for measure in ("highest", "unlearned"))
-        numbers.append(f"{name} {low:.2f} to {high:.2f}, {lost:.3f}")
-        held &= name == "grpo" or (low > 0.1 and high < 1.2 and lost < UNLEARNED)
+    for name in filter(None, itertools.chain(*pairs)):
+        lows, highs, losses = (measured(groups[name], key).values() for key in ("lowest", "highest", "unlearned"))
+        numbers.append(f"{name} {min(lows):.2f} to {max(highs):.2f}, {max(losses):.3f}")
+        held &= name == "grpo" or (min(lows) > 0.1 and max(highs) < 1.2 and max(losses) < UNLEARNED)
     told = f"entropy over the first step's, accuracy lost after its best: {'; '.join(numbers)}"
     return ("held" if held else "not held"), told
 
 
-def table(runs: Runs) -> str:
+def table(groups: dict[str, list[dict]]) -> str:
     """Means and 95 % intervals over seeds, in Markdown.
 
     over grpo: differences between runs of the same seed. velocity/clipped_*, clip/*: the clipped tokens' part of the
@@ -142,36 +139,34 @@ def table(runs: Runs) -> str:
     entropy is mostly that of repeated text.
     """
     head = ["setting", "runs"]
-    rows = [[name, len(group)] for name, group in runs.groups.items()]
+    rows = [[name, len(group)] for name, group in groups.items()]
     for measure, digits, compared in COLUMNS:
         head += [measure, "over grpo"] if compared else [measure]
         for row in rows:
-            values = runs.values(row[0], measure)
+            values = measured(groups[row[0]], measure)
             row.append(text(values, digits))
             if compared:
-                over = difference(values, runs.values("grpo", measure))
+                over = difference(values, measured(groups.get("grpo", []), measure))
                 row.append("" if row[0] == "grpo" else text(over, digits, "+"))
     return markdown(head, rows)
 
 
 def main(config: Config) -> None:
-    rows = read(config.results)
+    rows, branches = read(config.results), draw.read_branches(config.branches) if config.branches else []
     if not rows:
         raise UserError(f"{config.results}: no runs there; results/sweep.py makes them")
-    runs = Runs(rows)
-    verdicts = markdown(["claim", "verdict", "numbers, with 95 % intervals over seeds"], claims(runs))
-    margins = f"Margins: {entropy_margin(runs):.3f} nats of entropy, {MARGIN} of accuracy."
+    groups = by_setting(rows)
+    verdicts = markdown(["claim", "verdict", "numbers, with 95 % intervals over seeds"], claims(groups))
+    margins = f"Margins: {entropy_margin(groups):.3f} nats of entropy, {MARGIN} of accuracy."
     took = f"{len(rows)} runs; whole, they took {sum(row['minutes'] for row in rows) / 60:.1f} hours of one lane."
-    report = f"{table(runs)}\n\n{verdicts}\n\n{margins} {took}\n"
+    report = f"{table(groups)}\n\n{verdicts}\n\n{margins} {took}\n"
     print(report)
     config.results.with_suffix(".md").write_text(report)
-    figures = {"": draw.curves(runs)}
-    if config.branches:
-        figures["-summary"] = draw.summary(runs, effects.read(config.branches))
-    for suffix, figure in figures.items():
-        path = config.results.with_name(f"{config.results.stem}{suffix}.png")
-        figure.savefig(path, dpi=150)
-        print(path)
+    for suffix, figure in (("", draw.curves(groups)), ("-summary", branches and draw.summary(groups, branches))):
+        if figure:
+            path = config.results.with_name(f"{config.results.stem}{suffix}.png")
+            figure.savefig(path, dpi=150)
+            print(path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The runs of a sweep as numbers: one for each seed of a setting, and their 95 % intervals over seeds."""
+"""The rows of results as numbers: measures of a run by setting and seed, 95 % intervals, tables."""
 
 import json
 from collections.abc import Iterable
@@ -20,19 +20,20 @@ def mean(values: Iterable[float | None]) -> float:
     return float(np.mean(there)) if there else np.nan
 
 
+def end(values: list[float]) -> float:
+    return mean(values[-LAST:])
+
+
 def spread(entropy: list[float]) -> float:
     """Standard deviation around a cubic fitted to the run: a steady fall does not count as variation."""
     steps = np.arange(len(entropy))
     return np.std(entropy - np.polyval(np.polyfit(steps, entropy, 3), steps))
 
 
-def last(values: list[float]) -> float:
-    return mean(values[-LAST:])
-
-
 MEASURES = {  # name -> number of a run, by its series. Other names: mean of the metric over all steps
-    "entropy": lambda s: last(s["entropy/mean"]),
-    "half of the entropy lost": lambda s: 0.5 - last(s["entropy/mean"]) / s["entropy/mean"][0],
+    "entropy": lambda s: end(s["entropy/mean"]),
+    "half of the entropy lost": lambda s: 0.5 - end(s["entropy/mean"]) / s["entropy/mean"][0],
+    "first entropy": lambda s: s["entropy/mean"][0],
     "early entropy": lambda s: mean(s["entropy/mean"][:EARLY]),
     "spread of entropy": lambda s: spread(s["entropy/mean"]),
     "lowest": lambda s: min(s["entropy/mean"]) / s["entropy/mean"][0],
@@ -41,29 +42,25 @@ MEASURES = {  # name -> number of a run, by its series. Other names: mean of the
     "unlearned": lambda s: max(s["eval/avg_at_k"]) - s["eval/avg_at_k"][-1],
     "pass@8": lambda s: s["eval/pass_at_k"][-1],
     "pass@8 kept": lambda s: s["eval/pass_at_k"][-1] / s["eval/pass_at_k"][0],
-    "distinct@8": lambda s: last(s.get("eval/distinct_at_k", [])[-1:]),
-    "improbable, clipped below": lambda s: 0.5 - mean(s["clip/prob_low"]),
-    "improbable, clipped above": lambda s: 0.5 - mean(s["clip/prob_high"]),
-    "cut": lambda s: last(s["response/truncated"]),
+    "distinct@8": lambda s: mean(s.get("eval/distinct_at_k", [])[-1:]),  # only walk and countdown have it
+    "0.5 less the probability below": lambda s: 0.5 - mean(s.get("clip/prob_low", [])),
+    "0.5 less the probability above": lambda s: 0.5 - mean(s.get("clip/prob_high", [])),
+    "cut": lambda s: end(s["response/truncated"]),
 }
 
 
-class Runs:
-    """The runs of a sweep, by setting."""
+def by_setting(rows: list[dict]) -> dict[str, list[dict]]:
+    groups = {name: [row for row in rows if row["setting"] == name] for name in SETTINGS}
+    return {name: group for name, group in groups.items() if group}
 
-    def __init__(self, rows: list[dict]):
-        self.groups = {name: [row for row in rows if row["setting"] == name] for name in SETTINGS}
-        self.groups = {name: group for name, group in self.groups.items() if group}
-        self.source = rows[0]["source"]
 
-    def values(self, setting: str, measure: str) -> dict[int, float]:
-        """{seed: number}"""
-        function = MEASURES.get(measure, lambda s: mean(s.get(measure, [])))
-        found = {}
-        for row in self.groups.get(setting, []):
-            series = {name.replace(f"eval/{self.source}/", "eval/"): v for name, v in row["series"].items()}
-            found[row["seed"]] = function(series)
-        return found
+def measured(group: list[dict], measure: str) -> dict[int, float]:
+    """{seed: number} of the runs of a setting."""
+    function = MEASURES.get(measure, lambda s: mean(s.get(measure, [])))
+    return {
+        row["seed"]: function({name.replace(f"/{row['source']}/", "/"): v for name, v in row["series"].items()})
+        for row in group
+    }
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
@@ -75,7 +72,7 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def difference(a: dict, b: dict) -> dict:
-    """By seed, of the seeds that both have."""
+    """By seed or branch, of those that both have."""
     return {key: a[key] - b[key] for key in a if key in b}
 
 

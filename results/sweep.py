@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ce_gppo import types as t
-from ce_gppo.config import command, open_to_append
+from ce_gppo import config as t
+from ce_gppo.config import read_record
 from ce_gppo.messages import RunEnded, UserError
-from ce_gppo.runs import lock_file
-from results import series
+from ce_gppo.run import lock_file, open_to_append, rows_of
+from results.series import read as read_rows
 from results.settings import SETTINGS, SWEEPS, Sweep
 
 HERE = Path(__file__).parent
@@ -92,10 +92,6 @@ def main(config: Config) -> None:
                 else:
                     failed.append(run)
                     bar.write(f"{run.setting} seed {run.seed} FAILED: see {run.log}", file=sys.stderr)
-    except KeyboardInterrupt:
-        for run in running.values():  # they got Ctrl-C, too, and save a checkpoint
-            run.process.wait()
-        sys.exit("\nstopped; start again to continue")
     finally:
         bar.close()
         for run in running.values():
@@ -119,36 +115,43 @@ class Run:
         kind, index = lane
         # More threads than cores would slow each other down many times.
         own_part = {"CUDA_VISIBLE_DEVICES": str(index)} if kind == "gpu" else {"OMP_NUM_THREADS": "1"}
-        place = ["--out", str(out.resolve()), "--run-name", name]
+        training = ["train.py", *self.arguments.split(), "--out", str(out.resolve()), "--run-name", name]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "train.py", *self.arguments.split(), *place],
+                ["true"] if self.finished(steps) else [sys.executable, *training],
                 cwd=REPOSITORY,
                 env={"WANDB_MODE": "disabled"} | os.environ | own_part,
                 stdout=log,
                 stderr=log,
                 pass_fds=[own],
+                start_new_session=True,  # Ctrl-C is for the sweep, which tells its runs by SIGTERM
                 preexec_fn=partial(attach, lane),
             )
 
+    def finished(self, steps: int) -> bool:
+        """Whether the run is done: the sweep was killed before it wrote the row. Not if it has other arguments."""
+        if not any(row["step"] == steps and f"eval/{self.source}/avg_at_k" in row for row in rows_of(self.folder)):
+            return False
+        given = self.arguments.split()
+        return read_record(self.folder / "config.json")["command"][1 : len(given) + 1] == given
+
     def row(self) -> dict:
-        metrics = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        kept = sorted(name for name in set().union(*metrics) if KEPT.fullmatch(name))
+        metrics = rows_of(self.folder)
         steps = [row for row in metrics if row["step"]]
         evaluations = [row for row in metrics if f"eval/{self.source}/avg_at_k" in row]
-        seconds = sum(row.get(name, 0.0) for row in metrics for name in ("time/step", "time/eval"))
+        series = {}
+        for name in sorted(name for name in set().union(*metrics) if KEPT.fullmatch(name)):
+            values = [row.get(name) for row in (evaluations if name.startswith("eval/") else steps)]
+            series[name] = [None if value is None else float(f"{value:.5g}") for value in values]
         return {
             "setting": self.setting,
             "seed": self.seed,
             "source": self.source,
             "arguments": self.arguments,
-            "commit": json.loads((self.folder / "config.json").read_text())["git_commit"],
-            "minutes": round(seconds / 60, 2),
+            "commit": read_record(self.folder / "config.json")["git_commit"],
+            "minutes": round(sum(row.get(name, 0.0) for row in metrics for name in ("time/step", "time/eval")) / 60, 2),
             "eval_steps": [row["step"] for row in evaluations],
-            "series": {
-                name: [shorten(row.get(name)) for row in (evaluations if name.startswith("eval/") else steps)]
-                for name in kept
-            },
+            "series": series,
         }
 
 
@@ -175,12 +178,8 @@ def lanes_of_this_machine() -> list[tuple[str, int]]:
 
 def read(path: Path) -> list[dict]:
     """The runs in a file of results."""
-    return series.read(path, ("setting", "seed", "arguments"))
-
-
-def shorten(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
+    return read_rows(path, ("setting", "seed", "arguments"))
 
 
 if __name__ == "__main__":
-    command(main, Config, __doc__)
+    t.command(main, Config, __doc__)
