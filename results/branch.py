@@ -5,16 +5,12 @@ make branch RUN=out/<run>/checkpoint-000040 BRANCHES=10 EVERY=5
 make branch ARGS="--objective grpo"                       from a model, with a fresh optimizer; train.py's settings
 
 A branch takes the state of a run before a step, with its optimizer, and that step's rollout. It trains the step once
-under each setting, each time from this state, and measures the changes on the same tokens. Nothing is sampled in
-between, so only the settings differ. Then the run continues with its own setting, up to the next branch. One process,
-one device.
-
-Writes a JSONL file with a line per branch and setting, a table, and a figure. Further runs add to the same file.
-Without --run, all other arguments are train.py's settings.
+under each setting, each time from this state, and measures the changes on the same tokens. Then the run continues with
+its own setting, up to the next branch. One process, one device. Writes a JSONL file with a line per branch and setting,
+a table, and a figure. Further runs add to the same file. All other arguments are train.py's settings.
 """
 
 import json
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -65,19 +61,7 @@ def variant(config: train.Config, changes: dict) -> train.Config:
     return t.resolve(replace(config, **defaults | changes))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A step
-
-
-def branch(
-    learner: train.Learner,
-    settings: dict[str, train.Config],
-    problems: list,
-    rollout: Rollout,
-    held_out: Rollout,
-    state: State,
-    *place,
-) -> Iterator[dict]:
+def branch(learner, settings: dict, problems: list, rollout: Rollout, held_out: Rollout, state: State, *place):
     """A row for each setting. After each row the weights and the optimizer are as before, bit by bit.
 
     rollout: of the step, with rewards, as train.sample gives it. state: before the step. place: folder and meter.
@@ -90,7 +74,6 @@ def branch(
     predicted/*   the updates' own velocity/*, clip/* and kl/approx, as a run logs them
     rank/tokens   rank correlation, over the trained tokens, of their entropy velocity in a first update with the
                   change of their entropy
-    reward/mean entropy/mean   of the rollout
     """
     policy, optimizer, *_ = learner
     config, device = next(iter(settings.values())), place[1].device
@@ -111,7 +94,6 @@ def branch(
             products = [(g.double() * m.double()).sum() for g, m in zip(gradient, moved, strict=True)]
             row[f"linear/{part}"] = sum(products).item()
         row |= {f"predicted/{k}": v for k, v in metrics.items() if k.startswith(("velocity/", "clip/", "kl/"))}
-        row |= {k: metrics[k] for k in ("reward/mean", "entropy/mean")}
         model_state, optimizer_state = deepcopy(snapshot)  # the optimizer would write into the snapshot
         policy.load_state_dict(model_state)
         optimizer.load_state_dict(optimizer_state)
@@ -154,10 +136,6 @@ def changes(before: dict, after: dict, velocity: torch.Tensor) -> dict[str, floa
             members = {"right": right, "wrong": ~right}
             row |= {f"logprob/{part}": log_ratio[own].mean().item() for part, own in members.items() if own.any()}
     return row
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A run
 
 
 def run(config: train.Config, start: Path | None, options: Options) -> None:

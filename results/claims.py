@@ -20,9 +20,8 @@ import tyro
 from ce_gppo.config import command
 from ce_gppo.messages import UserError
 from results import draw
-from results.series import EARLY, by_setting, difference, interval, markdown, mean, measured, text
+from results.series import EARLY, RUN, by_setting, difference, interval, markdown, mean, measured, read, text
 from results.settings import CE, STRONG, WEAK
-from results.sweep import read
 
 ENTROPY_MARGIN = 0.05  # of the base policy's entropy
 MARGIN = 0.02  # of accuracy and of pass@k; "at least" allows this much less
@@ -89,12 +88,12 @@ def claims(groups: dict[str, list[dict]]) -> list[tuple[str, str, str]]:
         ("7b. lp_only has more entropy than gppo (ours)", ours, "entropy", nats),
         ("8. the stronger bonus ends with more entropy than grpo", [(strong, "grpo")], "entropy", nats),
     )
-    there = {*groups, None}
-    table = [(claim, pairs, *rule) for claim, pairs, *rule in table if there.issuperset(itertools.chain(*pairs))]
-    return [
-        (claim, *(rule[0](groups, pairs) if callable(rule[0]) else above(groups, pairs, *rule)))
-        for claim, pairs, *rule in table
-    ]
+    rows = []
+    for claim, pairs, rule, *bounds in table:
+        if {*groups, None}.issuperset(itertools.chain(*pairs)):
+            found = rule(groups, pairs) if callable(rule) else above(groups, pairs, rule, *bounds)
+            rows.append((claim, *found))
+    return rows
 
 
 def entropy_margin(groups: dict[str, list[dict]]) -> float:
@@ -127,32 +126,28 @@ def steady(groups: dict, pairs: list) -> tuple[str, str]:
         lows, highs, losses = (measured(groups[name], key).values() for key in ("lowest", "highest", "unlearned"))
         numbers.append(f"{name} {min(lows):.2f} to {max(highs):.2f}, {max(losses):.3f}")
         held &= name == "grpo" or (min(lows) > 0.1 and max(highs) < 1.2 and max(losses) < UNLEARNED)
-    told = f"entropy over the first step's, accuracy lost after its best: {'; '.join(numbers)}"
-    return ("held" if held else "not held"), told
+    numbers = "; ".join(numbers)
+    return ("held" if held else "not held"), f"entropy over the first step's, accuracy lost after its best: {numbers}"
 
 
 def table(groups: dict[str, list[dict]]) -> str:
     """Means and 95 % intervals over seeds, in Markdown.
 
-    over grpo: differences between runs of the same seed. velocity/clipped_*, clip/*: the clipped tokens' part of the
-    velocity, and their share of all tokens. cut: responses cut at the limit, at the end; they do not end, and their
-    entropy is mostly that of repeated text.
+    over grpo: differences between runs of the same seed. cut: the share of responses cut at the limit, at the end.
     """
     head = ["setting", "runs"]
     rows = [[name, len(group)] for name, group in groups.items()]
     for measure, digits, compared in COLUMNS:
         head += [measure, "over grpo"] if compared else [measure]
         for row in rows:
-            values = measured(groups[row[0]], measure)
-            row.append(text(values, digits))
-            if compared:
-                over = difference(values, measured(groups.get("grpo", []), measure))
-                row.append("" if row[0] == "grpo" else text(over, digits, "+"))
+            values, grpo = (measured(groups.get(name, []), measure) for name in (row[0], "grpo"))
+            over = "" if row[0] == "grpo" else text(difference(values, grpo), digits, "+")
+            row += [text(values, digits), over] if compared else [text(values, digits)]
     return markdown(head, rows)
 
 
 def main(config: Config) -> None:
-    rows, branches = read(config.results), draw.read_branches(config.branches) if config.branches else []
+    rows, branches = read(config.results, RUN), draw.read_branches(config.branches) if config.branches else []
     if not rows:
         raise UserError(f"{config.results}: no runs there; results/sweep.py makes them")
     groups = by_setting(rows)

@@ -1,7 +1,4 @@
-"""Figures of a sweep, and the table and figure of branches.
-
-groups: {setting: its runs}, as results/sweep.py writes them. Values of branches are {(seed, step): number}.
-"""
+"""Figures of a sweep, and the table and figure of branches, whose values are {(seed, step): number}."""
 
 from pathlib import Path
 
@@ -26,8 +23,8 @@ MEASURED = {  # columns of the table of branches
     "on the rollout": "delta/rollout",
     "on held-out tokens": "delta/held_out",
     "to first order in the weights": "linear/rollout",
-    "beyond it": "beyond/rollout",
     "velocity": "predicted/velocity/total",
+    "beyond first order": "beyond/rollout",
     "log p of right": "logprob/right",
     "of wrong": "logprob/wrong",
     "KL": "kl/rollout",
@@ -132,13 +129,11 @@ def table_of_branches(rows: list[dict]) -> str:
 
 def figure_of_branches(rows: list[dict]) -> plt.Figure:
     """Differences to the baseline: measured, to first order, and in the velocity."""
-    names = ("on the rollout", "on held-out tokens", "to first order in the weights", "velocity")
     fig, axes = plt.subplots(1, 4, figsize=(14, 1 + 0.3 * len(others(rows))), sharey=True, layout="constrained")
-    for axis, name in zip(axes, names, strict=True):
-        bars(axis, rows, others(rows), MEASURED[name])
-        axis.set_title(name)
+    for axis, (title, name) in zip(axes, MEASURED.items(), strict=False):  # the first four
+        bars(axis, rows, others(rows), name)
+        axis.set_title(title)
     axes[0].invert_yaxis()
-    fig.suptitle(f"change of entropy in a step, less {BASELINE}'s")
     return fig
 
 
@@ -148,4 +143,4 @@ def bars(axis, rows: list[dict], settings: list[str], name: str) -> None:
     halves[np.isinf(halves)] = np.nan  # of a single branch
     axis.barh(settings, means, 0.6, xerr=halves, color="#5fa8e6", error_kw={"linewidth": 1})
     axis.axvline(0, color="gray", linewidth=0.5)
-    axis.set_xlabel("1e-4 nats per token")
+    axis.set_xlabel("entropy in a step, less grpo's, 1e-4 nats")

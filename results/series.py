@@ -11,6 +11,7 @@ from ce_gppo.messages import UserError
 from results.settings import SETTINGS
 
 LAST = 10  # steps; "the end" of a run is their mean
+RUN = ("setting", "seed", "arguments")  # names in the row of a run
 EARLY = 15  # first steps, for claim 3
 
 
@@ -20,10 +21,6 @@ def mean(values: Iterable[float | None]) -> float:
     return float(np.mean(there)) if there else np.nan
 
 
-def end(values: list[float]) -> float:
-    return mean(values[-LAST:])
-
-
 def spread(entropy: list[float]) -> float:
     """Standard deviation around a cubic fitted to the run: a steady fall does not count as variation."""
     steps = np.arange(len(entropy))
@@ -31,8 +28,8 @@ def spread(entropy: list[float]) -> float:
 
 
 MEASURES = {  # name -> number of a run, by its series. Other names: mean of the metric over all steps
-    "entropy": lambda s: end(s["entropy/mean"]),
-    "half of the entropy lost": lambda s: 0.5 - end(s["entropy/mean"]) / s["entropy/mean"][0],
+    "entropy": lambda s: mean(s["entropy/mean"][-LAST:]),
+    "half of the entropy lost": lambda s: 0.5 - mean(s["entropy/mean"][-LAST:]) / s["entropy/mean"][0],
     "first entropy": lambda s: s["entropy/mean"][0],
     "early entropy": lambda s: mean(s["entropy/mean"][:EARLY]),
     "spread of entropy": lambda s: spread(s["entropy/mean"]),
@@ -45,7 +42,7 @@ MEASURES = {  # name -> number of a run, by its series. Other names: mean of the
     "distinct@8": lambda s: mean(s.get("eval/distinct_at_k", [])[-1:]),  # only walk and countdown have it
     "0.5 less the probability below": lambda s: 0.5 - mean(s.get("clip/prob_low", [])),
     "0.5 less the probability above": lambda s: 0.5 - mean(s.get("clip/prob_high", [])),
-    "cut": lambda s: end(s["response/truncated"]),
+    "cut": lambda s: mean(s["response/truncated"][-LAST:]),
 }
 
 
@@ -97,6 +94,5 @@ def read(path: Path, names: Iterable[str]) -> list[dict]:
             rows.append(json.loads(line))
             _ = [rows[-1][name] for name in names]
         except (ValueError, TypeError, KeyError):
-            needed = ", ".join(names)
-            raise UserError(f"{path}:{number}: not a row of results, with {needed}; remove this line") from None
+            raise UserError(f"{path}:{number}: not a row with {', '.join(names)}; remove this line") from None
     return rows

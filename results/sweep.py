@@ -4,10 +4,9 @@
     .venv/bin/python -m results.sweep --quick            11 runs of 5 steps: a few minutes
     .venv/bin/python -m results.sweep --sweep walk-32    another of results/settings.py
 
-Run it from the repository root. Every core (or GPU) has one run at a time. Each run adds a line to the results when it
-ends. The same command again continues the sweep: it starts the missing runs, and resumes interrupted ones. If the
-sweep is stopped or killed in any way, its runs save and end. Two sweeps cannot write to the same results.
-results/claims.py makes figures and tables of the results.
+Every core (or GPU) has one run at a time. Each run adds a line to the results when it ends. The same command again
+continues the sweep: it starts the missing runs, and resumes interrupted ones. If the sweep is stopped or killed in any
+way, its runs save and end. Two sweeps cannot write to the same results. results/claims.py makes figures and tables.
 """
 
 import ctypes
@@ -29,11 +28,10 @@ from ce_gppo import config as t
 from ce_gppo.config import read_record
 from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.run import lock_file, open_to_append, rows_of
-from results.series import read as read_rows
+from results.series import RUN, read
 from results.settings import SETTINGS, SWEEPS, Sweep
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parent
+REPOSITORY = Path(__file__).parents[1]
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 KEPT = re.compile(  # metrics that are kept of a run, as lists by step with five significant digits: 20 kB per run
     "(clip|kl|ratio|response|velocity)/.+|eval/.+_at_k|entropy/(mean|p10|p90)|optim/beta[12]|reward/mean"
@@ -48,16 +46,15 @@ class Config:
     seeds: t.Count | None = None  # runs of each setting; None: the sweep's, quick: 1
     first_seed: t.Seed = 0  # the seeds of the runs start here
     steps: t.Count | None = None  # of each run; None: the sweep's, quick: 5
-    settings: tuple[str, ...] = ()  # settings to run; empty: the sweep's
+    settings: tuple[t.one_of(SETTINGS), ...] = ()  # settings to run; empty: the sweep's
     out: Path = REPOSITORY / "out" / "reproduce"  # folder of the runs themselves
     lanes: t.Count | None = None  # runs at a time; None: one per GPU, or one per core and 5 GiB of memory
 
 
 def main(config: Config) -> None:
-    if unknown := [name for name in config.settings if name not in SETTINGS]:
-        raise UserError(f"setting '{unknown[0]}' is unknown; known: {', '.join(SETTINGS)}")
     sweep = SWEEPS[config.sweep]
-    results = Path(config.results or HERE / ("quick.jsonl" if config.quick else f"reproduction-{config.sweep}.jsonl"))
+    name = "quick" if config.quick else f"reproduction-{config.sweep}"
+    results = Path(config.results or REPOSITORY / "results" / f"{name}.jsonl")
     seeds = config.seeds or (1 if config.quick else sweep.seeds)
     steps = config.steps or (5 if config.quick else sweep.steps)
     names = dict.fromkeys(config.settings or sweep.settings)  # each once
@@ -65,7 +62,7 @@ def main(config: Config) -> None:
     own = open_to_append(results, "--results")
     if not lock_file(own):
         raise UserError(f"{results}: another sweep, or a run of one that was killed, is at work; wait until it ends")
-    done = {(row["setting"], row["seed"]): row["arguments"] for row in read(results)}
+    done = {(row["setting"], row["seed"]): row["arguments"] for row in read(results, RUN)}
     if other := [job for job in wanted if done.get(job, given := arguments(sweep, *job, steps)) != given]:
         raise UserError(f"{results} has {other[0][0]} with other arguments; name another file with --results")
     waiting = [job for job in wanted if job not in done]
@@ -174,11 +171,6 @@ def lanes_of_this_machine() -> list[tuple[str, int]]:
         return [("gpu", i) for i in range(torch.cuda.device_count())]
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return [("core", i) for i in sorted(os.sched_getaffinity(0))[: max(1, int(gib / 5))]]
-
-
-def read(path: Path) -> list[dict]:
-    """The runs in a file of results."""
-    return read_rows(path, ("setting", "seed", "arguments"))
 
 
 if __name__ == "__main__":
