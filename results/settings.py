@@ -37,7 +37,8 @@ WEAK, STRONG = ("grpo, bonus 0.001", "grpo, bonus 0.003"), ("grpo, bonus 0.01", 
 BRANCHED = ("grpo", "dapo", "cispo", "ce_gppo (1, 0)", *CE[:3], *OURS, *WEAK)  # in single steps
 
 # Learning rates and updates per rollout were chosen once for all settings of a sweep: docs/evidence.md.
-WALK = {"recipe": "walk", "eval_every": 25, "eval_samples": 8}
+WALK = {"prompts_per_step": 64, "max_kept_prompts": 64, "mini_batch_prompts": 8, "responses_per_prompt": 8, "lr": 3e-5}
+WALK |= {"max_prompt_tokens": 16, "max_response_tokens": 16, "warmup_steps": 5, "eval_every": 25, "eval_samples": 8}
 COUNTDOWN = {"recipe": "countdown", "mini_batch_prompts": 2, "eval_every": 25, "eval_samples": 8}
 SIX_OF_48 = {"prompts_per_step": 48, "max_kept_prompts": 48, "mini_batch_prompts": 6}  # eight updates per rollout
 TWO = {"mini_batch_prompts": 2}  # 32 updates per rollout
