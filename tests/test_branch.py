@@ -4,7 +4,6 @@ import copy
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -19,10 +18,8 @@ from helpers import resolved, rollout_of
 from results import branch, draw
 from results.settings import SETTINGS
 
-CONFIG = resolved(
-    objective="grpo", lr=1e-3, warmup_steps=0, prompts_per_step=4, responses_per_prompt=4, max_kept_prompts=4,
-    mini_batch_prompts=1, advantages="group",
-)  # fmt: skip
+FOUR = dict.fromkeys(("prompts_per_step", "responses_per_prompt", "max_kept_prompts"), 4)
+CONFIG = resolved(objective="grpo", lr=1e-3, warmup_steps=0, mini_batch_prompts=1, **FOUR)
 COMPARED = {name: branch.variant(CONFIG, SETTINGS[name]) for name in ("grpo", "gppo", "grpo, bonus 0.003")}
 
 
