@@ -48,7 +48,7 @@ def summary(groups: dict[str, list[dict]], rows: list[dict]) -> plt.Figure:
     fig, (left, right, last) = plt.subplots(1, 3, figsize=(14.1, 3.6), layout="constrained")
     panels(left, right, {name: groups[name] for name in SUMMARY if name in groups})
     bars(last, rows, [name for name in others(rows) if name in SUMMARY], "delta/rollout")
-    last.set_title(f"change in one step at lr {rows[0]['lr']:g}, less grpo's")
+    last.set_title(f"entropy, one step at lr {rows[0]['lr']:g}")
     last.invert_yaxis()
     return fig
 
@@ -100,9 +100,9 @@ def text(values: dict, unit: float = 1e-4) -> str:
 
 
 def rank(a: dict, b: dict) -> str:
-    """Spearman's rank correlation over branches; empty for fewer than four, and for equal values."""
+    """Spearman's rank correlation over branches; none of fewer than four, or of equal values."""
     a, b = list(a.values()), [b[key] for key in a]
-    return f"{stats.spearmanr(a, b).statistic:+.2f}" if len(a) > 3 and np.ptp(a) and np.ptp(b) else ""
+    return f"{stats.spearmanr(a, b).statistic:+.2f}" if len(a) > 3 and np.ptp(a) and np.ptp(b) else "none"
 
 
 def table_of_branches(rows: list[dict]) -> str:
@@ -119,7 +119,7 @@ def table_of_branches(rows: list[dict]) -> str:
     return (
         f"{len(measured)} branches ({', '.join(f'{name} {rows[0][name]}' for name in SAME)}). Changes over a step, in "
         f"1e-4 nats per token, less {BASELINE}'s from the same state and rollout: of entropy, left of log p, and of "
-        "the entropy of each quadrant, right of KL. Mean and 95 % interval over branches.\n\n"
+        "the entropy of each quadrant, right of KL. The velocity is a rate. 95 % intervals over branches.\n\n"
         f"{markdown(['setting', *columns, 'rank correlation of KL and beyond', 'clipped below, above, %'], lines)}\n\n"
         f"Rank correlation with the measured change under {BASELINE}: of the velocity, over the tokens of a rollout "
         f"{text(values_of(rows, BASELINE, 'rank/tokens'), 1.0)} and over the branches {rank(velocity, measured)}; of "
@@ -143,4 +143,4 @@ def bars(axis, rows: list[dict], settings: list[str], name: str) -> None:
     halves[np.isinf(halves)] = np.nan  # of a single branch
     axis.barh(settings, means, 0.6, xerr=halves, color="#5fa8e6", error_kw={"linewidth": 1})
     axis.axvline(0, color="gray", linewidth=0.5)
-    axis.set_xlabel("entropy in a step, less grpo's, 1e-4 nats")
+    axis.set_xlabel("less grpo's, 1e-4 per token")
