@@ -38,7 +38,7 @@ view: setup  ## write an HTML page that shows a run's effect on single tokens: R
 	@.venv/bin/python -m tools.view $(RUN) $(ARGS)
 
 branch: setup $(if $(RUN),,$(RUN_DATA))  ## measure how each setting changes entropy in one step: RUN=out/<run> BRANCHES=10 EVERY=5
-	@.venv/bin/python -m tools.branch $(if $(RUN),--run $(RUN)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(BRANCHES),--branches $(BRANCHES)) \
+	@.venv/bin/python -m results.branch $(if $(RUN),--run $(RUN)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(BRANCHES),--branches $(BRANCHES)) \
 		$(if $(EVERY),--every $(EVERY)) $(ARGS)
 
 doctor: setup data  ## check the machine, the setup and a model: MODEL=<folder or hub name>

@@ -104,7 +104,7 @@ def train_step(learner, rollout: Rollout, state: State, config, folder: Path, me
     """The step's updates: (the rollout with its advantages, its mini-batches, what was learned)."""
     rollout, batches = train.select(rollout, config)
     objective, lr = train.objective_of_step(config, state), train.lr_of_step(config, state.step + 1)
-    return rollout, batches, train.learn(learner, rollout, batches, objective, lr, state, config, folder, meter)
+    return rollout, batches, train.learn(*learner, rollout, batches, objective, lr, state, config, folder, meter)
 
 
 def entropy_gradient(policy, rollout: Rollout, temperature: float, max_tokens: int, device: str) -> tuple:
@@ -154,7 +154,7 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
     state = checkpoint.load(start, model, optimizer) if start else State("", control=first_control(config))
     context = config.max_prompt_tokens + config.max_response_tokens
     engine = Engine(source, tokenizer, context, config.gpu_memory_utilization, seed=config.seed)
-    learner, place = train.Learner(Policy(model), optimizer), (options.results.parent, Meter(model, device))
+    learner, place = (Policy(model), optimizer, None, None), (options.results.parent, Meter(model, device))
     settings = {name: variant(config, SETTINGS[name]) for name in dict.fromkeys((BASELINE, *options.settings))}
     settings |= {} if config in settings.values() else {OWN: config}
     sampling = {"max_tokens": config.max_response_tokens, "temperature": config.temperature}
