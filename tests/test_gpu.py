@@ -404,10 +404,10 @@ def test_all_passes_and_steps_have_all_threads_of_the_host(monkeypatch, tiny_mod
     for name, each in {"policy's step": optimizer, "critic's step": critic.optimizer}.items():
         each.register_step_pre_hook(lambda *_, name=name: seen.append((name, threads[0])))
     rollout = replace(rollout_of([(3, 2), (3, 4), (3, 3)], shared=True), index=torch.arange(3))
-    state, learner = checkpoint.State("id"), train.Learner(policy, optimizer, reference, critic)
+    state, learner = checkpoint.State("id"), (policy, optimizer, reference, critic)
     objective, mini_batches = train.objective_of_step(config, state), [torch.tensor([0]), torch.tensor([1])]
-    train.learn(learner, rollout, mini_batches, objective, 1e-3, state, config, Path("x"), meter)
-    names = ["reference", "policy", "critic", *["critic", "critic's step"] * 2, *["policy", "policy's step"] * 2]
+    train.learn(*learner, rollout, mini_batches, objective, 1e-3, state, config, Path("x"), meter)
+    names = ["reference", "critic", *["critic", "critic's step"] * 2, "policy", *["policy", "policy's step"] * 2]
     assert seen == [(name, 16) for name in names] and threads == [1]
 
 
