@@ -11,11 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-import train
 from bench import common, contestants, gpu, scaling, update
 from ce_gppo import config, metrics, parallel, policy
 from ce_gppo.messages import RunEnded, UserError
-from helpers import Forked
+from helpers import Forked, rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -106,46 +105,35 @@ def test_the_passes_of_an_update_are_those_of_the_definition(tmp_path):
         torch.testing.assert_close(ours.grad, other.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_without_the_accounting(tmp_path, monkeypatch):
-    """The moment is 0 and no metrics are computed; logprobs, entropy and gradients are the same."""
+def test_without_the_accounting(monkeypatch):
+    """No moment and no sums over tokens, where `ours` has them; gradients are compared by test_update."""
+    monkeypatch.setattr(contestants, "ours", lambda *_: None)
+    inputs = torch.randn(4, 8), torch.randn(100, 8), torch.arange(4)
     for module, name in ((policy, "_fold"), (metrics, "token_sums")):
         monkeypatch.setattr(module, name, getattr(module, name))  # restored at the end
-    monkeypatch.setattr(contestants, "ours", lambda *_: None)
-    hidden, weight = torch.randn(40, 8).requires_grad_(), torch.randn(1000, 8).requires_grad_()
-    found = []
-    for switch in (lambda *_: None, contestants.entropy_only):
-        switch(tmp_path, {})
-        logprobs, H, S = policy.token_statistics(hidden, weight, torch.arange(40), width=256)
-        found.append(((logprobs, H, *torch.autograd.grad((logprobs + H).sum(), (hidden, weight))), S))
-    (with_all, S), (without, no_S) = found
-    assert all(torch.equal(a, b) for a, b in zip(with_all, without, strict=True))
-    assert S.abs().max() > 0 and not no_S.any() and not metrics.add([metrics.token_sums()] * 2).values()
+    assert policy.token_statistics(*inputs)[2].all()
+    contestants.entropy_only(None, {})
+    assert not policy.token_statistics(*inputs)[2].any() and not metrics.add([metrics.token_sums()] * 2).values()
 
 
 def test_a_revision_is_checked_out_and_removed():
     with update.checked_out("HEAD") as folder:
         assert (folder / "bench" / "contestants.py").is_file() and folder != ROOT
     assert not folder.exists()
-    with update.checked_out("") as folder:
-        assert folder == ROOT
     with pytest.raises(UserError, match="--against nowhere: git cannot check it out"), update.checked_out("nowhere"):
         pass
 
 
-def test_the_contestant_of_a_revision_runs_in_its_folder(monkeypatch, tmp_path):
-    calls = []
-
+def test_the_contestant_of_a_revision_is_its_own(monkeypatch, tmp_path):
     def run(command, cwd, env, **_):
-        calls.append((command[2:4], cwd, env["PYTHONPATH"]))
+        assert command[2:4] == ["bench.contestants", "ours"] and env["PYTHONPATH"] == str(cwd)
         (tmp_path / "ours.pt").write_text(str(cwd))
         return types.SimpleNamespace(returncode=0, stdout='noise\n{"seconds": 1}\n')
 
     monkeypatch.setattr(update.subprocess, "run", run)
-    before = tmp_path / "before"
-    assert update.run("before", tmp_path, 1, before) == update.run("ours", tmp_path, 1, before) == {"seconds": 1}
-    name = ["bench.contestants", "ours"]
-    assert calls == [(name, before, str(before)), (name, ROOT, str(ROOT))]
-    assert (tmp_path / "before.pt").read_text() == str(before) and (tmp_path / "ours.pt").read_text() == str(ROOT)
+    for name, root in (("before", tmp_path / "x"), ("ours", ROOT)):
+        assert update.run(name, tmp_path, 1, tmp_path / "x") == {"seconds": 1}
+        assert (tmp_path / f"{name}.pt").read_text() == str(root)
 
 
 @pytest.mark.parametrize("wrong", [{"loss": 0.1}, {"gradient": 1.1}])
@@ -187,17 +175,14 @@ def test_gpu_s_offload(capsys, one_process):
     assert found["passes_s"] > 0 and found["step_s"] > 0 and found["tokens"] == 96 and "pinned_gib" not in found
 
 
-def test_gpu_compares_a_resumed_step(tmp_path):
-    """Equal responses are counted, and only the second step is read."""
-    for name, second in (("whole", "b"), ("again", "c")):
-        (tmp_path / name).mkdir()
-        rows = [{"step": step, "entropy/mean": 0.5 * step, "time/rollout": 1.0, "optim/lr": 1.0} for step in (1, 2)]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        samples = [{"step": step, "response": text} for step, text in ((1, second), (2, "a"), (2, second))]
-        (tmp_path / name / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    found = gpu.summary(tmp_path / "whole", tmp_path / "again")
-    resume = {"resume/same_responses": 0.5, "resume/entropy_difference": 0.0}
-    assert found == resume | {"entropy/mean": 1.0, "time/rollout": 1.0}
+def test_gpu_s_run(capsys):
+    """Without a GPU a resumed step is the same. The run is a real one."""
+    settings = "--prompts-per-step 8 --max-kept-prompts 4 --mini-batch-prompts 2 --dynamic-sampling off --beta2 0.9"
+    data = f"--train-data {rows_of('train', 64)} --eval-data {rows_of('eval', 8)}"
+    gpu.run_part(gpu.read(["--device", "cpu", "--train", f"{settings} {data}"]))
+    found = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert found["resume/same_responses"] == 1 and found["resume/entropy_difference"] == 0
+    assert found["optim/updates"] == 2 and {"time/sync", "mismatch/mean", "kl/approx"} <= found.keys()
 
 
 def test_gpu_continues_after_a_part_that_fails(monkeypatch, capsys):
@@ -210,39 +195,15 @@ def test_gpu_continues_after_a_part_that_fails(monkeypatch, capsys):
             raise subprocess.TimeoutExpired(command, timeout)
         return types.SimpleNamespace(returncode=139 if "run" in command else 0)
 
+    with pytest.raises(UserError, match="tokens = 0"):
+        gpu.read(["--tokens", "0"])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tokens", "64"])
     monkeypatch.setattr(gpu.subprocess, "run", run)
     with pytest.raises(RunEnded, match="failed: run, offload; "):
         gpu.main()
     assert commands == [["-m", "bench.gpu", "--tokens", "64", "--part", part] for part in gpu.PARTS]
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    failed = [(line["bench"], line["part"], line["failed"]) for line in lines]
-    assert failed == [("gpu", "run", 139), ("gpu", "offload", "no result in 15 minutes")]
-
-
-@pytest.mark.parametrize("words, problem", [("--part head", "part 'head' is unknown"), ("--tokens 0", "tokens = 0")])
-def test_gpu_s_options_are_checked(words, problem):
-    with pytest.raises(UserError, match=problem):
-        gpu.read(words.split())
-
-
-def test_gpu_s_run_has_valid_settings_and_resumes(monkeypatch, capsys):
-    """Two steps with a checkpoint after each, and the second step again from the first checkpoint."""
-    configs, resumed = [], []
-
-    def run_train(minutes, *words):
-        if words[0] == "--resume":
-            resumed.append(sorted(path.name for path in Path(words[1]).iterdir()))
-            return
-        configs.append(config.parse(train.Config, list(words))[0])
-        for step in (1, 2):
-            (Path(configs[0].out) / configs[0].run_name / f"checkpoint-00000{step}").mkdir(parents=True)
-
-    monkeypatch.setattr(gpu, "run_train", run_train)
-    monkeypatch.setattr(gpu, "summary", lambda *_: {})
-    gpu.run_part(gpu.read(["--device", "cpu", "--train", "--lr 1e-6 --shard offload"]))
-    assert (configs[0].steps, configs[0].checkpoint_every, configs[0].lr, configs[0].shard) == (2, 1, 1e-6, "offload")
-    assert resumed == [["checkpoint-000001"]] and '"part": "run"' in capsys.readouterr().out
+    failed = [json.loads(line)["failed"] for line in capsys.readouterr().out.splitlines()]
+    assert failed == [139, "no result in 15 minutes"]
 
 
 def test_gpu_shows_the_output_of_a_failed_run(monkeypatch, tmp_path):
@@ -278,9 +239,3 @@ def test_scaling(result):
     seconds = {key: row["seconds"] and row["seconds"]["step"] for key, row in rows.items()}
     assert seconds["1.5B", 1] > seconds["1.5B", 8] > seconds["1.5B", 64] and seconds["32B", 1] is None
     assert (rows["1.5B", 8]["shard"], rows["7B", 8]["shard"]) == ("no", "yes")
-
-
-def test_the_rank_that_has_the_most_tokens():
-    """Between an even share and 2 % more, where no response is longer than that share; a whole response otherwise."""
-    assert 1 / 8 <= scaling.largest_share(8, 128, 6000, 16384) < 1.02 / 8
-    assert scaling.largest_share(64, 64, 6000, 6000) > 1.1 / 64

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoModelForCausalLM, Exaone4Config
 
 import loss
@@ -40,22 +41,12 @@ class LikeGpu(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-class Context(types.SimpleNamespace):
-    """In the place of autograd's context, which would turn LikeGpu tensors into plain ones."""
-
-    def save_for_backward(self, *tensors):
-        self.saved_tensors = tensors
-
-    def mark_non_differentiable(self, *_): ...
-
-    def set_materialize_grads(self, _): ...
-
-
 def head_like_gpu(hidden, weight, targets, temperature, width, to_logprobs, to_entropy):
     """token_statistics and its gradients by the branches for a GPU."""
     hidden, weight, targets = (x.as_subclass(LikeGpu) for x in (hidden, weight, targets))
-    with torch.no_grad():
-        context = Context()
+    context = types.SimpleNamespace(mark_non_differentiable=lambda _: None, set_materialize_grads=lambda _: None)
+    context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
+    with torch.no_grad():  # in the place of autograd's context, which would turn LikeGpu tensors into plain ones
         values = policy_py.TokenStatistics.forward(context, hidden, weight, targets, temperature, width)
         gradients = policy_py.TokenStatistics.backward(context, to_logprobs, to_entropy, None)
     return [x.as_subclass(torch.Tensor) for x in (*values, *gradients[:2])]
@@ -88,13 +79,13 @@ def test_the_head_on_a_gpu_matches_naive_float64(width, temperature):
 def test_on_a_gpu_all_elementwise_work_on_logits_is_compiled(monkeypatch):
     """Outside of the compiled functions nothing as large as a tile is made, except by matrix products."""
     N, D, V, width = 128, 8, 512, 256
-    inside, outside = [False], []
+    outside = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             product = func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-            if not inside[0] and not product and isinstance(out, torch.Tensor) and out.numel() >= N * width:
+            if not product and isinstance(out, torch.Tensor) and out.numel() >= N * width:
                 outside.append(str(func))
             return out
 
@@ -102,10 +93,8 @@ def test_on_a_gpu_all_elementwise_work_on_logits_is_compiled(monkeypatch):
         assert tensor.is_cuda
 
         def call(*args):
-            inside[0] = True
-            out = function(*args)
-            inside[0] = False
-            return out
+            with _disable_current_modes():
+                return function(*args)
 
         return call
 
@@ -121,9 +110,8 @@ def test_on_a_gpu_all_elementwise_work_on_logits_is_compiled(monkeypatch):
 def test_torch_has_products_with_a_wider_result():
     """Without a GPU only their signatures can be tested."""
     a, b = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 5), (5, 7)))
-    assert torch.mm(a, b, out_dtype=torch.float32).dtype == torch.float32
-    added = torch.addmm(torch.empty(3, 7, device="meta"), a, b, out_dtype=torch.float32)
-    assert added.shape == (3, 7) and added.dtype == torch.float32
+    product = torch.mm(a, b, out_dtype=torch.float32)
+    assert product.dtype == torch.addmm(product, a, b, out_dtype=torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -131,14 +119,11 @@ def test_the_compiled_functions_are_whole_graphs_and_compiled_for_all_tiles(temp
     """No part of them is left to Python, and they are compiled at most once more, for the narrower last tile."""
     g, N, width = torch.Generator().manual_seed(0), 6, 16
     m, zeros, ones = torch.full((N,), -1e30), torch.zeros(N), torch.ones(N)
-    counters = CompileCounter(), CompileCounter()
+    counters, functions, results = (CompileCounter(), CompileCounter()), (policy_py._fold, policy_py._grad_logits), []
     with torch.compiler.set_stance("default"):
-        compiled = [
-            torch.compile(function, dynamic=True, fullgraph=True, backend=counter)
-            for function, counter in zip((policy_py._fold, policy_py._grad_logits), counters, strict=True)
-        ]
-        results = []
-        for fold, gradient in (compiled, (policy_py._fold, policy_py._grad_logits)):
+        options = {"dynamic": True, "fullgraph": True}
+        compiled = [torch.compile(f, backend=c, **options) for f, c in zip(functions, counters, strict=True)]
+        for fold, gradient in (compiled, functions):
             g.manual_seed(1)
             running = m, (zeros,) * 4, zeros
             for start, columns in ((0, width), (16, width), (32, width), (48, 5)):
@@ -209,6 +194,18 @@ def test_attention_on_a_gpu(monkeypatch, window, shared):
     assert len(moved) == (4 if shared else 0)
 
 
+def save_model(folder, layers: int) -> str:
+    torch.manual_seed(0)
+    make_model(make_tokenizer(), hidden_size=64, num_layers=layers).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def unsharded(model) -> int:
+    """Parameters that are whole now; shards, in the host's memory, are DTensors."""
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
+
+
 ROLLOUTS = [
     *(rollout_of([(3, 4), (3, 9)], shared=True), rollout_of([(2, 5), (3, 1)]), rollout_of([(8, 30)])),
     *(rollout_of([(5, 60), (5, 7), (5, 2)], shared=True), rollout_of([])),
@@ -216,15 +213,12 @@ ROLLOUTS = [
 
 
 @pytest.mark.parametrize("shard", ["no", pytest.param("offload", marks=pytest.mark.slow)])
-def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, tokenizer, one_process, shard):
+def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, one_process, shard):
     """Three layers and micro-batches of any length: no graph is made after the third. Gradients stay the same."""
-    torch.manual_seed(0)
-    make_model(tokenizer, hidden_size=64, num_layers=3).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    batches = [pack(rollout) for rollout in ROLLOUTS]
+    path, batches = save_model(tmp_path, 3), list(map(pack, ROLLOUTS))
     counter, counts, found = CompileCounter(), [], []
     for compiled in (True, False):
-        model, _ = load_model(str(tmp_path), gradient_checkpointing=True, shard=shard)
+        model, _ = load_model(path, gradient_checkpointing=True, shard=shard)
         names = [name for name, _ in model.named_parameters()]
         if compiled:
             compile_layers(model, backend=counter)
@@ -299,15 +293,12 @@ def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses):
 
 def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, one_process):
     """Gradient, step and checkpoint are the same. At most embedding, head and one layer are whole at a time."""
-    torch.manual_seed(0)
-    make_model(tokenizer, hidden_size=64, num_layers=4).save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    config = resolved(max_micro_batch_tokens=20, entropy_coef=0.01)
+    path, config = save_model(tmp_path / "tiny", 4), resolved(max_micro_batch_tokens=20, entropy_coef=0.01)
     objective = train.objective_of_step(config, checkpoint.State("id"))
     rollout = rollout_of([(5, 3), (5, 9), (5, 1), (5, 5)], shared=True)
     found, whole = {}, []
     for index, shard in enumerate(("no", "offload"), start=1):
-        model, _ = load_model(str(tmp_path / "tiny"), shard=shard)
+        model, _ = load_model(path, shard=shard)
         policy = parallel.distribute(Policy(model), shard, model._no_split_modules)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=shard == "offload")  # as with a GPU
         if shard == "offload":
@@ -346,11 +337,6 @@ def test_pinned_memory_is_not_rounded_up(monkeypatch):
     assert torch._C._accelerator_getAllocatorSettings() == settings
 
 
-def unsharded(model) -> int:
-    """Parameters that are whole now; shards, in the host's memory, are DTensors."""
-    return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
-
-
 def test_a_checkpoint_copies_only_what_training_changes(tmp_path, tokenizer, tiny_model):
     """Gathered tensors are copies already; a second copy of an offloaded 7B model would take 85 GiB."""
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
@@ -371,11 +357,8 @@ def test_a_checkpoint_copies_only_what_training_changes(tmp_path, tokenizer, tin
 
 def test_peak_memory_is_the_trainer_s(monkeypatch):
     """torch also counts vLLM's pools, even while vLLM sleeps and has freed their memory."""
-    segments = [
-        {"segment_pool_id": (0, 0), "allocated_size": 7 * 2**30},
-        {"segment_pool_id": (0, 1), "allocated_size": 30 * 2**30},
-        {"segment_pool_id": (0, 2), "allocated_size": 2 * 2**30},
-    ]
+    sizes = {(0, 0): 7, (0, 1): 30, (0, 2): 2}  # GiB, by pool
+    segments = [{"segment_pool_id": pool, "allocated_size": size * 2**30} for pool, size in sizes.items()]
     signature = inspect.signature(torch.cuda.memory_snapshot)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda **options: signature.bind(**options) and segments)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 52 * 2**30)
@@ -411,11 +394,9 @@ def test_all_passes_and_steps_have_all_threads_of_the_host(monkeypatch, tiny_mod
     assert seen == [(name, 16) for name in names] and threads == [1]
 
 
-def test_a_reference_is_not_kept_whole(tmp_path, tokenizer, one_process):
+def test_a_reference_is_not_kept_whole(tiny_folder, one_process):
     """It has no backward pass, after which FSDP2 would free the embedding and the head."""
-    make_model(tokenizer, hidden_size=64, num_layers=1).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    policy = load_reference(resolved(kl_coef=0.1, shard="offload", model=str(tmp_path)), "cpu")
+    policy = load_reference(resolved(kl_coef=0.1, shard="offload", model=str(tiny_folder)), "cpu")
     rollout = rollout_of([(3, 2), (3, 4)])
     (measured,) = policy_py.with_reference_logprobs(policy, [rollout], 1.0, 100, "cpu")
     assert len(measured.reference_logprobs) == len(rollout.tokens) == 6
