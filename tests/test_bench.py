@@ -81,13 +81,13 @@ def test_update(result):
         assert result[f"{name}/tokens_per_s"] * result[f"{name}/seconds"] == pytest.approx(1096)
         assert 0 < result[f"{name}/before_gib"] <= result[f"{name}/peak_gib"]
     assert result["entropy_only/gradient_difference"] == 0 and result["entropy_only/loss"] == result["ours/loss"]
-    assert {"speed_over_entropy_only", "memory_of_entropy_only", "head_overhead"} <= result.keys()
+    assert min(result["speed_over_entropy_only"], result["memory_of_entropy_only"], result["head_s"]) > 0
 
 
 def test_the_passes_of_an_update_are_those_of_the_definition(tmp_path):
     """Loss and gradients as with the logits of every token, of transformers itself; weights stay as they are."""
-    settings = update.Config(layers=2, hidden_size=32, intermediate_size=32, heads=2, kv_heads=1, vocabulary=100)
-    settings.response_tokens, settings.prompt_tokens, settings.shared_prompt = (3, 5, 4), 6, True
+    shape = {"layers": 2, "hidden_size": 32, "intermediate_size": 32, "heads": 2, "kv_heads": 1, "vocabulary": 100}
+    settings = update.Config(shared_prompt=True, response_tokens=(3, 5, 4), prompt_tokens=6, **shape)
     common.save_random_model(tmp_path, common.model_config(LlamaConfig, settings, pad_token_id=0))
     batch = update.write_batch(tmp_path, settings)
     model, passes = contestants.ours(tmp_path, batch)
@@ -98,10 +98,10 @@ def test_the_passes_of_an_update_are_those_of_the_definition(tmp_path):
         losses.append(-(advantage * (logprobs - logprobs.detach()).exp()))
     expected = torch.cat(losses).mean()
     expected.backward()
-    assert passes([0, 1, 2]) == pytest.approx(expected.item(), abs=1e-6)
-    assert passes([0, 1, 2]) == pytest.approx(expected.item(), abs=1e-6), "gradients of the pass before are cleared"
-    for (name, ours), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(ours, other), name
+    for _ in range(2):  # the second call clears the gradients of the first
+        assert passes([0, 1, 2]) == pytest.approx(expected.item(), abs=1e-6)
+    for ours, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, other)
         torch.testing.assert_close(ours.grad, other.grad, atol=1e-6, rtol=1e-4)
 
 
@@ -116,23 +116,22 @@ def test_without_the_accounting(monkeypatch):
     assert not policy.token_statistics(*inputs)[2].any() and not metrics.add([metrics.token_sums()] * 2).values()
 
 
-def test_a_revision_is_checked_out_and_removed():
-    with update.checked_out("HEAD") as folder:
-        assert (folder / "bench" / "contestants.py").is_file() and folder != ROOT
-    assert not folder.exists()
-    with pytest.raises(UserError, match="--against nowhere: git cannot check it out"), update.checked_out("nowhere"):
-        pass
+def test_a_revision_is_checked_out_and_removed(monkeypatch, tmp_path):
+    """Its contestant is its own: what runs there finds none of our modules."""
 
-
-def test_the_contestant_of_a_revision_is_its_own(monkeypatch, tmp_path):
     def run(command, cwd, env, **_):
         assert command[2:4] == ["bench.contestants", "ours"] and env["PYTHONPATH"] == str(cwd)
         (tmp_path / "ours.pt").write_text(str(cwd))
         return types.SimpleNamespace(returncode=0, stdout='noise\n{"seconds": 1}\n')
 
+    with pytest.raises(UserError, match="--against nowhere: git cannot check it out"), update.checked_out("nowhere"):
+        pass
+    with update.checked_out("HEAD") as folder:
+        assert (folder / "bench" / "contestants.py").is_file() and folder != ROOT
+    assert not folder.exists()
     monkeypatch.setattr(update.subprocess, "run", run)
-    for name, root in (("before", tmp_path / "x"), ("ours", ROOT)):
-        assert update.run(name, tmp_path, 1, tmp_path / "x") == {"seconds": 1}
+    for name, root in (("before", folder), ("ours", ROOT)):
+        assert update.run(name, tmp_path, 1, folder) == {"seconds": 1}
         assert (tmp_path / f"{name}.pt").read_text() == str(root)
 
 
@@ -152,8 +151,7 @@ def test_contestants_that_differ_end_the_bench(monkeypatch, wrong):
 
 @pytest.mark.parametrize("result", ["rollout"], indirect=True)
 def test_rollout(result):
-    assert result["engine/tokens_per_s"] > 0 and result["bare/tokens_per_s"] > 0
-    assert {"engine_over_bare_with_logprobs", "engine_over_bare"} <= result.keys()
+    assert result["engine_over_bare"] * result["bare/tokens_per_s"] == pytest.approx(result["engine/tokens_per_s"])
     expected = {"rollout": 0.5, "update": 0.4, "reward": 0.01, "old_logprobs": 0.02, "sync": 0.03, "rest": 0.04}
     assert {part: result[f"share/{part}"] for part in expected} == pytest.approx(expected)
     assert result["share/outside"] == pytest.approx(0.08)
@@ -169,7 +167,6 @@ def test_gpu(result):
 
 
 def test_gpu_s_offload(capsys, one_process):
-    """On a CPU nothing is pinned."""
     gpu.offload_part(gpu.read([*SMALL_GPU, "--tokens", "96"]))
     found = json.loads(capsys.readouterr().out.splitlines()[0])
     assert found["passes_s"] > 0 and found["step_s"] > 0 and found["tokens"] == 96 and "pinned_gib" not in found
@@ -207,13 +204,11 @@ def test_gpu_continues_after_a_part_that_fails(monkeypatch, capsys):
 
 
 def test_gpu_shows_the_output_of_a_failed_run(monkeypatch, tmp_path):
-    (tmp_path / "train.py").write_text("import sys, time; print(sys.argv[1], flush=True); time.sleep(60)")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    with pytest.raises(RuntimeError, match=r"^train.py --lr 1 ended with no result in time: (--lr)?$"):
-        gpu.run_train(0.02, "--lr", "1")
-    (tmp_path / "train.py").write_text("import sys; print(sys.argv[1], file=sys.stderr); exit(3)")
-    with pytest.raises(RuntimeError, match=r"^train.py --lr 1 ended with 3: --lr$"):
-        gpu.run_train(1.0, "--lr", "1")
+    for code, minutes, end in (("exit(3)", 1.0, "3"), ("time.sleep(60)", 0.02, "no result in time")):
+        (tmp_path / "train.py").write_text(f"import sys, time; print(sys.argv[1], flush=True); {code}")
+        with pytest.raises(RuntimeError, match=f"^train.py --lr 1 ended with {end}: (--lr)?$"):
+            gpu.run_train(minutes, "--lr", "1")
 
 
 def test_the_host_s_memory_with_offload():

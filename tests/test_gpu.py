@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoModelForCausalLM, Exaone4Config
 
@@ -91,12 +92,7 @@ def test_on_a_gpu_all_elementwise_work_on_logits_is_compiled(monkeypatch):
 
     def compiled(function, tensor):
         assert tensor.is_cuda
-
-        def call(*args):
-            with _disable_current_modes():
-                return function(*args)
-
-        return call
+        return _disable_current_modes()(function)
 
     monkeypatch.setattr(policy_py, "_on_device", compiled)
     hidden, weight, ones = torch.randn(N, D).bfloat16(), torch.randn(V, D), torch.ones(N)
@@ -155,12 +151,9 @@ class CpuLikeGpu(str):
         return prefix == "cuda"
 
 
-VARLEN = inspect.signature(policy_py.varlen_attn)
-
-
 def varlen_attention(*args, **options):
     """torch's varlen_attn by its definition, called with its real signature."""
-    call = VARLEN.bind(*args, **options).arguments
+    call = inspect.signature(varlen_attn).bind(*args, **options).arguments
     assert call["query"].dtype == torch.bfloat16 and call["cu_seq_q"].dtype == torch.int32
     starts, out = call["cu_seq_q"].tolist(), []
     assert max(b - a for a, b in itertools.pairwise(starts)) == call["max_q"] == call["max_k"]
@@ -168,8 +161,7 @@ def varlen_attention(*args, **options):
         q, k, v = (call[name][a:b].float().transpose(0, 1) for name in ("query", "key", "value"))  # [H, t, d]
         left, right = call["window_size"]
         assert right == 0
-        mask = torch.ones(b - a, b - a, dtype=torch.bool).tril()
-        mask = mask if left < 0 else mask.triu(-left)
+        mask = torch.ones(b - a, b - a, dtype=torch.bool).tril().triu(-left if left >= 0 else a - b)
         out.append(F.scaled_dot_product_attention(q, k, v, mask, scale=call["scale"], enable_gqa=call["enable_gqa"]))
     return torch.cat([x.transpose(0, 1) for x in out])
 
@@ -245,10 +237,9 @@ def test_layers_of_two_kinds_stay_compiled(tmp_path, one_process, recwarn):
 
     These share their code, of which dynamo compiles 8 variants at most: it leaves further ones to Python in silence.
     """
-    kinds = ["sliding_attention", "full_attention"]
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     shape |= {"num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 128, "sliding_window": 4}
-    config = Exaone4Config(**shape, layer_types=kinds * 2)
+    config = Exaone4Config(**shape, layer_types=["sliding_attention", "full_attention"] * 2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     counter, wrapped = CompileCounter(), []
@@ -257,8 +248,7 @@ def test_layers_of_two_kinds_stay_compiled(tmp_path, one_process, recwarn):
         compile_layers(model, backend=counter)
         wrapped.append(parallel.distribute(make(model), "offload", model._no_split_modules))
     policy, values, frozen = wrapped
-    no_silence = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-    with torch.compiler.set_stance("default"), no_silence:
+    with torch.compiler.set_stance("default"), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for batch in map(pack, ROLLOUTS):
             with torch.no_grad():
                 policy(batch, 1.0), frozen(batch, 1.0), values(batch)
@@ -284,10 +274,8 @@ def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses):
     for seed in range(20):
         normal = torch.randn(responses, generator=torch.Generator().manual_seed(seed))
         lengths = ((0.8 * normal).exp() * 4000).clamp(1, 16384).long().tolist()
-        loads = [0] * ranks
-        for length, owner in zip(lengths, parallel.largest_first(lengths, ranks), strict=True):
-            loads[owner] += length
-        mean = sum(lengths) / ranks
+        owners, mean = parallel.largest_first(lengths, ranks), sum(lengths) / ranks
+        loads = [sum(n for n, owner in zip(lengths, owners, strict=True) if owner == rank) for rank in range(ranks)]
         assert max(lengths) <= mean and max(loads) <= 1.02 * mean
 
 
@@ -295,8 +283,7 @@ def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, 
     """Gradient, step and checkpoint are the same. At most embedding, head and one layer are whole at a time."""
     path, config = save_model(tmp_path / "tiny", 4), resolved(max_micro_batch_tokens=20, entropy_coef=0.01)
     objective = train.objective_of_step(config, checkpoint.State("id"))
-    rollout = rollout_of([(5, 3), (5, 9), (5, 1), (5, 5)], shared=True)
-    found, whole = {}, []
+    rollout, found, whole = rollout_of([(5, 3), (5, 9), (5, 1), (5, 5)], shared=True), {}, []
     for index, shard in enumerate(("no", "offload"), start=1):
         model, _ = load_model(path, shard=shard)
         policy = parallel.distribute(Policy(model), shard, model._no_split_modules)
@@ -342,10 +329,8 @@ def test_a_checkpoint_copies_only_what_training_changes(tmp_path, tokenizer, tin
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
     Policy(tiny_model)(pack(rollout_of([(3, 2)])), 1.0)[0].sum().backward()
     optimizer.step()
-    saver = checkpoint.Saver(tmp_path, tiny_model, tokenizer, optimizer)
-    weight = tiny_model.model.norm.weight
-    moments = optimizer.state[weight]
-    gathered = torch.zeros(3)
+    saver, weight = checkpoint.Saver(tmp_path, tiny_model, tokenizer, optimizer), tiny_model.model.norm.weight
+    moments, gathered = optimizer.state[weight], torch.zeros(3)
     copies = saver._apart({"a": [weight.detach()], "b": moments, "c": (gathered, 5), "d": {"step": moments["step"]}})
     assert copies["c"][0] is gathered and copies["c"][1] == 5
     for copy, used in ((copies["a"][0], weight), (copies["b"]["exp_avg"], moments["exp_avg"])):
