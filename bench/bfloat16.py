@@ -6,11 +6,9 @@
 Run it from the repository root. vLLM samples responses in float32. Their logprobs are then computed with the same
 weights in four ways: in float32; as vLLM does on a GPU, with bfloat16 weights and activations, and logits in bfloat16
 (its default) or in float32 (head_dtype, as rollout.py sets it); and as the trainer does there, with bfloat16 products
-over float32 weights. A GPU's kernels add in another order: the errors of single tokens change,
-but not their scale.
+over float32 weights. A GPU's kernels add in another order: the errors of single tokens change, but not their scale.
 """
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +17,13 @@ from transformers import PreTrainedModel
 
 import train
 from bench import common
-from ce_gppo import types as t
-from ce_gppo.config import command
-from ce_gppo.forward import Batch, collate, flatten, micro_batches, take
+from ce_gppo import config as t
+from ce_gppo.batch import Packed, micro_batches, pack
 from ce_gppo.model import load_model
+from ce_gppo.policy import take
 from ce_gppo.problems import load_problems
-from ce_gppo.statistics import MAX_MISMATCH, WARN_MISMATCH, quantile
-from ce_gppo.types import Response
-from rollout import Engine, prepare_environment
+from rollout import MAX_MISMATCH, WARN_MISMATCH, Engine, prepare_environment
 
-WAYS = ("float32", "vllm, bfloat16 head", "vllm, float32 head", "trainer")
 PAIRS = (
     ("vllm, float32 head", "trainer"),  # the mismatch of a run on a GPU
     ("vllm, bfloat16 head", "trainer"),  # the same without head_dtype
@@ -47,56 +42,49 @@ class Config:
     max_response_tokens: t.Count = train.Config.max_response_tokens
 
 
-def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """[N, D] of the packed tokens, in the model's own dtype or in autocast's."""
-    inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "packing": batch.packing}
-    return take(model.base_model(**inputs, use_cache=False).last_hidden_state[0], batch.predecessors)
-
-
 @torch.no_grad()
-def logprobs_by_way(model: PreTrainedModel, half: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-    """Logprobs of the batch's response tokens, [N], in each of WAYS. half: the model in bfloat16."""
+def logprobs_by_way(model: PreTrainedModel, half: PreTrainedModel, packed: Packed) -> dict[str, Tensor]:
+    """Logprobs of the packed response tokens, [N], in each of the four ways. half: the model in bfloat16."""
+
+    def hidden_states(model: PreTrainedModel) -> Tensor:  # [N, D], in the model's own dtype or in autocast's
+        ids, positions = packed.input_ids[None], packed.position_ids[None]
+        outputs = model.base_model(input_ids=ids, position_ids=positions, packing=packed.packing, use_cache=False)
+        return take(outputs.last_hidden_state[0], packed.predecessors)
+
     exact_head = model.get_output_embeddings().weight  # [V, D]
     head = exact_head.bfloat16().float()
     with torch.autocast("cpu", torch.bfloat16):
-        trained = hidden_states(model, batch).bfloat16().float()  # as Policy.forward rounds it on a GPU
-    sampled = hidden_states(half, batch).float()
+        trained = hidden_states(model).bfloat16().float()  # as Policy.forward rounds it on a GPU
+    sampled = hidden_states(half).float()
     logits = {  # products of bfloat16 factors, added up in float32
-        "float32": hidden_states(model, batch) @ exact_head.T,
+        "float32": hidden_states(model) @ exact_head.T,
         "vllm, bfloat16 head": (sampled @ head.T).bfloat16().float(),
         "vllm, float32 head": sampled @ head.T,
         "trainer": trained @ head.T,
     }
-    return {way: z.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0] for way, z in logits.items()}
-
-
-def sample(config: Config, tokenizer) -> list[Response]:
-    problems, _ = load_problems(config.data, tokenizer, train.Config.max_prompt_tokens)
-    engine = Engine(config.model, tokenizer, context=train.Config.max_prompt_tokens + config.max_response_tokens)
-    prompts = [problem.prompt_ids for problem in problems[: config.prompts]]
-    options = {"max_tokens": config.max_response_tokens, "temperature": 1.0, "seed": 0}
-    return flatten(engine.generate(prompts, config.responses, **options))
+    return {way: z.log_softmax(-1).gather(1, packed.targets[:, None])[:, 0] for way, z in logits.items()}
 
 
 def main(config: Config) -> None:
     prepare_environment()
     model, tokenizer = load_model(config.model)
-    responses = sample(config, tokenizer)
-    half, _ = load_model(config.model)
-    half = half.bfloat16()
-    batches = [collate([responses[i] for i in rows]) for rows in micro_batches(responses, 4096)]
-    parts = [logprobs_by_way(model, half, batch) for batch in batches]
-    logprobs = {way: torch.cat([part[way] for part in parts]) for way in WAYS}
-    result = {"bench": "bfloat16", "date": time.strftime("%Y-%m-%d"), "model": config.model}
-    result |= {"tokens": len(logprobs["float32"]), "warns_at": WARN_MISMATCH["cuda"], "ends_at": MAX_MISMATCH}
+    half = load_model(config.model)[0].bfloat16()
+    problems, _ = load_problems(config.data, tokenizer, train.Config.max_prompt_tokens)
+    engine = Engine(config.model, tokenizer, context=train.Config.max_prompt_tokens + config.max_response_tokens)
+    prompts = [problem.prompt_ids for problem in problems[: config.prompts]]
+    options = {"max_tokens": config.max_response_tokens, "temperature": 1.0, "seed": 0}
+    rollout = engine.generate(prompts, config.responses, **options)
+    parts = [logprobs_by_way(model, half, pack(part)) for part in micro_batches(rollout, 4096)]
+    result = {"model": config.model, "tokens": len(rollout.tokens)}
+    result |= {"warns_at": WARN_MISMATCH["cuda"], "ends_at": MAX_MISMATCH}
     rows = [("logprobs, nats", "mean |difference|", "99 %", "largest")]
     for a, b in PAIRS:
-        gap = (logprobs[a] - logprobs[b]).abs()
-        found = gap.mean().item(), quantile(gap, 0.99), gap.max().item()
+        gap = torch.cat([part[a] - part[b] for part in parts]).abs()  # [N]
+        found = gap.mean().item(), gap.quantile(0.99).item(), gap.max().item()
         result |= {f"{a} - {b}/{name}": value for name, value in zip(("mean", "p99", "max"), found, strict=True)}
         rows.append((f"{a} - {b}", *(f"{value:.5f}" for value in found)))
-    common.show(result, rows)
+    common.show("bfloat16", result, rows)
 
 
 if __name__ == "__main__":
-    command(main, Config, __doc__)
+    t.command(main, Config, __doc__)

@@ -1,10 +1,13 @@
 """Shared by the benches: random models and responses, timing, the cost of the head function, output."""
 
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, models
@@ -12,22 +15,30 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from ce_gppo.entropy import token_statistics
-from ce_gppo.types import Response
+import train
+from ce_gppo import parallel
+from ce_gppo.batch import Rollout
+from ce_gppo.policy import Policy, token_statistics
+from loss import Objective
+
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
-def save_random_model(folder: Path, config: PretrainedConfig, device: str = "cpu") -> int:
-    """Save a model with random weights and a dummy tokenizer as a Hugging Face folder. Returns its parameter count."""
+def model_config(kind: type, options, **more) -> PretrainedConfig:
+    """A configuration of transformers from the options of a bench that name a model's shape."""
+    shape = options.hidden_size, options.intermediate_size, options.layers, options.heads, options.kv_heads
+    return kind(**dict(zip(SHAPE, shape, strict=True)), vocab_size=options.vocabulary, eos_token_id=1, **more)
+
+
+def save_random_model(folder: Path, config: PretrainedConfig, device: str = "cpu") -> None:
+    """Save a model with random weights and a dummy tokenizer as a Hugging Face folder."""
     disable_progress_bar()
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<pad>", eos_token="<eos>"
-    ).save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())
+    special = {"pad_token": "<pad>", "unk_token": "<pad>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def random_ids(length: int, vocabulary: int, generator: torch.Generator) -> list[int]:
@@ -35,43 +46,61 @@ def random_ids(length: int, vocabulary: int, generator: torch.Generator) -> list
     return torch.randint(2, vocabulary, (length,), generator=generator).tolist()
 
 
-def response_of(prompt_ids: list[int], response_ids: list[int], advantage: float = 0.0, **fields) -> Response:
-    """A response as rollout.py would give it; its vLLM logprobs are 0, which the objectives do not read."""
-    R = len(response_ids)
-    fields["advantages"] = torch.full((R,), advantage)
-    return Response(prompt_ids, response_ids, torch.zeros(R), truncated=False, text="", **fields)
+def rollout_of(prompts: list[list[int]], responses: list[list[int]], advantages: list[float]) -> Rollout:
+    """A response to each of the prompts; equal neighbours are one prompt, with a group of responses.
+
+    vLLM's logprobs, which the objective does not read, are 0. Old logprobs are missing, as in a rollout's first update.
+    """
+    new = (a != b for a, b in itertools.pairwise(prompts))
+    lengths = torch.tensor(list(map(len, responses)))  # [B]
+    tokens = torch.tensor(list(itertools.chain(*responses)))  # [N]
+    return Rollout(
+        prompts=[ids for ids, _ in itertools.groupby(prompts)],
+        prompt_of=torch.tensor(list(itertools.accumulate(new, initial=0))),
+        lengths=lengths,
+        tokens=tokens,
+        rollout_logprobs=torch.zeros(len(tokens)),
+        truncated=torch.zeros(len(lengths), dtype=torch.bool),
+        texts=[""] * len(lengths),
+        advantages=torch.tensor(advantages).repeat_interleave(lengths),
+    )
 
 
-def timed(function: Callable[[], object], cuda: bool = False) -> float:
+def update_passes(policy: Policy, rollout: Rollout, max_tokens: int, device: str = "cpu") -> float:
+    """train.update, but without clipping the gradients and without the optimizer's step. Returns the loss."""
+    idle = SimpleNamespace(param_groups=[], zero_grad=policy.zero_grad, step=lambda: None)
+    config = train.Config(max_micro_batch_tokens=max_tokens)
+    with mock.patch.object(parallel, "clip_gradients", lambda *_: 0.0):
+        return train.update(policy, idle, rollout, Objective(), 0.0, config, device)[1].loss
+
+
+def timed(function: Callable[[], object]) -> float:
     """Seconds of one call."""
-    if cuda:
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     function()
-    if cuda:
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
-def seconds(function: Callable[[], object], repeats: int = 5, cuda: bool = False) -> list[float]:
-    """Seconds of each of `repeats` calls. One more call, before them, warms up."""
-    return [timed(function, cuda) for _ in range(repeats + 1)][1:]
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    """Of `repeats` calls. One more call, before them, warms up."""
+    return statistics.median([timed(function) for _ in range(repeats + 1)][1:])
 
 
-def head_seconds(
-    hidden: Tensor, weight: Tensor, targets: Tensor, repeats: int = 5, width: int | None = None
-) -> tuple[float, float]:
+def head_seconds(hidden: Tensor, weight: Tensor, targets: Tensor, repeats: int = 5) -> tuple[float, float]:
     """Median seconds of token_statistics with backward, and of the four matrix products that it cannot avoid.
 
-    hidden [N, D], weight [V, D], targets [N], in the dtypes that the update uses; width as in token_statistics. The
-    four products are one in forward, its recomputation, and two in backward. They are in bfloat16 on a GPU and in
-    float32 on a CPU, and they write into memory that is already allocated.
+    hidden [N, D], weight [V, D], targets [N], in the dtypes that the update uses. The four products are one in
+    forward, its recomputation, and two in backward. They are in bfloat16 on a GPU and in float32 on a CPU, and they
+    write into memory that is already allocated.
     """
-    cuda, dtype = hidden.is_cuda, torch.bfloat16 if hidden.is_cuda else torch.float32
+    dtype = torch.bfloat16 if hidden.is_cuda else torch.float32
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
     def ours():
-        logprobs, _, _ = token_statistics(hidden, weight, targets, width=width)  # [N]
+        logprobs, _, _ = token_statistics(hidden, weight, targets)  # [N]
         return torch.autograd.grad(logprobs.sum(), (hidden, weight))
 
     plain_hidden, plain_weight = hidden.detach().to(dtype), weight.detach().to(dtype)
@@ -84,21 +113,18 @@ def head_seconds(
         torch.mm(logits, plain_weight, out=grad_hidden)
         torch.mm(logits.T, plain_hidden, out=grad_weight)
 
-    pairs = []  # in turn: if the machine slows down, it slows both
-    for _ in range(repeats):
-        pairs.append([seconds(function, 1, cuda)[0] for function in (ours, products)])
-    ours_seconds, products_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+    # In turn: if the machine slows down, it slows both.
+    pairs = [[median_seconds(function, 1) for function in (ours, products)] for _ in range(repeats)]
+    ours_seconds, products_seconds = map(statistics.median, zip(*pairs, strict=True))
     return ours_seconds, products_seconds
 
 
-def show(result: dict, *tables: list[tuple]) -> None:
+def show(bench: str, result: dict, *tables: list[tuple]) -> None:
     """Print one JSON line, then the tables. A table is a list of rows of cells; its first row is the header."""
-    print(json.dumps(result))
+    print(json.dumps({"bench": bench, "date": time.strftime("%Y-%m-%d")} | result))
     for rows in tables:
         cells = [[f"{cell:,.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         print()
-        for row in cells:
-            print(
-                row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-            )
+        for first, *others in cells:
+            print(first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True)))

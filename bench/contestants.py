@@ -1,13 +1,13 @@
 """One update by one contestant, in a process of its own: its peak memory is then only its own.
 
-    .venv/bin/python -m bench.contestants ours|trl|plain FOLDER
+    .venv/bin/python -m bench.contestants ours|entropy_only|trl FOLDER
 
 bench/update.py starts it from the repository root; `trl` runs in TRL's environment, which has none of the modules that
 `ours` imports. FOLDER holds the model and batch.json. Prints one JSON line, and saves some gradients in
 FOLDER/<contestant>.pt.
 
-All three do the same work: forward, objective and backward, without the optimizer's step, from float32 weights at
-ratio 1. There all clipped objectives have the same gradient. Only TRL can recompute activations, if batch.json says so.
+All do the same work: forward, objective and backward, without the optimizer's step, from float32 weights at ratio 1.
+There all clipped objectives have the same gradient. Only TRL can recompute activations, if batch.json says so.
 """
 
 import json
@@ -21,28 +21,38 @@ from torch import Tensor
 
 
 def ours(folder: Path, batch: dict):
-    """The passes of train.update: packed micro-batches, CE-GPPO, the entropy accounting."""
-    import train
-    from bench.common import response_of
-    from ce_gppo.forward import Policy, accumulate_gradients
+    """train.update: packed micro-batches, CE-GPPO, the entropy accounting."""
+    from bench.common import rollout_of, update_passes
     from ce_gppo.model import load_model
-    from loss import Objective
+    from ce_gppo.policy import Policy
 
     model, _ = load_model(str(folder))
     policy = Policy(model)
 
     def update(rows: list[int]) -> float:
-        responses = [  # new ones each time, which have no old logprobs: ratio 1, as in the first update of a rollout
-            response_of(batch["prompt_ids"][i], batch["response_ids"][i], advantage=batch["advantages"][i])
-            for i in rows
-        ]
-        batch_loss = train.loss_of(responses, Objective())
-        losses, _, _ = accumulate_gradients(
-            policy, responses, batch_loss, temperature=1.0, max_tokens=batch["max_micro_batch_tokens"], device="cpu"
-        )
-        return sum(losses)
+        columns = ([batch[name][i] for i in rows] for name in ("prompt_ids", "response_ids", "advantages"))
+        return update_passes(policy, rollout_of(*columns), batch["max_micro_batch_tokens"])
 
     return model, update
+
+
+def entropy_only(folder: Path, batch: dict):
+    """`ours` without the entropy accounting: logprobs and entropy, but no moment, and no sums over tokens."""
+    from ce_gppo import metrics, policy
+
+    def fold(z, m, sums, target_logits, place, temperature):
+        """policy._fold without the two sums that only the moment needs."""
+        inside = (place >= 0) & (place < z.shape[1])
+        target_logits = target_logits + z.gather(1, place.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1) * inside
+        e, ez, *others = sums
+        new_m = torch.maximum(m, z.amax(1))
+        shift = m - new_m
+        z = z - new_m[:, None]
+        p, scale = z.exp(), shift.exp()
+        return new_m, (e * scale + p.sum(1), (ez + shift * e) * scale + z.mul_(p).sum(1), *others), target_logits
+
+    policy._fold, metrics.token_sums = fold, lambda *_: metrics.Sums({}, {}, {}, {})
+    return ours(folder, batch)
 
 
 def trl(folder: Path, batch: dict):
@@ -51,21 +61,14 @@ def trl(folder: Path, batch: dict):
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    arguments = GRPOConfig(
-        output_dir=str(folder / "trl"),
-        use_cpu=True,
-        bf16=False,
-        loss_type="dapo",
-        gradient_checkpointing=batch["trl_gradient_checkpointing"],
-        per_device_train_batch_size=len(batch["response_ids"]),
-        num_generations=len(batch["response_ids"]),
-        max_completion_length=max(map(len, batch["response_ids"])),
-        report_to="none",
-    )
+    B, longest = len(batch["response_ids"]), max(map(len, batch["response_ids"]))
+    options = {"output_dir": str(folder / "trl"), "use_cpu": True, "bf16": False, "report_to": "none"}
+    options |= {"loss_type": "dapo", "gradient_checkpointing": batch["trl_gradient_checkpointing"]}
+    options |= {"per_device_train_batch_size": B, "num_generations": B, "max_completion_length": longest}
     trainer = GRPOTrainer(
         model=str(folder),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),  # never called
-        args=arguments,
+        args=GRPOConfig(**options),
         train_dataset=Dataset.from_dict({"prompt": ["none"]}),  # never read
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
@@ -90,33 +93,6 @@ def trl(folder: Path, batch: dict):
     return trainer.model, update
 
 
-def plain(folder: Path, batch: dict):
-    """The straightforward loop: the logits of every token, log_softmax, entropy."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    def update(rows: list[int]) -> float:
-        sequences = [batch["prompt_ids"][i] + batch["response_ids"][i] for i in rows]
-        input_ids, attention_mask = padded(sequences)  # [B, T] each
-        mask = attention_mask[:, 1:].clone()  # [B, T - 1], aligned with targets
-        for row, i in enumerate(rows):
-            mask[row, : len(batch["prompt_ids"][i]) - 1] = 0
-        advantages = torch.tensor([batch["advantages"][i] for i in rows])[:, None]  # [B, 1]
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
-        log_p = torch.log_softmax(logits, dim=-1)  # [B, T - 1, V]
-        logprobs = log_p.gather(-1, input_ids[:, 1:, None]).squeeze(-1)  # [B, T - 1]
-        with torch.no_grad():
-            ((-(log_p.exp() * log_p).sum(-1) * mask).sum() / mask.sum()).item()  # the entropy, for a log
-        ratio = (logprobs - logprobs.detach()).exp()
-        clipped = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-        batch_loss = -(clipped * mask).sum() / mask.sum()
-        batch_loss.backward()
-        return batch_loss.item()
-
-    return model, update
-
-
 def padded(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids and mask, [B, T] each."""
     tensors = [torch.tensor(row) for row in rows]
@@ -135,7 +111,7 @@ def memory_gib(field: str) -> float:
 def main(contestant: str, folder: Path) -> None:
     batch = json.loads((folder / "batch.json").read_text())
     torch.set_num_threads(batch["threads"])
-    model, update = {"ours": ours, "trl": trl, "plain": plain}[contestant](folder, batch)
+    model, update = globals()[contestant](folder, batch)
     rows = list(range(len(batch["response_ids"])))
     update([min(rows, key=lambda i: len(batch["response_ids"][i]))])  # warms up
     model.zero_grad()

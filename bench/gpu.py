@@ -10,11 +10,9 @@ Run it from the repository root. Each part runs in a process of its own, for --m
     run      train.py for two steps (rollout, update, new weights in vLLM, checkpoint), and its second step again from
              the checkpoint of the first: seconds by part, vLLM against trainer, how many responses are the same again
     update   forward and backward of train.update, without the optimizer's step, in bfloat16 over float32 weights, which
-             are random: model flops utilization, peak memory against bench.scaling's, the head against its matrix
-             products. A case is one micro-batch of about --tokens tokens, in sequences of one length or of all lengths
-    layers   forward and backward of the same model's decoder layers, compiled as model.py does on a GPU and not, and
-             the seconds of the first pass of each case, in which they are compiled
-    head     token_statistics over its matrix products by width of a tile, and the memory on top of its arguments
+             are random: model flops utilization, peak memory, the head against its matrix products. A case is one
+             micro-batch of about --tokens tokens, in sequences of one length or of all lengths. Without compiled layers
+             if TORCH_COMPILE_DISABLE=1 is in the environment
     offload  the passes of `update` and the optimizer's step, with weights, gradients and moments in the host's memory:
              seconds, peak memory of the GPU, and pinned memory of the host over its exact size
 
@@ -30,8 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -39,71 +36,75 @@ from transformers import Qwen2Config
 
 import train
 from bench import common
-from ce_gppo import forward, parallel, perf
-from ce_gppo.config import command
-from ce_gppo.entropy import token_statistics
-from ce_gppo.forward import Policy, accumulate_gradients, collate
+from ce_gppo import config as t
+from ce_gppo import parallel, perf
+from ce_gppo.batch import Rollout, pack
 from ce_gppo.messages import RunEnded
-from ce_gppo.model import compile_layers, load_model
-from ce_gppo.types import Response
-from data.arithmetic.prepare import positive
-from loss import Objective
+from ce_gppo.model import load_model
+from ce_gppo.policy import Policy, hidden_states, take
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("run", "update", "layers", "head", "offload")
-WIDTHS = (1024, 2048, 4096, 8192, 16384)  # of tiles, for `head`
+PARTS = ("run", "update", "offload")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, help="only this one")
-    parser.add_argument("--minutes", type=float, default=15.0, help="time limit of a part")
-    parser.add_argument("--train", default="", help="more settings for the two steps of `run`")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--lengths", type=positive, nargs="+", default=[4096, 8192, 17408], help="tokens of a sequence")
-    parser.add_argument("--prompt-tokens", type=positive, default=1024)
-    parser.add_argument("--tokens", type=positive, default=34816, help="tokens of a micro-batch")
-    parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--backend", default="inductor", help="of torch.compile in `layers`")
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
+@dataclass
+class Config:
+    part: t.one_of(("all", *PARTS)) = "all"
+    minutes: t.Positive = 15.0  # time limit of a part
+    train: str = ""  # more settings for the two steps of `run`
+    device: str = "cuda"
+    lengths: tuple[t.Count, ...] = (4096, 8192, 17408)  # tokens of a sequence
+    prompt_tokens: t.Count = 1024
+    tokens: t.Count = 34816  # of a micro-batch
+    repeats: t.Count = 3
+    gradient_checkpointing: bool = True
     # The shape of DeepSeek-R1-Distill-Qwen-1.5B, whose embedding is not its head.
-    parser.add_argument("--hidden-size", type=positive, default=1536)
-    parser.add_argument("--intermediate-size", type=positive, default=8960)
-    parser.add_argument("--layers", type=positive, default=28)
-    parser.add_argument("--heads", type=positive, default=12)
-    parser.add_argument("--kv-heads", type=positive, default=2)
-    parser.add_argument("--vocabulary", type=positive, default=151936)
-    return parser.parse_args()
+    hidden_size: t.Count = 1536
+    intermediate_size: t.Count = 8960
+    layers: t.Count = 28
+    heads: t.Count = 12
+    kv_heads: t.Count = 2
+    vocabulary: t.Count = 151936
 
 
-def header(part: str, options: argparse.Namespace) -> dict:
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
-    of_today = {"date": time.strftime("%Y-%m-%d"), "device": device, "torch": torch.__version__}
-    return {"bench": "gpu", "part": part} | of_today
+def read(arguments: list[str]) -> Config:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Config):
+        kind = type(field.default)
+        how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+", "type": int}}
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, default=field.default, **how.get(kind, {"type": kind}))
+    config = Config(**vars(parser.parse_args(arguments)))
+    config.lengths = tuple(config.lengths)
+    t.check_ranges(config)
+    return config
+
+
+def show(part: str, config: Config, result: dict, *tables: list[tuple]) -> None:
+    device = torch.cuda.get_device_name() if config.device.startswith("cuda") else "cpu"
+    common.show("gpu", {"part": part, "device": device, "torch": torch.__version__} | result, *tables)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # run
 
 
-def run_part(options: argparse.Namespace) -> None:
+def run_part(config: Config) -> None:
     """Two steps, and the second one again after a resume."""
-    result = header("run", options)
     with tempfile.TemporaryDirectory() as out:
         settings = ["--steps", "2", "--checkpoint-every", "1", "--eval-every", "2", "--eval-samples", "1"]
         whole, again = Path(out) / "whole", Path(out) / "again"
-        minutes = 0.45 * options.minutes  # train.py must end before the time limit of this process
-        run_train(minutes, *settings, "--out", out, "--run-name", "whole", *shlex.split(options.train))
+        minutes = 0.45 * config.minutes  # train.py must end before the time limit of this process
+        run_train(minutes, *settings, "--out", out, "--run-name", "whole", *shlex.split(config.train))
         shutil.copytree(whole, again)
         shutil.rmtree(again / "checkpoint-000002")
         run_train(minutes, "--resume", str(again))
-        result |= summary(whole, again)
-    rows = [(name, value) for name, value in result.items() if isinstance(value, float)]
-    common.show(result, [("", "value"), *rows])
+        result = summary(whole, again)
+    show("run", config, result, [("", "value"), *result.items()])
 
 
 def run_train(minutes: float, *words: str) -> None:
-    options = {"cwd": ROOT, "env": os.environ | {"WANDB_MODE": "disabled"}, "text": True, "timeout": 60 * minutes}
+    options = {"cwd": ROOT, "env": os.environ | {"WANDB_MODE": "disabled"}, "timeout": 60 * minutes}
     with tempfile.TemporaryFile("w+") as output:
         try:
             train_py = [sys.executable, "train.py", *words]
@@ -120,237 +121,113 @@ def summary(whole: Path, again: Path) -> dict:
 
     On a GPU the tokens may differ: vLLM's results depend on the requests that share a batch.
     """
-    last, resumed = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (whole, again))
-    wanted = ("time/", "perf/", "mismatch/", "entropy/mean", "reward/mean", "optim/updates", "kl/old")
+
+    def rows_of(run: Path, name: str) -> list[dict]:
+        return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+    last, resumed = (rows_of(run, "metrics")[-1] for run in (whole, again))
+    wanted = ("time/", "perf/", "mismatch/", "entropy/mean", "reward/mean", "optim/updates", "kl/approx")
     found = {name: value for name, value in last.items() if name.startswith(wanted)}
-    texts = [
-        [
-            row["response"]
-            for row in map(json.loads, (run / "samples.jsonl").read_text().splitlines())
-            if row["step"] == 2
-        ]
-        for run in (whole, again)
-    ]
-    found["resume/same_responses"] = sum(a == b for a, b in zip(*texts, strict=True)) / len(texts[0])
+    samples = [[r["response"] for r in rows_of(run, "samples") if r["step"] == 2] for run in (whole, again)]
+    found["resume/same_responses"] = sum(a == b for a, b in zip(*samples, strict=True)) / len(samples[0])
     found["resume/entropy_difference"] = abs(last["entropy/mean"] - resumed["entropy/mean"])
     return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# update
+# update, offload
 
 
-def make_model(options: argparse.Namespace, shard: str = "no"):
+def make_model(config: Config, shard: str = "no"):
     """A random model, loaded from a folder as train.py loads it."""
-    config = Qwen2Config(
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        vocab_size=options.vocabulary,
-        max_position_embeddings=max(options.lengths),
-        tie_word_embeddings=False,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+    more = {"max_position_embeddings": max(config.lengths), "tie_word_embeddings": False, "pad_token_id": 0}
     with tempfile.TemporaryDirectory() as folder:
-        common.save_random_model(Path(folder), config, options.device)
-        model, _ = load_model(folder, options.device, options.gradient_checkpointing, shard)
-    return model
+        common.save_random_model(Path(folder), common.model_config(Qwen2Config, config, **more), config.device)
+        return load_model(folder, config.device, config.gradient_checkpointing, shard)[0]
 
 
-def make_responses(lengths: list[int], options: argparse.Namespace) -> list[Response]:
-    """One for each length, which is that of prompt and response together."""
+def cases_of(config: Config) -> dict[str, list[int]]:
+    """Tokens of the sequences of one micro-batch each."""
+    cases = {str(length): [length] * max(1, config.tokens // length) for length in config.lengths}
+    return cases | {"mixed": list(config.lengths) * max(1, config.tokens // sum(config.lengths))}
+
+
+def make_rollout(lengths: list[int], config: Config) -> Rollout:
+    """A response for each length, which is that of prompt and response together."""
     generator = torch.Generator().manual_seed(0)
-    prompt_tokens, responses = options.prompt_tokens, []
-    for i, length in enumerate(lengths):
-        ids = common.random_ids(length, options.vocabulary, generator)
-        advantage = (1.0, -0.5)[i % 2]
-        responses.append(common.response_of(ids[:prompt_tokens], ids[prompt_tokens:], advantage=advantage))
-    return responses
+    ids = [common.random_ids(length, config.vocabulary, generator) for length in lengths]
+    prompts, responses = [each[: config.prompt_tokens] for each in ids], [each[config.prompt_tokens :] for each in ids]
+    return common.rollout_of(prompts, responses, [(1.0, -0.5)[i % 2] for i in range(len(ids))])
 
 
-def update(policy: Policy, responses: list[Response], device: str) -> None:
-    """The passes of train.update over one micro-batch, as in the first update of a rollout: ratio 1."""
-    responses = [replace(r) for r in responses]  # copies: this pass gives them old logprobs
-    tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in responses)
-    accumulate_gradients(policy, responses, train.loss_of(responses, Objective()), 1.0, tokens, device)
-
-
-def head_inputs(policy: Policy, responses: list[Response], device: str) -> tuple[torch.Tensor, ...]:
-    """The arguments of token_statistics in a forward pass: hidden, weight, targets, in their dtypes there."""
-    seen, original = [], forward.token_statistics
-
-    def remember(*arguments):
-        seen.append(arguments[:3])
-        return original(*arguments)
-
-    forward.token_statistics = remember
-    try:
-        with torch.no_grad():
-            policy(collate(responses, device), 1.0)
-    finally:
-        forward.token_statistics = original
-    return seen[0]
-
-
-def measure(policy: Policy, lengths: list[int], options: argparse.Namespace, rate: float) -> dict[str, float]:
-    device = options.device
-    cuda = device.startswith("cuda")
-    responses = make_responses(lengths, options)
-    if cuda:
+def measure(policy: Policy, lengths: list[int], config: Config, rate: float) -> dict[str, float]:
+    rollout, tokens, model = make_rollout(lengths, config), sum(lengths), policy.model
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    taken = statistics.median(common.seconds(lambda: update(policy, responses, device), options.repeats, cuda))
-    peak = perf.peak_memory_gib(device)
-    response_tokens = sum(len(r.response_ids) for r in responses)
-    flops = perf.flops(policy.model, sum(lengths), response_tokens, sum(length**2 for length in lengths))
+    taken = common.median_seconds(lambda: common.update_passes(policy, rollout, tokens, config.device), config.repeats)
+    peak = perf.peak_memory_gib()
     policy.zero_grad()
-    head, products = common.head_seconds(*head_inputs(policy, responses, device), options.repeats)
+    packed = pack(rollout, config.device)
+    with torch.no_grad():
+        hidden = hidden_states(model.base_model, packed)  # [L, D]
+        hidden = hidden.to(torch.bfloat16) if hidden.is_cuda else hidden  # as Policy.forward does
+    inputs = take(hidden, packed.predecessors), model.get_output_embeddings().weight, packed.targets
+    head, products = common.head_seconds(*inputs, config.repeats)
     return {
-        "sequences": len(lengths),
-        "tokens": sum(lengths),
+        "tokens": tokens,
         "seconds": taken,
-        "tokens_per_s": sum(lengths) / taken,
-        "mfu": flops / taken / rate,  # without the recomputation
+        "tokens_per_s": tokens / taken,
+        "mfu": perf.flops(model, rollout) / taken / rate,  # without the recomputation
         "peak_gib": peak,
-        "logits_gib": response_tokens * options.vocabulary * 4 / 2**30,  # of a [tokens, vocabulary] tensor, for scale
         "head_s": head,
         "head_over_products": head / products,
     }
 
 
-def expected_gib(options: argparse.Namespace, tokens: int) -> float | None:
-    """Peak memory as bench.scaling estimates it, without AdamW's moments; None without tyro."""
-    try:
-        from bench import scaling
-    except ImportError:
-        return None
-    shape = options.layers, options.hidden_size, options.intermediate_size, options.heads, options.kv_heads
-    scaling.SHAPES["bench"] = (*shape, options.vocabulary)
-    config = scaling.Config(micro_batch_tokens=tokens, prompt_tokens=0, max_length=0)
-    moments = 8 * scaling.parameters("bench")[0] / 2**30
-    return scaling.memory("bench", 1, "no", 1, config)["update"] - moments
-
-
-def cases_of(options: argparse.Namespace) -> dict[str, list[int]]:
-    """Tokens of the sequences of one micro-batch each."""
-    cases = {str(length): [length] * max(1, options.tokens // length) for length in options.lengths}
-    return cases | {"mixed": options.lengths * max(1, options.tokens // sum(options.lengths))}
-
-
-def update_part(options: argparse.Namespace) -> None:
-    policy = Policy(make_model(options))
-    rate = perf.matrix_rate(options.device)
-    result = header("update", options)
-    result |= {"parameters": sum(p.numel() for p in policy.parameters()), "matrix_tflops": rate / 1e12}
-    result["gradient_checkpointing"] = options.gradient_checkpointing
-    weights = next(p.element_size() for p in policy.parameters()) * result["parameters"] / 2**30
-    result["weights_and_gradients_gib"] = 2 * weights
-    rows = {}
-    for case, lengths in cases_of(options).items():
-        rows[case] = measure(policy, lengths, options, rate)
-        if options.gradient_checkpointing and (expected := expected_gib(options, sum(lengths))):
-            rows[case]["peak_over_model"] = rows[case]["peak_gib"] / expected
-        result |= {f"{case}/{key}": value for key, value in rows[case].items()}
-    columns = list(next(iter(rows.values())))
-    table = [("length", *columns), *((case, *row.values()) for case, row in rows.items())]
+def update_part(config: Config) -> None:
+    policy = Policy(make_model(config))
+    rate, numbers = perf.matrix_rate(config.device), sum(p.numel() for p in policy.parameters())
+    result = {"parameters": numbers, "matrix_tflops": rate / 1e12}
+    result |= {"weights_and_gradients_gib": 8 * numbers / 2**30, "checkpointing": config.gradient_checkpointing}
+    rows = {case: measure(policy, lengths, config, rate) for case, lengths in cases_of(config).items()}
+    result |= {f"{case}/{key}": value for case, row in rows.items() for key, value in row.items()}
+    table = [("length", *rows["mixed"]), *((case, *row.values()) for case, row in rows.items())]
     bars = [
         ("least mfu", min(row["mfu"] for row in rows.values()), ">= 0.45"),
         ("head over its matrix products, most", max(row["head_over_products"] for row in rows.values()), "<= 1.3"),
-        ("weights and gradients, GiB", result["weights_and_gradients_gib"], ""),
-        ("matrix rate, TFLOP/s", result["matrix_tflops"], ""),
     ]
-    common.show(result, table, [("", "value", "bar"), *bars])
+    show("update", config, result, table, [("", "value", "bar"), *bars])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# layers, head, offload
-
-
-def layers_part(options: argparse.Namespace) -> None:
-    model, cuda = make_model(options), options.device.startswith("cuda")
-    compile_layers(model, backend=options.backend)
-    result, rows = header("layers", options), []
-    for case, lengths in cases_of(options).items():
-        batch = collate(make_responses(lengths, options), options.device)
-
-        def passes(batch=batch):
-            with torch.autocast(options.device, torch.bfloat16, enabled=cuda):
-                inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
-                hidden = model.base_model(**inputs, packing=batch.packing, use_cache=False).last_hidden_state
-            hidden.sum().backward()
-
-        first = common.timed(passes, cuda)
-        compiled = statistics.median(common.seconds(passes, options.repeats, cuda))
-        with torch.compiler.set_stance("force_eager"):
-            eager = statistics.median(common.seconds(passes, options.repeats, cuda))
-        rows.append((case, eager, compiled, eager / compiled, first))
-        names = "eager_s", "compiled_s", "eager_over_compiled", "first_s"
-        result |= {f"{case}/{name}": value for name, value in zip(names, rows[-1][1:], strict=True)}
-    common.show(result, [("length", "eager s", "compiled s", "eager over compiled", "first pass s"), *rows])
-
-
-def head_part(options: argparse.Namespace) -> None:
-    device, cuda = options.device, options.device.startswith("cuda")
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = (options.tokens, options.hidden_size), (options.vocabulary, options.hidden_size)
-    hidden, weight = (torch.randn(shape, generator=generator, device=device) for shape in shapes)  # [N, D], [V, D]
-    hidden, weight = hidden.to(torch.bfloat16 if cuda else torch.float32), weight / options.hidden_size**0.5
-    targets = torch.randint(options.vocabulary, (options.tokens,), generator=generator, device=device)  # [N]
-    result, rows = header("head", options), []
-    for width in (width for width in WIDTHS if width <= max(options.vocabulary, WIDTHS[0])):
-        memory = None
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            token_statistics(hidden.requires_grad_(), weight.requires_grad_(), targets, width=width)[0].sum().backward()
-            memory = (torch.cuda.max_memory_allocated() - before) / 2**30
-            hidden.grad = weight.grad = None
-        seconds, products = common.head_seconds(hidden, weight, targets, options.repeats, width)
-        rows.append((width, seconds, seconds / products, memory))
-        result |= {f"{width}/head_s": seconds, f"{width}/over_products": seconds / products, f"{width}/gib": memory}
-    common.show(result, [("width of a tile", "seconds", "over its products", "GiB"), *rows])
-
-
-def offload_part(options: argparse.Namespace) -> None:
-    cuda = options.device.startswith("cuda")
-    model = make_model(options, "offload")
+def offload_part(config: Config) -> None:
+    cuda, model = config.device.startswith("cuda"), make_model(config, "offload")
     policy = parallel.distribute(Policy(model), "offload", model._no_split_modules)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=cuda, **train.ADAMW)
-    lengths = cases_of(options)["mixed"]
-    responses = make_responses(lengths, options)
-
-    def step():
-        with parallel.host_threads():
-            optimizer.step()
-        parallel.zero_gradients(policy, optimizer)
-
-    passes, steps = [], []
-    for _ in range(options.repeats + 1):  # the first one compiles, and makes the moments
-        passes.append(common.timed(lambda: update(policy, responses, options.device), cuda))
-        steps.append(common.timed(step, cuda))
-    result = header("offload", options) | {"tokens": sum(lengths)}
-    result |= {"passes_s": statistics.median(passes[1:]), "step_s": statistics.median(steps[1:])}
-    result |= {"peak_gib": perf.peak_memory_gib(options.device), "pinned_gib": None, "pinned_over_exact": None}
+    lengths = cases_of(config)["mixed"]
+    rollout, step, taken = make_rollout(lengths, config), parallel.host_threads()(optimizer.step), []
+    for _ in range(config.repeats + 1):  # the first one compiles, and makes the moments
+        passes = common.timed(lambda: common.update_passes(policy, rollout, sum(lengths), config.device))
+        taken.append((passes, common.timed(step)))
+    passes, steps = map(statistics.median, zip(*taken[1:], strict=True))
+    found = {"tokens": sum(lengths), "passes_s": passes, "step_s": steps, "peak_gib": perf.peak_memory_gib()}
     if cuda:
         pinned = torch.cuda.host_memory_stats()["allocated_bytes.peak"]
         exact = 2 * 4 * sum(p.numel() for p in model.parameters())  # weights and gradients
-        result |= {"pinned_gib": pinned / 2**30, "pinned_over_exact": pinned / exact}
-    common.show(result, [("", "value"), *((name, result[name]) for name in list(result)[-5:])])
+        found |= {"pinned_gib": pinned / 2**30, "pinned_over_exact": pinned / exact}
+    show("offload", config, found, [("", "value"), *found.items()])
 
 
 def main() -> None:
-    options = arguments()
-    if options.part:
-        return globals()[f"{options.part}_part"](options)
+    config = read(sys.argv[1:])
+    if config.part != "all":
+        return globals()[f"{config.part}_part"](config)
     failed = []
     for part in PARTS:  # each in its own process: its memory is then free for the next, even after a crash
-        command = [sys.executable, "-m", "bench.gpu", "--part", part, *sys.argv[1:]]
+        command = [sys.executable, "-m", "bench.gpu", *sys.argv[1:], "--part", part]
         try:
-            code = subprocess.run(command, cwd=ROOT, timeout=60 * options.minutes).returncode
+            code = subprocess.run(command, cwd=ROOT, timeout=60 * config.minutes).returncode
         except subprocess.TimeoutExpired:
-            code = f"no result in {options.minutes:g} minutes"
+            code = f"no result in {config.minutes:g} minutes"
         if code:
             print(json.dumps({"bench": "gpu", "part": part, "failed": code}), flush=True)
             failed.append(part)
@@ -359,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    t.command(main)

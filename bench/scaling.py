@@ -5,13 +5,13 @@
     .venv/bin/python -m bench.scaling --gpu-memory 80 --mean-length 4000
 
 Run it from the repository root. It counts the bytes and the floating-point operations of the code, and divides them by
-rates. The settings are those of recipes/r1-distill-1.5b.toml, the constants those of the code. Rates marked `measured`
-were measured with torch on one H200. The others are from datasheets or guesses, and are marked so. The result was never
-compared with a run on a GPU: trust only its order of magnitude and the order of its terms.
+rates: measured with torch on one H200, from datasheets, or guesses, as marked. The settings are those of
+recipes/r1-distill-1.5b.toml. The result was never compared with a run on a GPU: trust only its order of magnitude.
 """
 
 import functools
 import inspect
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ import torch
 import train
 from ce_gppo import config as t
 from ce_gppo import parallel
-from ce_gppo.config import RECIPES, command, parse
 from ce_gppo.policy import TILE_LOGITS
 from rollout import Engine
 
@@ -37,7 +36,7 @@ DECODE_SHARE = 0.6  # of MEMORY_RATE, in vLLM's decoding; guess
 ASLEEP = 3.0  # GiB that a sleeping vLLM and CUDA's context keep; guess
 GPUS_A_NODE = 8
 
-RECIPE = parse(train.Config, ["--recipe", "r1-distill-1.5b"])[0]
+RECIPE = t.parse(train.Config, ["--recipe", "r1-distill-1.5b"])[0]
 RUNNING = inspect.signature(Engine.__init__).parameters["max_sequences"].default  # sequences at a time in one engine
 EVALUATED = 60  # problems, AIME24 and AIME25
 
@@ -62,22 +61,24 @@ class Config:
     micro_batch_tokens: t.Count = RECIPE.max_micro_batch_tokens
     gpus: tuple[t.Count, ...] = (1, 8, 64, 1024)
 
+    @property
+    def memory_rate(self) -> float:
+        """Bytes/s of the known GPU that is nearest in size."""
+        return MEMORY_RATE[min(MEMORY_RATE, key=lambda gib: abs(gib - self.gpu_memory))]
 
-def matrices(name: str) -> tuple[list[int], int]:
-    """Numbers of parameters: (of each matrix of a layer, of the embedding, which are those of the head).
 
-    Norms and biases, less than 0.1 %, are left out.
-    """
-    _, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
+def matrices(name: str) -> list[int]:
+    """Numbers of parameters of each matrix; embedding and head are the last. Norms and biases, below 0.1 %, are out."""
+    layers, hidden, intermediate, heads, key_heads, vocabulary = SHAPES[name]
     keys = hidden * hidden * key_heads // heads
-    return [hidden * hidden, keys, keys, hidden * hidden, *[hidden * intermediate] * 3], hidden * vocabulary
+    layer = [hidden * hidden, keys, keys, hidden * hidden, *[hidden * intermediate] * 3]
+    return layers * layer + [hidden * vocabulary] * 2
 
 
 def parameters(name: str) -> tuple[int, int, int]:
     """Numbers of parameters: (all, in the layers, in the head)."""
-    layer, head = matrices(name)
-    in_layers = SHAPES[name][0] * sum(layer)
-    return in_layers + 2 * head, in_layers, head
+    *in_layers, embedding, head = matrices(name)
+    return sum(in_layers) + embedding + head, sum(in_layers), head
 
 
 def host_memory(name: str, limit_mib: float = parallel.PINNED_CACHED_MIB) -> dict[str, float]:
@@ -86,20 +87,14 @@ def host_memory(name: str, limit_mib: float = parallel.PINNED_CACHED_MIB) -> dic
     Weights and gradients are pinned, and the two moments are not. torch rounds the bytes of a pinned tensor up to a
     power of two, unless they are more than limit_mib (parallel.pin_exactly).
     """
-    layer, head = matrices(name)
-    exact = [4 * numbers for numbers in SHAPES[name][0] * layer + [head, head]]
+    exact = [4 * numbers for numbers in matrices(name)]
     pinned = [size if size > limit_mib * 2**20 else 2 ** (size - 1).bit_length() for size in exact]
     return {"update": (2 * sum(pinned) + 2 * sum(exact)) / 2**30, "checkpoint": 3 * sum(exact) / 2**30}
 
 
-def memory_rate(config: Config) -> float:
-    """Bytes/s of the known GPU that is nearest in size."""
-    return MEMORY_RATE[min(MEMORY_RATE, key=lambda gib: abs(gib - config.gpu_memory))]
-
-
 def memory(name: str, gpus: int, shard: str, tensor_parallel: int, config: Config) -> dict[str, float]:
-    """GiB per GPU: of the policy in an update, of the policy and of vLLM's weights during rollouts; and the share of
-    the GPU that is left to vLLM then, in steps of 0.05 (gpu_memory_utilization)."""
+    """GiB per GPU of the policy in an update; of the policy and vLLM's weights in a rollout; and what share of the GPU
+    is left to vLLM then, in steps of 0.05 (gpu_memory_utilization)."""
     layers, hidden, intermediate, *_ = SHAPES[name]
     total, in_layers, head = parameters(name)
     tokens = max(config.micro_batch_tokens, config.prompt_tokens + config.max_length)
@@ -113,37 +108,26 @@ def memory(name: str, gpus: int, shard: str, tensor_parallel: int, config: Confi
     update = (16 * states + copies + activations + head_work) / 2**30
     # Gradients are freed before the rollout, except DDP's, which are its buckets.
     policy = (16 if gpus > 1 and shard == "no" else 12) * states / 2**30
-    share = (config.gpu_memory - policy - ASLEEP) / config.gpu_memory
-    return {
-        "update": update,
-        "rollout": policy,
-        "engine": 2 * total / tensor_parallel / 2**30,
-        "utilization": math.floor(min(0.9, share) * 20) / 20,
-    }
+    utilization = math.floor(min(0.9, (config.gpu_memory - policy - ASLEEP) / config.gpu_memory) * 20) / 20
+    engine = 2 * total / tensor_parallel / 2**30
+    return {"update": update, "rollout": policy, "engine": engine, "utilization": utilization}
 
 
 @functools.cache
-def imbalance(ranks: int, responses: int, mean: int, longest: int) -> dict[str, float]:
-    """The most tokens of a rank over the mean, for mini-batches of long-tailed lengths: simulated, the mean of 50.
+def largest_share(ranks: int, responses: int, mean: int, longest: int) -> float:
+    """Of a mini-batch's tokens, those of the rank that has the most, which all others wait for: the mean of 50.
 
-    dealt: by parallel.largest_first, as the code does. round_robin: groups dealt in turn. least: a lower bound,
-    above 1 if a response is longer than the mean of the ranks. The lengths are log-normal, cut at the limit.
+    The lengths are log-normal, with a long tail that is cut at the limit.
     """
-    generator = torch.Generator().manual_seed(0)
-    found = {"dealt": 0.0, "round_robin": 0.0, "least": 0.0}
+    generator, found = torch.Generator().manual_seed(0), []
     for _ in range(50):
         normal = torch.randn(responses, generator=generator)  # [responses]
         lengths = ((0.8 * normal - 0.32).exp() * mean).clamp(1, longest).long().tolist()  # 0.32: half of 0.8 squared
-        share = sum(lengths) / min(ranks, responses)
-        owners = parallel.largest_first(lengths, ranks)
-        loads, turns = [0] * ranks, [0] * ranks
-        for i, (length, owner) in enumerate(zip(lengths, owners, strict=True)):
+        loads = [0] * ranks
+        for length, owner in zip(lengths, parallel.largest_first(lengths, ranks), strict=True):
             loads[owner] += length
-            turns[i // 8 % ranks] += length
-        found["dealt"] += max(loads) / share / 50
-        found["round_robin"] += max(turns) / share / 50
-        found["least"] += max(1.0, max(lengths) / share) / 50
-    return found
+        found.append(max(loads) / sum(lengths))
+    return sum(found) / len(found)
 
 
 def rollout_seconds(name: str, gpus: int, shard: str, tensor_parallel: int, responses: int, config: Config) -> float:
@@ -151,18 +135,17 @@ def rollout_seconds(name: str, gpus: int, shard: str, tensor_parallel: int, resp
     layers, hidden, _, heads, key_heads, _ = SHAPES[name]
     total, *_ = parameters(name)
     engines = gpus // tensor_parallel
-    rate = memory_rate(config)
     need = memory(name, gpus, shard, tensor_parallel, config)
     room = need["utilization"] * config.gpu_memory - need["engine"] - 2  # 2 GiB for vLLM's activations and graphs
     cache_of_token = 2 * layers * key_heads * (hidden // heads) * 2
     fit = room * tensor_parallel * 2**30 / (cache_of_token * config.mean_length)
     running = min(math.ceil(responses / engines), RUNNING, fit)
     read = 2 * total + running * config.mean_length / 2 * cache_of_token
-    token = read / (tensor_parallel * rate * DECODE_SHARE)
+    rate = tensor_parallel * config.memory_rate * DECODE_SHARE
     waves = max(1.0, math.ceil(responses / engines) / max(running, 1e-9))
     # At least one response runs to the limit; at the end it is the only one.
-    last = max(0, config.max_length - config.mean_length * waves) * 2 * total / (tensor_parallel * rate)
-    return waves * config.mean_length * token + last / DECODE_SHARE
+    last = max(0, config.max_length - config.mean_length * waves) * 2 * total / rate
+    return waves * config.mean_length * read / rate + last
 
 
 def seconds(name: str, gpus: int, shard: str, tensor_parallel: int, config: Config) -> dict[str, float]:
@@ -178,126 +161,89 @@ def seconds(name: str, gpus: int, shard: str, tensor_parallel: int, config: Conf
     length = config.prompt_tokens + config.mean_length
     forward = 2 * (in_layers * length + head * config.mean_length) + 2 * layers * hidden * length**2
     mini_batch = int(trained / updates)
-    waiting = imbalance(gpus, mini_batch, config.mean_length, config.max_length)["dealt"] / min(gpus, mini_batch)
-    pass_ = forward * trained * waiting / (MATRIX_RATE * MFU)
+    share = largest_share(gpus, mini_batch, config.mean_length, config.max_length)
+    pass_ = forward * trained * share / (MATRIX_RATE * MFU)
 
-    # DDP moves gradients once per update. FSDP moves weights twice and gradients once per micro-batch.
+    # DDP moves gradients once per update; FSDP weights twice and gradients once per micro-batch.
     link = NODE_RATE if gpus <= GPUS_A_NODE else NETWORK_RATE
     micro_batches = math.ceil(mini_batch / min(gpus, mini_batch) * length / config.micro_batch_tokens)
     moved = (2 * 2 + 4) * total * micro_batches if shard != "no" else 2 * 4 * total
-    communication = 0.0 if gpus == 1 else updates * moved / link
+    moving = 0.0 if gpus == 1 else updates * moved / link
     if shard == "offload":  # the same to and from the host, of this GPU's shard; gradients add up and AdamW runs there
         there = (12 * micro_batches + 28) / HOST_MEMORY_RATE
-        communication += updates * total / gpus * ((2 * 4 + 4) * micro_batches / HOST_RATE + there)
-    rate = memory_rate(config)
+        moving += updates * total / gpus * ((2 * 4 + 4) * micro_batches / HOST_RATE + there)
     return {
         "rollout": rollout_seconds(name, gpus, shard, tensor_parallel, responses, config),
         "old_logprobs": pass_ * (1 - 1 / updates),
         "update": 4 * pass_,
-        "communication": communication,
-        "sync": 4 * total / {"no": 2 * rate, "yes": link, "offload": HOST_RATE}[shard],
+        "moving": moving + 4 * total / {"no": 2 * config.memory_rate, "yes": link, "offload": HOST_RATE}[shard],
     }
 
 
 def plan(name: str, gpus: int, config: Config, shards: tuple[str, ...] = ("no", "yes")) -> dict:
-    """The simplest settings that fit: copies rather than shards, and engines on as few GPUs as possible."""
-    for shard in shards:
-        for tensor_parallel in (1, 2, 4, 8):
-            if (shard == "yes" and gpus == 1) or tensor_parallel > gpus:
-                continue
-            need = memory(name, gpus, shard, tensor_parallel, config)
-            room = need["utilization"] * config.gpu_memory - need["engine"]
-            # The cache should have a quarter of the GPU.
-            if need["update"] + ASLEEP < 0.95 * config.gpu_memory and room > 0.25 * config.gpu_memory:
-                time = seconds(name, gpus, shard, tensor_parallel, config)
-                row = {"model": name, "gpus": gpus, "shard": shard, "rollout_tp": tensor_parallel, "memory_gib": need}
-                return row | {"seconds": time | {"step": sum(time.values())}}
-    need = memory(name, gpus, "yes" if gpus > 1 else "no", min(gpus, 8), config)
-    return {"model": name, "gpus": gpus, "memory_gib": need, "seconds": None}
+    """The simplest settings that fit: copies rather than shards, and engines on as few GPUs as possible.
+
+    If none fit, the last of them, without `seconds`.
+    """
+    for shard, tensor_parallel in itertools.product(shards, (1, 2, 4, 8)):
+        if (shard == "yes" and gpus == 1) or tensor_parallel > gpus:
+            continue
+        need = memory(name, gpus, shard, tensor_parallel, config)
+        row = {"model": name, "gpus": gpus, "shard": shard, "rollout_tp": tensor_parallel, "memory_gib": need}
+        room = need["utilization"] * config.gpu_memory - need["engine"]
+        # The cache should have a quarter of the GPU.
+        if need["update"] + ASLEEP < 0.95 * config.gpu_memory and room > 0.25 * config.gpu_memory:
+            time = seconds(name, gpus, shard, tensor_parallel, config)
+            return row | {"seconds": time | {"step": sum(time.values())}}
+    return row | {"seconds": None}
 
 
 def recipe_rows() -> list[dict]:
     """Each recipe on 1 GPU of 80 GiB, where it fits, and on 8. A response in evaluations has 10,000 tokens; a guess."""
     rows = []
-    for path in sorted(RECIPES.glob("*.toml")):
-        recipe = parse(train.Config, ["--recipe", path.stem])[0]
+    for path in sorted(t.RECIPES.glob("*.toml")):
+        recipe = t.parse(train.Config, ["--recipe", path.stem])[0]
         limits = {"max_length": recipe.max_response_tokens, "micro_batch_tokens": recipe.max_micro_batch_tokens}
         config = Config(gpu_memory=80.0, **limits)
+        held_out = Config(gpu_memory=80.0, mean_length=10000, max_length=recipe.eval_response_tokens)
         offload = recipe.shard == "offload"
-        name = next((name for name in SHAPES if name in recipe.model), None)
-        if name is None:  # a small policy, for a CPU
-            continue
-        for gpus in (1,) if offload else (1, 8):
-            row = plan(name, gpus, config, ("offload",) if offload else ("no", "yes")) | {
-                "recipe": path.stem,
-                "steps": recipe.steps,
-                "host_gib": host_memory(name) if offload else None,
-            }
-            if row["seconds"]:
-                held_out = Config(gpu_memory=80.0, mean_length=10000, max_length=recipe.eval_response_tokens)
+        name = next((name for name in SHAPES if name in recipe.model), None)  # None: a small policy, for a CPU
+        for gpus in () if name is None else (1,) if offload else (1, 8):
+            row = plan(name, gpus, config, ("offload",) if offload else ("no", "yes"))
+            row |= {"recipe": path.stem, "steps": recipe.steps, "host_gib": host_memory(name) if offload else None}
+            if time := row["seconds"]:
                 where = name, gpus, row["shard"], row["rollout_tp"]
                 evaluation = rollout_seconds(*where, EVALUATED * recipe.eval_samples, held_out) / recipe.eval_every
-                row["seconds"]["evaluation"] = evaluation
-                row["hours"] = recipe.steps * (row["seconds"]["step"] + evaluation) / 3600
-            if row["seconds"] or gpus > 1:
+                time["evaluation"] = evaluation
+                row["hours"] = recipe.steps * (time["step"] + evaluation) / 3600
+            if time or gpus > 1:
                 rows.append(row)
     return rows
 
 
-def show_recipes() -> None:
-    rows = recipe_rows()
-    print(json.dumps({"rows": rows}))
-    print("| recipe | GPUs | settings | GiB: update | utilization | step s | evaluation s a step | steps | hours |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        need = row["memory_gib"]
-        start = f"| `{row['recipe']}` | {row['gpus']} | "
-        if row["seconds"] is None:
-            print(f"{start}does not fit | {need['update']:.0f} | | | | {row['steps']:,} | |")
-            continue
-        time, update = row["seconds"], f"{need['update']:.0f}"
-        if row["host_gib"]:
-            update += f", host {row['host_gib']['update']:.0f}"
-        print(
-            f"{start}{settings_of(row)} | {update} | {need['utilization']:.2f} | {time['step']:,.0f} | "
-            f"{time['evaluation']:,.0f} | {row['steps']:,} | {row['hours']:,.0f} |"
-        )
-
-
-def settings_of(row: dict) -> str:
-    shard = {"no": [], "yes": ["shard"], "offload": ["shard offload"]}[row["shard"]]
-    return " ".join(shard + [f"rollout_tp {row['rollout_tp']}"] * (row["rollout_tp"] > 1)) or "-"
+def cells_of(row: dict) -> dict:
+    """A row of the table, by column."""
+    need, time, host = row["memory_gib"], row["seconds"] or {}, row.get("host_gib")
+    settings = [] if row["shard"] == "no" else ["shard" + " offload" * (row["shard"] == "offload")]
+    settings += [f"rollout_tp {row['rollout_tp']}"] * (row["rollout_tp"] > 1)
+    cells = {"model": f"`{row['recipe']}`" if "recipe" in row else row["model"], "GPUs": row["gpus"]}
+    cells["settings"] = (" ".join(settings) or "-") if time else "does not fit"
+    cells["GiB: update"] = f"{need['update']:.0f}" + (f", host {host['update']:.0f}" if host else "")
+    cells["rollout"] = f"{need['rollout'] + need['engine']:.0f} + cache"
+    cells["utilization"] = f"{need['utilization']:.2f}" if time else ""
+    parts = ("rollout", "old_logprobs", "update", "moving", "step", *["evaluation"] * ("recipe" in row))
+    cells |= {f"{part.replace('_', ' ')} s": time.get(part, "") for part in parts}
+    return cells | ({name: row.get(name, "") for name in ("steps", "hours")} if "recipe" in row else {})
 
 
 def main(config: Config) -> None:
-    if config.recipes:
-        return show_recipes()
-    rows = [plan(name, gpus, config) for name in SHAPES for gpus in config.gpus]
-    mini_batch = config.mini_batch_prompts * config.responses_per_prompt
-    deals = {ranks: imbalance(ranks, mini_batch, config.mean_length, config.max_length) for ranks in (8, 64)}
-    print(json.dumps({"config": vars(config), "rows": rows, "imbalance": deals}))
-    print(
-        "| model | GPUs | settings | GiB: update, rollout | rollout s | old logprobs s | update s | moving s | step s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        need, time = row["memory_gib"], row["seconds"]
-        gib = f"{need['update']:.0f}, {need['rollout'] + need['engine']:.0f} + cache"
-        if time is None:
-            print(f"| {row['model']} | {row['gpus']} | does not fit | {gib} | | | | | |")
-            continue
-        moving = time["communication"] + time["sync"]
-        cells = [time["rollout"], time["old_logprobs"], time["update"], moving, time["step"]]
-        cells = " | ".join(f"{cell:,.0f}" for cell in cells)
-        print(f"| {row['model']} | {row['gpus']} | {settings_of(row)} | {gib} | {cells} |")
-    print(
-        f"\nThe most tokens of a rank over the mean; mini-batches of {mini_batch} responses of long-tailed lengths:\n"
-    )
-    print("| ranks | largest first | groups in turn | least possible |")
-    print("|---|---|---|---|")
-    for ranks, deal in deals.items():
-        print(f"| {ranks} | {deal['dealt']:.3f} | {deal['round_robin']:.3f} | {deal['least']:.3f} |")
+    rows = recipe_rows() if config.recipes else [plan(name, gpus, config) for name in SHAPES for gpus in config.gpus]
+    print(json.dumps({"config": vars(config), "rows": rows}))
+    table = [cells_of(row) for row in rows]
+    print("|", " | ".join(table[0]), "|\n" + "|---" * len(table[0]) + "|")
+    for row in table:
+        print("|", " | ".join(f"{cell:,.0f}" if isinstance(cell, float) else str(cell) for cell in row.values()), "|")
 
 
 if __name__ == "__main__":
-    command(main, Config, __doc__)
+    t.command(main, Config, __doc__)

@@ -195,7 +195,7 @@ class Packed:
 
 
 def pack(rollout: Rollout, device: str = "cpu") -> Packed:
-    """An empty rollout gives one token and no targets, for a rank that has nothing to compute."""
+    """An empty rollout gives two tokens and no targets, for a rank that has nothing to compute."""
     ids, positions, predecessors = [], [], []
     sequences: list[list[int]] = []  # packed indices of each sequence's tokens
     previous, prompt = None, range(0)
@@ -212,7 +212,7 @@ def pack(rollout: Rollout, device: str = "cpu") -> Packed:
         predecessors += [prompt[-1], *own[:-1]] if own else []
         sequences.append([*prompt, *own])
     if not sequences:
-        ids, positions, sequences = [0], [0], [[0]]
+        ids, positions, sequences = [0, 0], [0, 1], [[0, 1]]  # with one, dynamo would compile anew
     return Packed(
         input_ids=torch.tensor(ids, device=device),
         position_ids=torch.tensor(positions, device=device),

@@ -1,10 +1,10 @@
 """Code that runs only on a GPU, as far as a CPU can test it: with stand-ins that have the real signatures."""
 
-import contextlib
 import importlib.util
 import inspect
 import itertools
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +13,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoModelForCausalLM, Exaone4Config
 
 import loss
 import train
-from ce_gppo import checkpoint, critic, entropy, forward, parallel, perf, reference, runs
-from ce_gppo.forward import Policy
-from ce_gppo.model import compile_layers, load_model
-from data.arithmetic.base import make_model, make_tokenizer
-from helpers import group_of, naive_statistics, resolved, responses_of
+from ce_gppo import advantages, checkpoint, parallel, perf
+from ce_gppo import policy as policy_py
+from ce_gppo.batch import pack
+from ce_gppo.model import compile_layers, load_model, load_reference
+from ce_gppo.policy import Policy
+from data.base import make_model, make_tokenizer
+from helpers import naive_statistics, resolved, rollout_of
 
 
 class LikeGpu(torch.Tensor):
@@ -38,24 +42,14 @@ class LikeGpu(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-class Context(types.SimpleNamespace):
-    """In the place of autograd's context, which would turn LikeGpu tensors into plain ones."""
-
-    def save_for_backward(self, *tensors):
-        self.saved_tensors = tensors
-
-    def mark_non_differentiable(self, *_): ...
-
-    def set_materialize_grads(self, _): ...
-
-
 def head_like_gpu(hidden, weight, targets, temperature, width, to_logprobs, to_entropy):
     """token_statistics and its gradients by the branches for a GPU."""
     hidden, weight, targets = (x.as_subclass(LikeGpu) for x in (hidden, weight, targets))
-    with torch.no_grad():
-        context = Context()
-        values = entropy.TokenStatistics.forward(context, hidden, weight, targets, temperature, width)
-        gradients = entropy.TokenStatistics.backward(context, to_logprobs, to_entropy, None)
+    context = types.SimpleNamespace(mark_non_differentiable=lambda _: None, set_materialize_grads=lambda _: None)
+    context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
+    with torch.no_grad():  # in the place of autograd's context, which would turn LikeGpu tensors into plain ones
+        values = policy_py.TokenStatistics.forward(context, hidden, weight, targets, temperature, width)
+        gradients = policy_py.TokenStatistics.backward(context, to_logprobs, to_entropy, None)
     return [x.as_subclass(torch.Tensor) for x in (*values, *gradients[:2])]
 
 
@@ -86,28 +80,21 @@ def test_the_head_on_a_gpu_matches_naive_float64(width, temperature):
 def test_on_a_gpu_all_elementwise_work_on_logits_is_compiled(monkeypatch):
     """Outside of the compiled functions nothing as large as a tile is made, except by matrix products."""
     N, D, V, width = 128, 8, 512, 256
-    inside, outside = [False], []
+    outside = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             product = func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-            if not inside[0] and not product and isinstance(out, torch.Tensor) and out.numel() >= N * width:
+            if not product and isinstance(out, torch.Tensor) and out.numel() >= N * width:
                 outside.append(str(func))
             return out
 
     def compiled(function, tensor):
         assert tensor.is_cuda
+        return _disable_current_modes()(function)
 
-        def call(*args):
-            inside[0] = True
-            out = function(*args)
-            inside[0] = False
-            return out
-
-        return call
-
-    monkeypatch.setattr(entropy, "_on_device", compiled)
+    monkeypatch.setattr(policy_py, "_on_device", compiled)
     hidden, weight, ones = torch.randn(N, D).bfloat16(), torch.randn(V, D), torch.ones(N)
     with Watch():
         head_like_gpu(hidden, weight, torch.zeros(N, dtype=torch.long), 0.7, width, ones, ones)
@@ -118,13 +105,9 @@ def test_on_a_gpu_all_elementwise_work_on_logits_is_compiled(monkeypatch):
 
 def test_torch_has_products_with_a_wider_result():
     """Without a GPU only their signatures can be tested."""
-    a, b = (
-        torch.empty(3, 5, dtype=torch.bfloat16, device="meta"),
-        torch.empty(5, 7, dtype=torch.bfloat16, device="meta"),
-    )
-    assert torch.mm(a, b, out_dtype=torch.float32).dtype == torch.float32
-    added = torch.addmm(torch.empty(3, 7, device="meta"), a, b, out_dtype=torch.float32)
-    assert added.shape == (3, 7) and added.dtype == torch.float32
+    a, b = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 5), (5, 7)))
+    product = torch.mm(a, b, out_dtype=torch.float32)
+    assert product.dtype == torch.addmm(product, a, b, out_dtype=torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -132,14 +115,11 @@ def test_the_compiled_functions_are_whole_graphs_and_compiled_for_all_tiles(temp
     """No part of them is left to Python, and they are compiled at most once more, for the narrower last tile."""
     g, N, width = torch.Generator().manual_seed(0), 6, 16
     m, zeros, ones = torch.full((N,), -1e30), torch.zeros(N), torch.ones(N)
-    counters = CompileCounter(), CompileCounter()
+    counters, functions, results = (CompileCounter(), CompileCounter()), (policy_py._fold, policy_py._grad_logits), []
     with torch.compiler.set_stance("default"):
-        compiled = [
-            torch.compile(function, dynamic=True, fullgraph=True, backend=counter)
-            for function, counter in zip((entropy._fold, entropy._grad_logits), counters, strict=True)
-        ]
-        results = []
-        for fold, gradient in (compiled, (entropy._fold, entropy._grad_logits)):
+        options = {"dynamic": True, "fullgraph": True}
+        compiled = [torch.compile(f, backend=c, **options) for f, c in zip(functions, counters, strict=True)]
+        for fold, gradient in (compiled, functions):
             g.manual_seed(1)
             running = m, (zeros,) * 4, zeros
             for start, columns in ((0, width), (16, width), (32, width), (48, 5)):
@@ -155,17 +135,10 @@ def test_the_compiled_functions_are_whole_graphs_and_compiled_for_all_tiles(temp
 @pytest.mark.parametrize("options", [{}, {"positive_nll_coef": 0.1, "entropy_coef": 0.1, "dual_clip": 3.0}], ids=str)
 def test_the_loss_touches_the_model_s_graph_once(options):
     """FSDP2 begins its backward in a hook of the outputs: a gradient taken inside the loss would start it early."""
-    g = torch.Generator().manual_seed(0)
-    outputs = torch.randn(2, 3, generator=g).requires_grad_(), torch.rand(2, 3, generator=g).requires_grad_()
-    calls = []
+    outputs, calls = [torch.rand(6).requires_grad_() for _ in range(2)], []
     for output in outputs:
         output.register_hook(lambda gradient: calls.append(gradient) or gradient)
-    tensors = {"old_logprobs": torch.zeros(2, 3), "advantages": torch.ones(2, 3), "old_entropy": torch.ones(2, 3)}
-    mask, correct = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[True], [False]])
-    batch = types.SimpleNamespace(
-        response_mask=mask, correct=correct, rollout_logprobs=None, ref_logprobs=None, chosen=None, **tensors
-    )
-    result, _ = loss.policy_loss(batch, *outputs, loss.Objective(**options), correct_tokens=3.0)
+    result, _ = loss.policy_loss(rollout_of([(1, 3), (1, 3)]), *outputs, loss.Objective(**options))
     assert not calls
     result.backward()
     assert len(calls) == 1 + bool(options)
@@ -178,12 +151,9 @@ class CpuLikeGpu(str):
         return prefix == "cuda"
 
 
-VARLEN = inspect.signature(forward.varlen_attn)
-
-
 def varlen_attention(*args, **options):
     """torch's varlen_attn by its definition, called with its real signature."""
-    call = VARLEN.bind(*args, **options).arguments
+    call = inspect.signature(varlen_attn).bind(*args, **options).arguments
     assert call["query"].dtype == torch.bfloat16 and call["cu_seq_q"].dtype == torch.int32
     starts, out = call["cu_seq_q"].tolist(), []
     assert max(b - a for a, b in itertools.pairwise(starts)) == call["max_q"] == call["max_k"]
@@ -191,8 +161,7 @@ def varlen_attention(*args, **options):
         q, k, v = (call[name][a:b].float().transpose(0, 1) for name in ("query", "key", "value"))  # [H, t, d]
         left, right = call["window_size"]
         assert right == 0
-        mask = torch.ones(b - a, b - a, dtype=torch.bool).tril()
-        mask = mask if left < 0 else mask.triu(-left)
+        mask = torch.ones(b - a, b - a, dtype=torch.bool).tril().triu(-left if left >= 0 else a - b)
         out.append(F.scaled_dot_product_attention(q, k, v, mask, scale=call["scale"], enable_gqa=call["enable_gqa"]))
     return torch.cat([x.transpose(0, 1) for x in out])
 
@@ -201,45 +170,53 @@ def varlen_attention(*args, **options):
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_on_a_gpu(monkeypatch, window, shared):
     """The branch for a GPU gives the same as that for a CPU, and moves no tensors if no prompt is shared."""
-    responses = group_of(3, [4, 9, 2]) if shared else responses_of([(3, 4), (2, 9), (5, 1)])
-    on_cpu, on_gpu = (forward.collate(responses, device) for device in ("cpu", CpuLikeGpu("cpu")))
-    N = len(on_cpu.input_ids)
-    g = torch.Generator().manual_seed(0)
-    qkv = [torch.randn(1, heads, N, 8, generator=g).bfloat16().float() for heads in (4, 2, 2)]
+    rollout = rollout_of([(3, 4), (2, 9), (5, 1)], shared=shared)
+    on_cpu, on_gpu = (pack(rollout, device) for device in ("cpu", CpuLikeGpu("cpu")))
+    L, g = len(on_cpu.input_ids), torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, heads, L, 8, generator=g).bfloat16().float() for heads in (4, 2, 2)]
     call = {"attention_mask": None, "scaling": 0.3, "sliding_window": window}
-    expected, _ = forward.packed_attention(None, *qkv, packing=on_cpu.packing, **call)
+    expected, _ = policy_py.packed_attention(None, *qkv, packing=on_cpu.packing, **call)
     moved = []
-    monkeypatch.setattr(forward, "varlen_attn", varlen_attention)
-    monkeypatch.setattr(forward, "take", lambda *args, take=forward.take: moved.append(1) or take(*args))
+    monkeypatch.setattr(policy_py, "varlen_attn", varlen_attention)
+    take = policy_py.take
+    monkeypatch.setattr(policy_py, "take", lambda *args: moved.append(1) or take(*args))
     pretending = [x.as_subclass(LikeGpu) for x in qkv]
-    found, _ = forward.packed_attention(None, *pretending, packing=on_gpu.packing, **call)
+    found, _ = policy_py.packed_attention(None, *pretending, packing=on_gpu.packing, **call)
     torch.testing.assert_close(found.as_subclass(torch.Tensor).float(), expected, atol=1e-5, rtol=1e-5)
     assert len(moved) == (4 if shared else 0)
 
 
-@pytest.mark.parametrize("shard", ["no", pytest.param("offload", marks=pytest.mark.slow)])
-def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, tokenizer, one_process, shard):
-    """Three layers and micro-batches of any length: no graph is made after the third. Gradients stay the same."""
+def save_model(folder, layers: int) -> str:
     torch.manual_seed(0)
-    make_model(tokenizer, hidden_size=64, num_layers=3).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    batches = [
-        group_of(3, [4, 9]),
-        responses_of([(2, 5), (3, 1)]),
-        responses_of([(8, 30)]),
-        group_of(5, [60, 7, 2]),
-        [],
-    ]
+    make_model(make_tokenizer(), hidden_size=64, num_layers=layers).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def unsharded(model) -> int:
+    """Parameters that are whole now; shards, in the host's memory, are DTensors."""
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
+
+
+ROLLOUTS = [
+    *(rollout_of([(3, 4), (3, 9)], shared=True), rollout_of([(2, 5), (3, 1)]), rollout_of([(8, 30)])),
+    *(rollout_of([(5, 60), (5, 7), (5, 2)], shared=True), rollout_of([])),
+]
+
+
+@pytest.mark.parametrize("shard", ["no", pytest.param("offload", marks=pytest.mark.slow)])
+def test_compiled_layers_share_a_few_graphs_for_all_lengths(tmp_path, one_process, shard):
+    """Three layers and micro-batches of any length: no graph is made after the third. Gradients stay the same."""
+    path, batches = save_model(tmp_path, 3), list(map(pack, ROLLOUTS))
     counter, counts, found = CompileCounter(), [], []
     for compiled in (True, False):
-        model, _ = load_model(str(tmp_path), gradient_checkpointing=True, shard=shard)
+        model, _ = load_model(path, gradient_checkpointing=True, shard=shard)
         names = [name for name, _ in model.named_parameters()]
         if compiled:
             compile_layers(model, backend=counter)
         policy = parallel.distribute(Policy(model), shard, model._no_split_modules)
         assert [name for name, _ in model.named_parameters()] == names, "checkpoints and vLLM use these names"
-        for responses in batches:
-            batch = forward.collate(responses)
+        for batch in batches:
             with torch.compiler.set_stance("default"):
                 with torch.no_grad():
                     measured = policy(batch, 1.0)
@@ -260,30 +237,19 @@ def test_layers_of_two_kinds_stay_compiled(tmp_path, one_process, recwarn):
 
     These share their code, of which dynamo compiles 8 variants at most: it leaves further ones to Python in silence.
     """
-    kinds = ["sliding_attention", "full_attention"]
-    config = Exaone4Config(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=300,
-        max_position_embeddings=128,
-        layer_types=kinds * 2,
-        sliding_window=4,
-    )
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 128, "sliding_window": 4}
+    config = Exaone4Config(**shape, layer_types=["sliding_attention", "full_attention"] * 2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     counter, wrapped = CompileCounter(), []
-    for make, checkpointing in ((Policy, True), (critic.ValueModel, True), (Policy, False)):
+    for make, checkpointing in ((Policy, True), (advantages.ValueModel, True), (Policy, False)):
         model, _ = load_model(str(tmp_path), gradient_checkpointing=checkpointing)
         compile_layers(model, backend=counter)
         wrapped.append(parallel.distribute(make(model), "offload", model._no_split_modules))
     policy, values, frozen = wrapped
-    no_silence = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-    with torch.compiler.set_stance("default"), no_silence:
-        for responses in (group_of(3, [4, 9]), responses_of([(2, 5), (3, 1)]), group_of(5, [60, 7, 2]), []):
-            batch = forward.collate(responses)
+    with torch.compiler.set_stance("default"), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for batch in map(pack, ROLLOUTS):
             with torch.no_grad():
                 policy(batch, 1.0), frozen(batch, 1.0), values(batch)
             policy(batch, 1.0)[0].sum().backward()
@@ -308,23 +274,18 @@ def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses):
     for seed in range(20):
         normal = torch.randn(responses, generator=torch.Generator().manual_seed(seed))
         lengths = ((0.8 * normal).exp() * 4000).clamp(1, 16384).long().tolist()
-        loads = [0] * ranks
-        for length, owner in zip(lengths, parallel.largest_first(lengths, ranks), strict=True):
-            loads[owner] += length
-        mean = sum(lengths) / ranks
+        owners, mean = parallel.largest_first(lengths, ranks), sum(lengths) / ranks
+        loads = [sum(n for n, owner in zip(lengths, owners, strict=True) if owner == rank) for rank in range(ranks)]
         assert max(lengths) <= mean and max(loads) <= 1.02 * mean
 
 
 def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, one_process):
     """Gradient, step and checkpoint are the same. At most embedding, head and one layer are whole at a time."""
-    torch.manual_seed(0)
-    make_model(tokenizer, hidden_size=64, num_layers=4).save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    config = resolved(max_micro_batch_tokens=20, entropy_coef=0.01)
-    objective = train.objective_of_step(config, 1, (0.5, 0.0))
-    found, whole = {}, []
+    path, config = save_model(tmp_path / "tiny", 4), resolved(max_micro_batch_tokens=20, entropy_coef=0.01)
+    objective = train.objective_of_step(config, checkpoint.State("id"))
+    rollout, found, whole = rollout_of([(5, 3), (5, 9), (5, 1), (5, 5)], shared=True), {}, []
     for index, shard in enumerate(("no", "offload"), start=1):
-        model, _ = load_model(str(tmp_path / "tiny"), shard=shard)
+        model, _ = load_model(path, shard=shard)
         policy = parallel.distribute(Policy(model), shard, model._no_split_modules)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=shard == "offload")  # as with a GPU
         if shard == "offload":
@@ -333,7 +294,7 @@ def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, 
             for module in model.model.layers:
                 module.register_forward_hook(lambda *_, m=model: whole.append(unsharded(m)))
                 module.register_full_backward_pre_hook(lambda *_, m=model: whole.append(unsharded(m)))
-        done = train.update(policy, optimizer, group_of(5, [3, 9, 1, 5]), objective, 1e-3, config, "cpu")
+        _, done = train.update(policy, optimizer, rollout, objective, 1e-3, config, "cpu")
         checkpoint.Saver(tmp_path, model, tokenizer, optimizer).finish(checkpoint.State("id", index))
         gradients = {name: parallel.full_tensor(p.grad) for name, p in model.named_parameters()}
         folder = tmp_path / f"checkpoint-{index:06d}"
@@ -363,20 +324,13 @@ def test_pinned_memory_is_not_rounded_up(monkeypatch):
     assert torch._C._accelerator_getAllocatorSettings() == settings
 
 
-def unsharded(model) -> int:
-    """Parameters that are whole now; shards, in the host's memory, are DTensors."""
-    return sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
-
-
 def test_a_checkpoint_copies_only_what_training_changes(tmp_path, tokenizer, tiny_model):
     """Gathered tensors are copies already; a second copy of an offloaded 7B model would take 85 GiB."""
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
-    Policy(tiny_model)(forward.collate(group_of(3, [2, 4])), 1.0)[0].sum().backward()
+    Policy(tiny_model)(pack(rollout_of([(3, 2)])), 1.0)[0].sum().backward()
     optimizer.step()
-    saver = checkpoint.Saver(tmp_path, tiny_model, tokenizer, optimizer)
-    weight = tiny_model.model.norm.weight
-    moments = optimizer.state[weight]
-    gathered = torch.zeros(3)
+    saver, weight = checkpoint.Saver(tmp_path, tiny_model, tokenizer, optimizer), tiny_model.model.norm.weight
+    moments, gathered = optimizer.state[weight], torch.zeros(3)
     copies = saver._apart({"a": [weight.detach()], "b": moments, "c": (gathered, 5), "d": {"step": moments["step"]}})
     assert copies["c"][0] is gathered and copies["c"][1] == 5
     for copy, used in ((copies["a"][0], weight), (copies["b"]["exp_avg"], moments["exp_avg"])):
@@ -388,86 +342,60 @@ def test_a_checkpoint_copies_only_what_training_changes(tmp_path, tokenizer, tin
 
 def test_peak_memory_is_the_trainer_s(monkeypatch):
     """torch also counts vLLM's pools, even while vLLM sleeps and has freed their memory."""
-    segments = [
-        {"segment_pool_id": (0, 0), "allocated_size": 7 * 2**30},
-        {"segment_pool_id": (0, 1), "allocated_size": 30 * 2**30},
-        {"segment_pool_id": (0, 2), "allocated_size": 2 * 2**30},
-    ]
+    sizes = {(0, 0): 7, (0, 1): 30, (0, 2): 2}  # GiB, by pool
+    segments = [{"segment_pool_id": pool, "allocated_size": size * 2**30} for pool, size in sizes.items()]
     signature = inspect.signature(torch.cuda.memory_snapshot)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda **options: signature.bind(**options) and segments)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 52 * 2**30)
-    assert perf.peak_memory_gib("cuda") == 20
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert perf.peak_memory_gib() == 20
     assert "segment_pool_id" in inspect.getsource(torch.cuda.memory)
 
 
-class NoMeter:
-    device = "cpu"
+def test_all_passes_and_steps_have_all_threads_of_the_host(monkeypatch, tiny_model, tiny_folder):
+    """vLLM sets the number of threads of its process to 1: too few for an offloaded optimizer's step.
 
-    def __call__(self, part):
-        return contextlib.nullcontext()
-
-
-def test_all_passes_have_the_same_number_of_threads(monkeypatch, tiny_model):
-    """torch.compile makes another variant of a function for another number: the head would be compiled twice."""
-    policy, made = Policy(tiny_model), critic.Critic(tiny_model, resolved(objective="ppo"))
-    config, meter, responses = (
-        resolved(objective="ppo", kl_coef=0.1),
-        perf.Meter(tiny_model, "cpu"),
-        group_of(3, [2, 4]),
-    )
-    threads, seen = [1], []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
-    monkeypatch.setattr(parallel, "THREADS", 16)
-    for module in (policy, made.wrapped):
-        module.register_forward_pre_hook(lambda *_: seen.append(threads[0]))
-    forward.compute_old_logprobs(policy, responses, 1.0, 100, "cpu")
-    reference.set_reference_logprobs(policy, [responses], config, meter)
-    critic.learn_values(made, [responses], config, meter)
-    assert seen == [16] * 4 and threads == [1]
-
-
-def test_updates_have_all_threads_of_the_host(monkeypatch):
-    """An offloaded optimizer's step needs them, and vLLM sets the number of threads of its process to 1."""
+    With different numbers torch.compile makes more variants of a function: the head would be compiled twice.
+    """
     vllm = Path(importlib.util.find_spec("vllm").origin).parent  # not imported, which takes 10 s
     assert "torch.set_num_threads(1)" in (vllm / "utils" / "torch_utils.py").read_text()
-    threads, seen = [1], []
+    config = resolved(objective="ppo", kl_coef=0.1, warmup_steps=0)
+    critic, reference = advantages.Critic(config, str(tiny_folder), "cpu"), Policy(tiny_model)
+    policy, meter = Policy(load_model(str(tiny_folder))[0]), perf.Meter(tiny_model, "cpu")
+    optimizer, threads, seen = torch.optim.AdamW(policy.parameters()), [1], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
     monkeypatch.setattr(parallel, "THREADS", 16)
-    monkeypatch.setattr(train, "compute_old_logprobs", lambda *_: seen.append(threads[0]))
-    monkeypatch.setattr(train, "update", lambda *_: seen.append(threads[0]))
-    monkeypatch.setattr(runs, "watch_skipped", lambda *_: None)
-    groups = [group_of(3, [2, 4])]
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    config, objective = resolved(), train.objective_of_step(resolved(), 1, (0.5, 0.0))
-    given = torch.optim.SGD([parameter]), groups, groups, objective, 1e-3, checkpoint.State("id"), config, Path("x")
-    train.learn(torch.nn.Linear(1, 1), *given, NoMeter())
-    assert seen == [1, 16] and threads == [1]
+    for name, module in {"policy": policy, "reference": reference, "critic": critic.wrapped}.items():
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append((name, threads[0])))
+    for name, each in {"policy's step": optimizer, "critic's step": critic.optimizer}.items():
+        each.register_step_pre_hook(lambda *_, name=name: seen.append((name, threads[0])))
+    rollout = replace(rollout_of([(3, 2), (3, 4), (3, 3)], shared=True), index=torch.arange(3))
+    state, learner = checkpoint.State("id"), (policy, optimizer, reference, critic)
+    objective, mini_batches = train.objective_of_step(config, state), [torch.tensor([0]), torch.tensor([1])]
+    train.learn(*learner, rollout, mini_batches, objective, 1e-3, state, config, Path("x"), meter)
+    names = ["reference", "critic", *["critic", "critic's step"] * 2, "policy", *["policy", "policy's step"] * 2]
+    assert seen == [(name, 16) for name in names] and threads == [1]
 
 
-def test_a_reference_is_not_kept_whole(tmp_path, tokenizer, one_process):
+def test_a_reference_is_not_kept_whole(tiny_folder, one_process):
     """It has no backward pass, after which FSDP2 would free the embedding and the head."""
-    make_model(tokenizer, hidden_size=64, num_layers=1).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    config = resolved(kl_coef=0.1, shard="offload", model=str(tmp_path))
-    policy = reference.load_reference(config, "cpu")
-    responses = group_of(3, [2, 4])
-    reference.set_reference_logprobs(policy, [responses], config, perf.Meter(policy.model, "cpu"))
-    assert all(len(r.ref_logprobs) == len(r.response_ids) for r in responses)
+    policy = load_reference(resolved(kl_coef=0.1, shard="offload", model=str(tiny_folder)), "cpu")
+    rollout = rollout_of([(3, 2), (3, 4)])
+    (measured,) = policy_py.with_reference_logprobs(policy, [rollout], 1.0, 100, "cpu")
+    assert len(measured.reference_logprobs) == len(rollout.tokens) == 6
     assert unsharded(policy) == 0
 
 
-def test_a_critic_on_a_gpu(monkeypatch, tiny_model):
+def test_a_critic_on_a_gpu(monkeypatch, tiny_folder):
     """The step is fused, which needs no extra memory. A sharded head is bfloat16, the values are float32."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    made = critic.Critic(tiny_model, resolved(advantages="gae"))
-    assert made.optimizer.defaults["fused"]
+    critic = advantages.Critic(resolved(advantages="gae"), str(tiny_folder), "cpu")
+    assert critic.optimizer.defaults["fused"]
     g = torch.Generator().manual_seed(0)
-    made.model.head.data = torch.randn(1, 64, generator=g).bfloat16()
+    critic.model.head.data = torch.randn(1, 64, generator=g).bfloat16()
     hidden = torch.randn(5, 64, generator=g)
-    monkeypatch.setattr(critic, "hidden_states", lambda *_: hidden)
-    values = made.model(types.SimpleNamespace(predecessors=torch.arange(5)))
-    torch.testing.assert_close(values, hidden @ made.model.head.data.float()[0], atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(advantages, "hidden_states", lambda *_: hidden)
+    values = critic.model(types.SimpleNamespace(predecessors=torch.arange(5)))
+    torch.testing.assert_close(values, hidden @ critic.model.head.data.float()[0], atol=1e-5, rtol=1e-5)
