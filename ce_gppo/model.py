@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import torch._dynamo
 import transformers
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -135,9 +134,9 @@ def check_loaded(info: dict, path: str) -> None:
 
 def check_names(model: PreTrainedModel, path: str) -> None:
     """UserError if weights have other names in the files, as fused experts have: vLLM gets weights by these names."""
-    folder = path if Path(path).is_dir() else snapshot_download(path, local_files_only=True)  # it is loaded by now
+    folder = Path(transformers.utils.cached_file(path, "config.json")).parent  # of a hub name in the cache
     prefix = model.base_model_prefix + "."  # of the body's weights, which transformers may leave out or add
-    stored = sum((safe_open(file, "pt").keys() for file in Path(folder).glob("*.safetensors")), [])
+    stored = sum((safe_open(file, "pt").keys() for file in folder.glob("*.safetensors")), [])
     stored = {name.removeprefix(prefix) for name in stored}
     own = {name.removeprefix(prefix): weight for name, weight in model.named_parameters()}
     head = model.get_output_embeddings().weight  # if it is tied, either name may be in the files
