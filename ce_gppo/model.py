@@ -1,32 +1,25 @@
 """The trained model: loading it, refusing models that would train wrongly, and its weights by checkpoint names."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch._dynamo
-from safetensors import SafetensorError, safe_open
+import transformers
+from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ce_gppo import parallel
 from ce_gppo.batch import Rollout, pack
 from ce_gppo.checkpoint import try_saving
-from ce_gppo.messages import UserError, explained, first_line, say
+from ce_gppo.messages import UserError, explained, say
 from ce_gppo.policy import Policy, register_attention
 
-# Final transformations of the logits in some architectures (Gemma 2, Granite, Cohere). token_statistics has none.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+# Quantized weights, and transformations of the logits (Gemma 2, Granite, Cohere), which token_statistics has not.
+UNSUPPORTED = ("quantization_config", "final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 JSON = ("config", "generation_config", "tokenizer_config", "tokenizer", "special_tokens_map", "model.safetensors.index")
 
 
@@ -37,45 +30,34 @@ def load_model(
 
     gradient_checkpointing: keep only the input of each layer for backward, which computes the rest again.
     shard: as in parallel.distribute. A model that will be sharded stays on the CPU; its shards move to the devices.
-
-    Only safetensors are read, and no code of the folder is run. Raises UserError for a folder that is not a model, and
-    for a model that this program would train wrongly.
+    Only safetensors are read, and no code of the folder is run. UserError for a model that would be trained wrongly.
     """
-    with explained(f"model '{path}' cannot be loaded"):
-        config = check_config(path)
-        disable_progress_bar()
+    with explained(f"model '{path}' cannot be loaded (docs/models.md lists the families that train)"):
+        check_config(path)
+        transformers.utils.logging.disable_progress_bar()
         register_attention()
         options = {"attn_implementation": "packed", "use_safetensors": True, "trust_remote_code": False}
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # check_loaded refuses them
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-            if not model._supports_attention_backend:
-                raise KeyError("packed")
-        except KeyError as error:  # Falcon's class raises this
-            if error.args != ("packed",):
-                raise
-            raise UserError(
-                f"model '{path}': transformers cannot replace the attention of this architecture; docs/models.md lists "
-                "the families that train"
-            ) from None
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if not tokenizer.encode("1", add_special_tokens=False):
+            raise UserError(f"model '{path}': its tokenizer gives no tokens; is a file such as tokenizer.json missing?")
         check_loaded(info, path)
         head = model.get_output_embeddings()
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:
             raise UserError(f"model '{path}': its output head is not a plain linear layer without bias")
-        try_saving(model, tokenizer)
         check_names(model, path)
         check_packing(model, path)
-        check_end(tokenizer, path, config.vocab_size)
+        check_end(tokenizer, path)
+        try_saving(model, tokenizer)
     for module in model.modules():  # vLLM's transformers backend changes the model's class, which this model shares;
         module.do_not_compile = True  # with this attribute the changed class leaves this model as it is
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the ratio allows none
     model = model.to("cpu" if shard == "offload" or (shard == "yes" and parallel.world_size() > 1) else device)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers recomputes in training mode only; the ratio allows no dropout
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        model.train()  # transformers recomputes in training mode only
     if device.startswith("cuda"):
         compile_layers(model)
     return model, tokenizer
@@ -85,8 +67,8 @@ def compile_layers(model: PreTrainedModel, **options) -> None:
     """Fuse the element-wise work of each decoder layer: its norms, rotary embedding, SwiGLU and sums. On a GPU only.
 
     In place, so that weights keep their names, and before FSDP2 wraps the layers. All layers and all lengths of
-    micro-batches share the same few graphs. Attention is called between the graphs, because it needs the sequences.
-    options: of torch.compile. TORCH_COMPILE_DISABLE=1 in the environment turns all compiling off.
+    micro-batches share a few graphs; attention, which needs the sequences, is called between these. options: of
+    torch.compile, which TORCH_COMPILE_DISABLE=1 in the environment turns off.
     """
     torch._dynamo.config.optimize_ddp = False  # otherwise dynamo splits the graphs at the ends of DDP's buckets
     # Policy, critic and reference share their layers' code. Beyond 8 variants of it dynamo would compile no more.
@@ -97,10 +79,7 @@ def compile_layers(model: PreTrainedModel, **options) -> None:
 
 
 def load_reference(config, device: str) -> Policy | None:
-    """The frozen policy of config.model, also in a resumed run, for the KL term; None if kl_coef is 0. Collective.
-
-    It takes 4 bytes a parameter on each device (with shard: over all devices).
-    """
+    """The frozen policy of config.model, also in a resumed run, for the KL term; None if kl_coef is 0. Collective."""
     if not config.kl_coef:
         return None
     model, _ = load_model(config.model, device, shard=config.shard)
@@ -120,90 +99,48 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 # Checks: what the libraries do not report, or not by the name of the file
 
 
-def check_config(path: str) -> PretrainedConfig:
-    """The model's configuration. UserError if `path` is no model that can be trained, as far as its config tells."""
-    folder = Path(path)
-    if folder.is_dir():
-        check_files(folder)
-    elif path.count("/") != 1 or path.startswith((".", "/")):
+def check_config(path: str) -> transformers.PretrainedConfig:
+    """The model's configuration. UserError if `path` is no model that can be trained, as far as its files tell."""
+    if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
         raise UserError(f"model '{path}': no such folder, and not a hub name like 'Qwen/Qwen2.5-1.5B'")
-    try:
+    for file in Path(path).glob("*"):
+        with explained(f"model '{path}': {file.name} cannot be read"):  # it may be cut, or a pointer of git-lfs
+            if file.suffix == ".safetensors":
+                safe_open(file, "pt").keys()
+            if file.suffix == ".json" and file.stem in JSON:
+                dict(**json.loads(file.read_bytes()))
+    with explained(f"model '{path}': cannot read its config"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of transformers and of huggingface_hub
-        raise UserError(f"model '{path}': cannot read its config: {first_line(error)}") from None
-    for name in LOGIT_TRANSFORMS:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise UserError(f"model '{path}': {name} = {getattr(config, name)} changes its logits; not supported")
-    if (quantized := getattr(config, "quantization_config", None)) is not None:
-        kind = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
-        raise UserError(f"model '{path}': its weights are quantized ({kind}), and only floating-point ones train")
+    for name in UNSUPPORTED:
+        if (value := getattr(config, name, None)) not in (None, 1.0):
+            raise UserError(f"model '{path}': {name} = {value!s:.60} in its config.json: it cannot be trained")
     return config
 
 
-def check_files(folder: Path) -> None:
-    """UserError for a file of the model that is missing, cut or no JSON. The libraries' errors do not name the file."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model '{folder}': the folder has no config.json, so it is not a Hugging Face model")
-    for path in (folder / f"{name}.json" for name in JSON):
-        try:
-            content = json.loads(path.read_bytes()) if path.is_file() else {}
-            if not isinstance(content, dict):
-                raise ValueError("it is not a JSON object")
-            named = content.get("weight_map", {}).values() if path.name.endswith(".index.json") else ()
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"model '{folder}': {path.name} cannot be read: {error}") from None
-        if missing := sorted(name for name in set(map(str, named)) if not (folder / name).is_file()):
-            raise UserError(f"model '{folder}': {path.name} names {missing[0]}, which is not there")
-    weights = list(folder.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"model '{folder}': the folder has no .safetensors weights (pickled ones are not read)")
-    for path in weights:
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            why = f"SafetensorError: {error}" if path.stat().st_size > 1000 else "it is a pointer of git-lfs, or cut"
-            raise UserError(f"model '{folder}': {path.name} cannot be read: {why}; copy it again") from None
-
-
 def check_loaded(info: dict, path: str) -> None:
-    """UserError for weights that the files lack or have in another shape; transformers has made random ones instead.
-
-    A warning for weights that the model leaves out, such as layers beyond num_hidden_layers.
-    """
-    if info["mismatched_keys"]:
-        name, stored, wanted = min(info["mismatched_keys"])
+    """UserError for weights that transformers made at random; a warning for weights in the files that it left out."""
+    if wrong := info["missing_keys"] | {name for name, _, _ in info["mismatched_keys"]}:
         raise UserError(
-            f"model '{path}': config.json does not fit the weights: {name} has the shape {list(stored)} in the files, "
-            f"and {list(wanted)} by config.json"
+            f"model '{path}': {len(wrong)} of its weights, such as {min(wrong)}, are not in its files, or not in the "
+            "shape that config.json gives them"
         )
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"model '{path}': {len(missing)} of its weights, such as {missing[0]}, are not in its files, though "
-            "config.json asks for them"
-        )
-    if unused := sorted(info["unexpected_keys"]):
+    if unused := info["unexpected_keys"]:
         say(
-            f"model '{path}': {len(unused)} weights in its files, such as {unused[0]}, have no place in a model of its "
+            f"model '{path}': {len(unused)} weights in its files, such as {min(unused)}, are not in a model of its "
             "config.json: they are left out, and checkpoints will lack them",
             warning=True,
         )
 
 
 def check_names(model: PreTrainedModel, path: str) -> None:
-    """UserError if a weight has different names in the model's files and in the model, as fused experts have.
-
-    vLLM gets new weights by their names in the files. transformers may leave out or add the body's prefix.
-    """
-    stored = set()
-    for file in Path(path).glob("*.safetensors"):  # not checked for a hub name, which is no local folder
-        with safe_open(file, "pt") as opened:
-            stored.update(opened.keys())
-    prefix = model.base_model_prefix + "."
-    known = {name.removeprefix(prefix) for name in stored}
-    missing = [name for name, _ in model.named_parameters() if name.removeprefix(prefix) not in known]
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if stored and missing and not (tied and len(missing) == 1):
+    """UserError if weights have other names in the files, as fused experts have: vLLM gets weights by these names."""
+    folder = Path(transformers.utils.cached_file(path, "config.json")).parent  # of a hub name in the cache
+    prefix = model.base_model_prefix + "."  # of the body's weights, which transformers may leave out or add
+    stored = sum((safe_open(file, "pt").keys() for file in folder.glob("*.safetensors")), [])
+    stored = {name.removeprefix(prefix) for name in stored}
+    own = {name.removeprefix(prefix): weight for name, weight in model.named_parameters()}
+    head = model.get_output_embeddings().weight  # if it is tied, either name may be in the files
+    if missing := [name for name, weight in own.items() if name not in stored and weight is not head]:
         raise UserError(
             f"model '{path}': {len(missing)} of its weights, such as {missing[0]}, have other names in its files, so "
             "they could not be sent to vLLM; a dense model trains"
@@ -217,21 +154,11 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
     no_values, cut = torch.zeros(len(tokens)), torch.zeros(2, dtype=torch.bool)
     rollout = Rollout([[1, 2], [3, 4]], torch.tensor([0, 1]), lengths, tokens, no_values, cut, ["", ""])
     policy = Policy(model)
-    try:
-        together = policy(pack(rollout), 1.0)[0]  # [N]
-    except TypeError as error:
-        if "packing" not in str(error):
-            raise
-        raise UserError(
-            f"model '{path}': a {type(model).__name__} does not pass the starts of sequences on to its attention; "
-            "docs/models.md lists the families that train"
-        ) from None
+    together = policy(pack(rollout), 1.0)[0]  # [N]
     alone = torch.cat([policy(pack(rollout[[i]]), 1.0)[0] for i in range(2)])  # [N]
     if not alone.std() > 0:  # NaN, or the same everywhere
-        raise UserError(
-            f"model '{path}': its logprobs are {alone[0].item():.3g} for every token, so its weights are damaged, or "
-            "stored in a format that config.json does not mention"
-        )
+        found = f"its logprobs are {alone[0]:.3g} for every token"
+        raise UserError(f"model '{path}': {found}, so its weights are damaged or quantized")
     difference = (together - alone).abs().max().item()
     if not difference < 1e-4 * alone.std():  # rounding gives 1e-5 at most, a convolution 1e-3 and more
         raise UserError(
@@ -240,44 +167,31 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
         )
 
 
-def stop_token_ids(model: str, tokenizer) -> list[int]:
+def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every end-of-sequence id that the tokenizer, the configuration or the generation configuration names."""
-    named = [tokenizer.eos_token_id, AutoConfig.from_pretrained(model, trust_remote_code=False).eos_token_id]
-    try:
-        named.append(GenerationConfig.from_pretrained(model).eos_token_id)
-    except OSError as error:  # a missing file is fine, but an unreadable one may name another end token
-        if (Path(model) / "generation_config.json").exists():
-            raise UserError(f"model '{model}': generation_config.json cannot be read: {error}") from None
-    ids: set[int] = set()
-    for entry in named:
-        ids.update(entry if isinstance(entry, list) else [] if entry is None else [entry])
-    if wrong := [entry for entry in ids if type(entry) is not int]:
-        raise UserError(f"model '{model}': eos_token_id {wrong[0]!r} in generation_config.json is no number of a token")
+    config = check_config(path)
+    named = [tokenizer.eos_token_id, config.eos_token_id]
+    with contextlib.suppress(OSError):  # a model may have no such file
+        named.append(transformers.GenerationConfig.from_pretrained(path).eos_token_id)
+    ids = {i for entry in named for i in (entry if isinstance(entry, list) else [entry]) if i is not None}
+    if beyond := [i for i in ids if i not in range(config.vocab_size)]:
+        raise UserError(
+            f"model '{path}': its end-of-sequence token {beyond[0]!r} is not in its vocabulary of {config.vocab_size} "
+            "tokens; correct eos_token_id in config.json, generation_config.json or the tokenizer's files"
+        )
     return sorted(ids)
 
 
-def check_end(tokenizer, path: str, vocabulary: int) -> None:
-    """Warn if the chat template ends an answer with a token that is no end-of-sequence token.
-
-    Responses would then run to the length limit. UserError for an end-of-sequence token beyond the vocabulary.
-    """
-    ends = stop_token_ids(path, tokenizer)
-    if beyond := [i for i in ends if not 0 <= i < vocabulary]:
-        raise UserError(
-            f"model '{path}': its end-of-sequence token {beyond[0]} is beyond its vocabulary of {vocabulary} tokens; "
-            "correct eos_token_id in config.json, generation_config.json or the tokenizer's files"
-        )
-    answer = "The answer."
-    try:
-        turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+def check_end(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Warn if the chat template ends an answer with another token: responses would run to the length limit."""
+    ends, end = stop_token_ids(path, tokenizer), []
+    with contextlib.suppress(Exception):  # no template, or one that refuses these turns: load_problems reports it
+        turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": "The answer."}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # no template, or one that refuses these turns; load_problems reports it
-        return
-    end = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
+        end = tokenizer.encode(text.rpartition("The answer.")[2], add_special_tokens=False)
     if end and not set(end) & set(ends):
         say(
             f"model '{path}': its chat template ends an answer with {tokenizer.convert_ids_to_tokens(end[0])!r}, which "
-            "is no end-of-sequence token; if responses run to max_response_tokens, add it to eos_token_id in "
-            "generation_config.json",
+            "is no end-of-sequence token; add it to eos_token_id in generation_config.json",
             warning=True,
         )
