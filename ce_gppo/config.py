@@ -35,8 +35,7 @@ def updates_of_step(config) -> int:
     return config.max_kept_prompts // config.mini_batch_prompts * config.epochs
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
+class Range(typing.NamedTuple):
     low: float
     high: float = math.inf
     above: bool = False  # low itself is outside
@@ -50,8 +49,7 @@ class Range:
         return f"must be {words} and " + (f"at most {self.high:.10g}" if self.high < math.inf else "finite")
 
 
-@dataclasses.dataclass(frozen=True)
-class OneOf:
+class OneOf(typing.NamedTuple):
     names: tuple[str, ...]
     or_count: bool = False  # or a whole number above 0
 
@@ -61,8 +59,7 @@ class OneOf:
         return f"is unknown; known: {', '.join(self.names)}" + ", or a number of tokens" * self.or_count
 
 
-@dataclasses.dataclass(frozen=True)
-class Named:
+class Named(typing.NamedTuple):
     """Names or paths of files and folders, or hub names."""
 
     or_empty: bool = False
@@ -241,26 +238,23 @@ def conflicts(given, c) -> Iterator[str]:
         yield f"prompts_per_step = {c.prompts_per_step}: fewer than the {ranks} processes, and each needs a prompt"
 
 
-def read_recipe(Config: type, name: str) -> dict:
+def read_recipe(Config: type, name: str, *children: str) -> dict:
     """The settings in recipes/<name>.toml, and of the recipe that it extends those that it does not set itself."""
-    settings, chain = {}, []
-    while name is not None:
-        path, child = RECIPES / f"{name}.toml", f"{RECIPES / chain[-1]}.toml: extends = " if chain else ""
-        if name in chain:
-            raise UserError(f"{child}'{name}' goes round in a circle: {', '.join((*chain, name))}")
-        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-            raise UserError(f"{child or 'recipe '}'{name}' is unknown; known: {known}")
-        try:
-            values = tomllib.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of brackets in brackets
-            raise UserError(f"{path}: not TOML ({error}); lines of `name = value` are needed") from None
-        chain.append(name)
-        name = values.pop("extends", None)
-        if not isinstance(name, str | None):
-            raise UserError(f"{path}: extends = {name!r}, where the name of a recipe is needed")
-        settings = typed(Config, values, path) | settings
-    return settings
+    path, child = RECIPES / f"{name}.toml", f"{RECIPES / children[0]}.toml: extends = " if children else ""
+    if name in children:
+        raise UserError(f"{child}'{name}' goes round in a circle: {', '.join((*reversed(children), name))}")
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise UserError(f"{child or 'recipe '}'{name}' is unknown; known: {known}")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of brackets in brackets
+        raise UserError(f"{path}: not TOML ({error}); lines of `name = value` are needed") from None
+    parent = values.pop("extends", None)
+    if not isinstance(parent, str | None):
+        raise UserError(f"{path}: extends = {parent!r}, where the name of a recipe is needed")
+    values = typed(Config, values, path)
+    return values if parent is None else read_recipe(Config, parent, name, *children) | values
 
 
 def typed(Config: type, values: dict, path: Path) -> dict:
@@ -271,10 +265,10 @@ def typed(Config: type, values: dict, path: Path) -> dict:
     for key, value in values.items():
         kinds = typing.get_args(types[key]) or (types[key],)  # any one of a union
         if type(value) is int and float in kinds and abs(value) < 2**53:
-            values[key] = value = float(value)
-        if value == "None" and type(None) in kinds:  # as on the command line; TOML has no null
-            values[key] = value = None
-        if type(value) not in kinds:
+            values[key] = float(value)
+        elif value == "None" and type(None) in kinds:  # as on the command line; TOML has no null
+            values[key] = None
+        elif type(value) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
             raise UserError(f"{path}: {key} = {value!r}, where {names} is needed")
     return values

@@ -143,13 +143,11 @@ def load_sets(config, tokenizer, model_config, assign: Callable) -> tuple[list[P
         longest = config.max_prompt_tokens + getattr(config, name)
         if longest > (context := model_config.max_position_embeddings):
             raise UserError(f"max_prompt_tokens + {name} = {longest} is beyond the model's context of {context}")
-    if config.thinking:
-        check_thinking(tokenizer)
     limits = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix
     with messages.explained(f"problems of {config.train_data} and {config.eval_data} cannot be read"):
         problems, dropped = load_problems(config.train_data, tokenizer, *limits)
         held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *limits)
-    check_vocabulary(problems + held_out, model_config.vocab_size)
+    check_tokens(problems + held_out, model_config.vocab_size, tokenizer, config.thinking)
     if trained := len({problem.prompt for problem in held_out} & {problem.prompt for problem in problems}):
         messages.say(f"{trained} held-out problems are also trained on, so their accuracy says little", warning=True)
     pairs = {(problem.prompt, problem.answer.strip()) for problem in problems + held_out}
@@ -160,18 +158,14 @@ def load_sets(config, tokenizer, model_config, assign: Callable) -> tuple[list[P
     return problems, held_out, f"{sizes} prompt longer than {limits[0]} tokens)\nrewards      {verifiers}"
 
 
-def check_vocabulary(problems: list[Problem], size: int) -> None:
-    """UserError for a prompt with a token that the model does not have, as where tokens were added to its tokenizer."""
+def check_tokens(problems: list[Problem], vocabulary: int, tokenizer, thinking: bool) -> None:
+    """UserError for a prompt's token that the model does not have, or where the text of a response lacks </think>."""
     for problem in problems:
-        if (largest := max(problem.prompt_ids)) >= size:
-            told = f"the prompt {problem.prompt[:60]!r} has the token {largest}, and the model only has {size}"
+        if (largest := max(problem.prompt_ids)) >= vocabulary:
+            told = f"the prompt {problem.prompt[:60]!r} has the token {largest}, and the model only has {vocabulary}"
             raise UserError(f"{told}: its tokenizer's files are another model's, or were extended without the weights")
-
-
-def check_thinking(tokenizer) -> None:
-    """UserError if the text of a response would not have </think>: every answer would then score 0."""
-    ids = tokenizer.encode("</think>", add_special_tokens=False)
-    if "</think>" not in tokenizer.decode(ids, skip_special_tokens=True):
+    shown = tokenizer.decode(tokenizer.encode("</think>", add_special_tokens=False), skip_special_tokens=True)
+    if thinking and "</think>" not in shown:
         raise UserError("thinking: the tokenizer drops </think> as a special token, so no answer could follow it")
 
 
