@@ -12,20 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ce_gppo import messages, parallel
 from ce_gppo.messages import RunEnded, UserError
 
 MANIFEST = "manifest.json"
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # not in shards
+WHOLE = {"options": state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)}  # not in shards
 KEEP = 2  # newest checkpoints of a run: the second in case the first is damaged; the best is kept as well
 NAME = re.compile(r"checkpoint-([0-9]{6}|[1-9][0-9]{6,})")
 
@@ -38,7 +32,7 @@ class State:
     step: int = 0  # the last one that is done
     batches: int = 0  # batches of prompts sampled so far
     entropy: float | None = None  # mean of the last rollout, nats
-    control: tuple[float, float] = (0.5, 0.0)  # of the entropy controller, see schedules.py
+    control: tuple[float, float] = (0.5, 0.0)  # of the entropy controller, see entropy.py
     skipped: int = 0  # updates without a finite gradient, in a row
     no_signal: int = 0  # rollouts in which every group has equal rewards, in a row
 
@@ -50,13 +44,8 @@ class Saver:
     flushed and renamed, so checkpoint-<step> is whole. All but the newest KEEP and the best are then removed.
     """
 
-    def __init__(
-        self, run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int = 0, critic=None, accuracies=dict
-    ):
-        """step: of the checkpoint that the run resumes from, 0 for a new run. critic: an advantages.Critic, or None.
-
-        accuracies: a function that gives the accuracy on held-out problems by step.
-        """
+    def __init__(self, run: Path, model, tokenizer, optimizer, step: int = 0, critic=None, accuracies=dict):
+        """step: of the checkpoint that the run resumes from, or 0. accuracies(): held-out accuracy by step."""
         self.run, self.model, self.tokenizer, self.optimizer = run, model, tokenizer, optimizer
         self.critic, self.accuracies = critic, accuracies
         self.saved, self.saving = step, step  # steps of the last checkpoint that was written, and of the last begun
@@ -70,28 +59,17 @@ class Saver:
         """
         self.wait()
         self.saving = state.step
-        weights = get_model_state_dict(self.model, options=WHOLE)
-        named = {name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}
-        weights = {name: tensor for name, tensor in weights.items() if name in named}  # tied weights once
-        record = {"optimizer": _optimizer_state(self.model, self.optimizer)}
+        named = {name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}  # tied weights once
+        weights = {k: v for k, v in state_dict.get_model_state_dict(self.model, **WHOLE).items() if k in named}
+        record, trained = {"optimizer": _optimizer_state(self.model, self.optimizer)}, [(self.model, self.optimizer)]
         if self.critic:
-            model, optimizer = self.critic.model, self.critic.optimizer
-            record["critic"] = get_model_state_dict(model, options=WHOLE)
-            record["critic_optimizer"] = _optimizer_state(model, optimizer)
+            trained.append((self.critic.model, self.critic.optimizer))
+            record["critic"] = state_dict.get_model_state_dict(self.critic.model, **WHOLE)
+            record["critic_optimizer"] = _optimizer_state(*trained[1])
         if parallel.is_main():
-            weights, record = self._apart((weights, record))
-            record["state"] = asdict(state)
-            self.thread = threading.Thread(target=self._write, args=(weights, record))
+            weights, record = _apart((weights, record), trained)
+            self.thread = threading.Thread(target=self._write, args=(weights, record | {"state": asdict(state)}))
             self.thread.start()
-
-    def _apart(self, record):
-        """The record with copies of those tensors that training goes on to change: what was gathered is one already."""
-        models = [self.model, self.critic.model] if self.critic else [self.model]
-        optimizers = [self.optimizer, self.critic.optimizer] if self.critic else [self.optimizer]
-        used = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
-        used += tree_leaves([list(optimizer.state.values()) for optimizer in optimizers])
-        used = {parallel.to_local(x).untyped_storage().data_ptr() for x in used if isinstance(x, torch.Tensor)}
-        return tree_map_only(torch.Tensor, lambda x: x.clone() if x.untyped_storage().data_ptr() in used else x, record)
 
     def wait(self) -> None:
         """Wait for the save in progress, if any. If it failed, print a warning, and training goes on. Collective."""
@@ -122,6 +100,14 @@ class Saver:
             self.error = f"{folder}: {failure}"
 
 
+def _apart(record, trained: list[tuple]):
+    """The record with copies of those tensors that training goes on to change: what was gathered is one already."""
+    used = [x for model, _ in trained for x in (*model.parameters(), *model.buffers())]
+    used += [x for _, optimizer in trained for x in tree_leaves(list(optimizer.state.values()))]
+    used = {parallel.to_local(x).untyped_storage().data_ptr() for x in used if isinstance(x, torch.Tensor)}
+    return tree_map_only(torch.Tensor, lambda x: x.clone() if x.untyped_storage().data_ptr() in used else x, record)
+
+
 def _optimizer_state(model, optimizer: torch.optim.Optimizer) -> dict:
     """The optimizer's state by the names of parameters. Collective.
 
@@ -129,10 +115,9 @@ def _optimizer_state(model, optimizer: torch.optim.Optimizer) -> dict:
     checkpoint in the critic's warm-up would otherwise make the policy's first updates smaller.
     """
     new = not optimizer.state
-    record = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    record = state_dict.get_optimizer_state_dict(model, optimizer, **WHOLE)
     if new:
-        recorded = record.get("state", {})  # empty on ranks other than 0
-        for state in (*optimizer.state.values(), *recorded.values()):
+        for state in (*optimizer.state.values(), *record.get("state", {}).values()):  # the record's: on rank 0
             state["step"].zero_()
     return record
 
@@ -178,21 +163,17 @@ def try_saving(model, tokenizer) -> None:
 
 
 def load(folder: Path, model, optimizer: torch.optim.Optimizer, critic=None) -> State:
-    """Load a checkpoint's optimizer and critic into the objects given, and return its state.
-
-    The policy's weights are loaded by `model.load_model`.
-    """
+    """Load a checkpoint's optimizer and critic into the objects given, and return its state. Weights: model.py."""
     with messages.explained(f"the optimizer in {folder} does not fit the model"):
         saved = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
-        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=WHOLE)
-    for parameter, moments in optimizer.state.items():
-        if moments["exp_avg"].shape != parameter.shape:
-            raise UserError(f"{folder}: its optimizer belongs to another model, as the shapes differ")
-    if saved["state"]["step"] != step_of(folder):
-        raise UserError(f"{folder}: it was made after step {saved['state']['step']}, so it has another name; rename it")
+        state_dict.set_optimizer_state_dict(model, optimizer, saved["optimizer"], **WHOLE)
+    if any(moments["exp_avg"].shape != parameter.shape for parameter, moments in optimizer.state.items()):
+        raise UserError(f"{folder}: its optimizer belongs to another model, as the shapes differ")
+    if (step := saved["state"]["step"]) != step_of(folder):
+        raise UserError(f"{folder}: it was made after step {step}, so it has another name; rename it")
     if critic:
-        set_model_state_dict(critic.model, saved["critic"], options=WHOLE)
-        set_optimizer_state_dict(critic.model, critic.optimizer, saved["critic_optimizer"], options=WHOLE)
+        state_dict.set_model_state_dict(critic.model, saved["critic"], **WHOLE)
+        state_dict.set_optimizer_state_dict(critic.model, critic.optimizer, saved["critic_optimizer"], **WHOLE)
     return State(**saved["state"])
 
 
@@ -217,11 +198,9 @@ def step_of(folder: Path) -> int:
 def damage(folder: Path) -> str | None:
     """The first problem with a checkpoint's files, by their checksums; None if there is none."""
     try:
-        sums = dict(json.loads((folder / MANIFEST).read_text()))
+        sums = {"trainer.pt": "none"} | json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError, TypeError, RecursionError):
         return f"no readable {MANIFEST}"
-    if "trainer.pt" not in sums:
-        return f"{MANIFEST} does not name trainer.pt"
     for name, expected in sums.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -230,16 +209,12 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def best(run: Path, accuracies: dict[int, float]) -> Path | None:
-    """The checkpoint whose step has the highest accuracy, of equal ones the newest."""
-    known = [folder for folder in all_of(run) if step_of(folder) in accuracies]
-    return max(reversed(known), key=lambda folder: accuracies[step_of(folder)], default=None)
-
-
 def prune(run: Path, keep: int, accuracies: dict[int, float]) -> None:
-    """Remove all but the newest `keep` checkpoints and the best."""
+    """Remove all but the newest `keep` checkpoints and that of the highest accuracy, of equal ones the newest."""
+    known = [folder for folder in all_of(run) if step_of(folder) in accuracies]
+    best = max(reversed(known), key=lambda folder: accuracies[step_of(folder)], default=None)
     for folder in all_of(run)[:-keep]:
-        if folder != best(run, accuracies):
+        if folder != best:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -35,8 +35,7 @@ def updates_of_step(config) -> int:
     return config.max_kept_prompts // config.mini_batch_prompts * config.epochs
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
+class Range(typing.NamedTuple):
     low: float
     high: float = math.inf
     above: bool = False  # low itself is outside
@@ -50,8 +49,7 @@ class Range:
         return f"must be {words} and " + (f"at most {self.high:.10g}" if self.high < math.inf else "finite")
 
 
-@dataclasses.dataclass(frozen=True)
-class OneOf:
+class OneOf(typing.NamedTuple):
     names: tuple[str, ...]
     or_count: bool = False  # or a whole number above 0
 
@@ -61,25 +59,20 @@ class OneOf:
         return f"is unknown; known: {', '.join(self.names)}" + ", or a number of tokens" * self.or_count
 
 
-@dataclasses.dataclass(frozen=True)
-class Named:
+class Named(typing.NamedTuple):
     """Names or paths of files and folders, or hub names."""
 
     or_empty: bool = False
 
     def problem(self, value: str) -> str | None:
-        if self.or_empty and not value:
-            return None
-        for wrong, problem in (
-            (not value.strip(), "is blank; a name is needed"),
-            (not value.isprintable(), "has a character that cannot be printed; choose another name"),
-            (not all(map(str.strip, value.split(","))), "has no name beside a comma"),
-            (re.search("(^|,)~", value), "begins with ~, which the shell has not replaced; $HOME works everywhere"),
-            (re.search(b"[^/,]{256}|[^,]{4001}", value.encode(errors="replace")), "is too long for a file's name"),
-        ):
-            if wrong:
-                return problem
-        return None
+        wrong = {
+            "is blank; a name is needed": not value.strip(),
+            "has a character that cannot be printed; choose another name": not value.isprintable(),
+            "has no name beside a comma": not all(map(str.strip, value.split(","))),
+            "begins with ~, which the shell has not replaced; $HOME works everywhere": re.search("(^|,)~", value),
+            "is too long for a file's name": re.search(b"[^/,]{256}|[^,]{4001}", value.encode(errors="replace")),
+        }
+        return next((problem for problem, found in wrong.items() if found and (value or not self.or_empty)), None)
 
 
 def one_of(names: Iterable[str]):
@@ -94,9 +87,7 @@ CountOrZero = typing.Annotated[int, Range(0, 2**31 - 1)]
 Seed = typing.Annotated[int, Range(0, 2**32 - 1)]
 NonNegative = typing.Annotated[float, Range(0, 10_000)]  # of coefficients and clip intervals: larger ones overflow
 Positive = typing.Annotated[float, Range(0, 10_000, above=True)]
-Rate = typing.Annotated[
-    float, Range(0, 1, above=True), Range(1e-10, 1)
-]  # less is rounded away by float32, more is noise
+Rate = typing.Annotated[float, Range(1e-10, 1)]  # less is rounded away by float32, more is noise
 Temperature = typing.Annotated[float, Range(0.01, 100)]  # vLLM silently replaces a lower one by 0.01
 GreedyOrTemperature = typing.Annotated[float, Range(0.01, 100, or_zero=True)]  # at 0 it takes the most probable token
 AboveOne = typing.Annotated[float, Range(1, 10_000, above=True)]
@@ -108,11 +99,10 @@ def check_ranges(config) -> None:
     """UserError for the first value that is outside the range in its field's type."""
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
-        each = value if isinstance(value, tuple) else () if value is None else (value,)
         parts = (hint, *typing.get_args(hint))  # the type itself, or one of a union, or of a tuple's values
         ranges = [r for part in parts for r in getattr(part, "__metadata__", ()) if hasattr(r, "problem")]
-        for range_, one in itertools.product(ranges, each):
-            if problem := range_.problem(one):
+        for range_, one in itertools.product(ranges, value if isinstance(value, tuple) else (value,)):
+            if one is not None and (problem := range_.problem(one)):
                 raise UserError(f"{name} {repr(one) if isinstance(one, str) else f'= {one}:'} {problem}")
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # how Python keeps bytes that it cannot read
             raise UserError(f"{name} {value[:60]!r} is not text in {sys.getfilesystemencoding()}, its encoding")
@@ -123,6 +113,10 @@ def command(main: Callable, Config: type | None = None, description: str | None 
 
     Any other error is a fault of this program, with a traceback. Config: a dataclass, which main gets, or None.
     """
+
+    def tell(error: Exception | str) -> None:
+        told = re.sub(r"(\S{100})\S{100,}(\S{40})", r"\1...\2", str(error))  # a value that was given by mistake
+        print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
 
     def run() -> None:
         messages.open_streams()
@@ -135,17 +129,15 @@ def command(main: Callable, Config: type | None = None, description: str | None 
             check_ranges(config)
             main(config)
         except (UserError, RunEnded) as error:
-            told = re.sub(r"(\S{100})\S{100,}(\S{40})", r"\1...\2", str(error))  # a value that was given by mistake
-            print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
+            tell(error)
             sys.exit(2 if isinstance(error, UserError) else 1)
         except KeyboardInterrupt:  # train.py handles it itself, by run.StopRequest
             sys.exit(130)
         except OSError as error:
-            closed = isinstance(error, BrokenPipeError) and messages.nobody_reads()  # `| head`: others must be seen
-            if not closed and error.errno not in messages.FULL:
+            if error.errno in messages.FULL:
+                tell(f"no space is left on the disk ({error})")
+            elif not (isinstance(error, BrokenPipeError) and messages.nobody_reads()):  # `| head` is no fault
                 raise
-            if not closed:
-                print(f"{Path(sys.argv[0]).name}: no space is left on the disk ({error})", file=sys.stderr)
             sys.exit(1)
         finally:
             messages.flush_streams()
@@ -185,9 +177,9 @@ def parse(Config: type, arguments: list[str]) -> tuple[typing.Any, str, str]:
         name = argument.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
         if argument.startswith("--") and name not in known | {"help"}:
             raise UserError(f"unknown setting {argument}; known: {', '.join(sorted(known))}")
+    if start.resume and (arguments or start.recipe):
+        raise UserError("--resume continues a run with its own settings; give no others")
     if start.resume:
-        if arguments or start.recipe:
-            raise UserError("--resume continues a run with its own settings; give no others")
         return resolve(saved_config(Config, start.resume)), "", start.resume
     defaults = Config(**read_recipe(Config, start.recipe)) if start.recipe else Config()
     return resolve(cli(Config, arguments, default=defaults)), start.recipe or "", ""
@@ -196,8 +188,7 @@ def parse(Config: type, arguments: list[str]) -> tuple[typing.Any, str, str]:
 def resolve(config):
     """The configuration, checked. Settings left at None get the values of the objective's paper, or other defaults."""
     check_ranges(config)
-    values = config.spec.values(config)
-    values["eval_response_tokens"] = config.max_response_tokens
+    values = config.spec.values(config) | {"eval_response_tokens": config.max_response_tokens}
     if (config.advantages or values["advantages"]) == "gae":  # a critic learns from every response
         values |= {"dynamic_sampling": "off", "critic_lr": 3 * config.lr}
     complete = dataclasses.replace(config, **{k: v for k, v in values.items() if getattr(config, k) is None})
@@ -208,26 +199,25 @@ def resolve(config):
 
 def conflicts(given, c) -> Iterator[str]:
     """Settings that are wrong together, or that the objective would ignore. given: before `resolve`, c: after it."""
-    published = c.spec.values(c)
+    published, ranks, gae = c.spec.values(c), parallel.world_size(), c.advantages == "gae"
     for name in (*(() if c.spec.has_betas else ("beta1", "beta2", "beta_schedule")), *c.spec.ignores):
         if getattr(given, name) not in (None, "", published.get(name)):
             yield f"{name} = {getattr(given, name)}: objective {c.objective} ignores it; leave it out"
     read_schedule(c.beta_schedule)
-    if c.max_kept_prompts > (most := c.prompts_per_step * max_batches(c)):
-        times = f" in {max_batches(c)} batches" if most > c.prompts_per_step else ""
+    if c.max_kept_prompts > c.prompts_per_step * max_batches(c):
+        times = f" in {max_batches(c)} batches" if max_batches(c) > 1 else ""
         yield f"max_kept_prompts = {c.max_kept_prompts} is more than prompts_per_step = {c.prompts_per_step}{times}"
     if c.max_kept_prompts % c.mini_batch_prompts:
         yield f"mini_batch_prompts = {c.mini_batch_prompts} does not divide max_kept_prompts = {c.max_kept_prompts}"
     if c.overlong.isdecimal() and int(c.overlong) > (tokens := c.max_response_tokens):
         yield f"overlong = {c.overlong} is more than max_response_tokens = {tokens}: every response would be penalized"
-    own = c.spec.settings.get("advantages", c.advantages)
-    if own != c.advantages and "gae" in (own, c.advantages):
+    if ((own := c.spec.settings.get("advantages", c.advantages)) == "gae") != gae:
         yield f"advantages = {c.advantages}: objective {c.objective} needs {own}; grpo has those of groups, ppo has gae"
-    if c.responses_per_prompt == 1 and c.advantages != "gae":
+    if c.responses_per_prompt == 1 and not gae:
         yield f"responses_per_prompt = 1: must be at least 2, as advantages = {c.advantages} compare those of a group"
     if c.responses_per_prompt == 1 and c.dynamic_sampling != "off":
         yield f"dynamic_sampling = {c.dynamic_sampling} drops every group of responses_per_prompt = 1; leave it out"
-    if c.critic_lr is not None and c.advantages != "gae":
+    if c.critic_lr is not None and not gae:
         yield f"critic_lr = {c.critic_lr}: advantages = {c.advantages} have no critic, those of gae have one"
     if c.eval_temperature == 0 and c.eval_samples > 1:
         yield f"eval_temperature = 0 gives {c.eval_samples} equal samples; eval_samples = 1 is enough"
@@ -235,39 +225,36 @@ def conflicts(given, c) -> Iterator[str]:
         yield "entropy_target moves the betas: it cannot go with beta_schedule"
     if c.entropy_target is not None and c.beta1 == c.beta2 == 0:
         yield "entropy_target moves the betas between 0 and their values, and both are 0"
-    if c.advantages == "gae" and c.steps <= c.warmup_steps:
+    if gae and c.steps <= c.warmup_steps:
         only = f"with advantages = gae only the critic learns in the first warmup_steps = {c.warmup_steps}"
         yield f"steps = {c.steps}: {only}, and the policy would stay as it is"
     if c.old_logprobs == "sampler" and (c.spec.token_filter or c.rollout_correction != "none"):
         yield f"{c.objective} with rollout_correction = {c.rollout_correction} needs old_logprobs = trainer"
     if "/" in c.run_name or c.run_name in (".", ".."):
         yield f"run_name = {c.run_name}: a name is needed, not a path; --out names the folder of the runs"
-    if c.rollout_tp > 1 and (ranks := parallel.world_size()) % c.rollout_tp:
+    if ranks % c.rollout_tp and c.rollout_tp > 1:
         yield f"rollout_tp = {c.rollout_tp}: must divide the number of processes, {ranks}"
-    if c.prompts_per_step < (ranks := parallel.world_size()):
+    if c.prompts_per_step < ranks:
         yield f"prompts_per_step = {c.prompts_per_step}: fewer than the {ranks} processes, and each needs a prompt"
 
 
-def read_recipe(Config: type, name: str) -> dict:
+def read_recipe(Config: type, name: str, *children: str) -> dict:
     """The settings in recipes/<name>.toml, and of the recipe that it extends those that it does not set itself."""
-    settings, chain = {}, []
-    while name is not None:
-        path, child = RECIPES / f"{name}.toml", f"{RECIPES / chain[-1]}.toml: extends = " if chain else ""
-        if name in chain:
-            raise UserError(f"{child}'{name}' goes round in a circle: {', '.join((*chain, name))}")
-        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-            raise UserError(f"{child or 'recipe '}'{name}' is unknown; known: {known}")
-        try:
-            values = tomllib.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of brackets in brackets
-            raise UserError(f"{path}: not TOML ({error}); lines of `name = value` are needed") from None
-        chain.append(name)
-        name = values.pop("extends", None)
-        if not isinstance(name, str | None):
-            raise UserError(f"{path}: extends = {name!r}, where the name of a recipe is needed")
-        settings = typed(Config, values, path) | settings
-    return settings
+    path, child = RECIPES / f"{name}.toml", f"{RECIPES / children[0]}.toml: extends = " if children else ""
+    if name in children:
+        raise UserError(f"{child}'{name}' goes round in a circle: {', '.join((*reversed(children), name))}")
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise UserError(f"{child or 'recipe '}'{name}' is unknown; known: {known}")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of brackets in brackets
+        raise UserError(f"{path}: not TOML ({error}); lines of `name = value` are needed") from None
+    parent = values.pop("extends", None)
+    if not isinstance(parent, str | None):
+        raise UserError(f"{path}: extends = {parent!r}, where the name of a recipe is needed")
+    values = typed(Config, values, path)
+    return values if parent is None else read_recipe(Config, parent, name, *children) | values
 
 
 def typed(Config: type, values: dict, path: Path) -> dict:
@@ -278,10 +265,10 @@ def typed(Config: type, values: dict, path: Path) -> dict:
     for key, value in values.items():
         kinds = typing.get_args(types[key]) or (types[key],)  # any one of a union
         if type(value) is int and float in kinds and abs(value) < 2**53:
-            values[key] = value = float(value)
-        if value == "None" and type(None) in kinds:  # as on the command line; TOML has no null
-            values[key] = value = None
-        if type(value) not in kinds:
+            values[key] = float(value)
+        elif value == "None" and type(None) in kinds:  # as on the command line; TOML has no null
+            values[key] = None
+        elif type(value) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
             raise UserError(f"{path}: {key} = {value!r}, where {names} is needed")
     return values

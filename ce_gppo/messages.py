@@ -22,17 +22,14 @@ class RunEnded(Exception):
 
 @contextlib.contextmanager
 def explained(problem: str) -> Iterator[None]:
-    """An unexpected error inside becomes a UserError: `problem`, the error, and the file that has its traceback.
-
-    For what the user's input can make a library do: loading a model, reading data, starting vLLM.
-    """
+    """An unexpected error inside, as of a library given bad input, becomes a UserError: `problem`, error, traceback."""
     try:
         yield
     except (UserError, RunEnded):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise  # no mistake: config.command tells it
+        if isinstance(error, OSError) and error.errno in FULL:  # no mistake: config.command tells it
+            raise
         try:
             with tempfile.NamedTemporaryFile("w", prefix="ce-gppo-", suffix=".txt", delete=False) as file:
                 traceback.print_exception(error, file=file)
@@ -49,17 +46,19 @@ def first_line(error: Exception) -> str:
 
 
 def say(message: str, warning: bool = False) -> None:
-    """Print a message from rank 0; a warning goes to stderr. Output that cannot be written never ends a run.
-
-    After the first failure (a full disk, a closed pipe or terminal) the output goes to /dev/null.
-    """
+    """Print a message from rank 0; a warning goes to stderr. Output that cannot be written never ends a run."""
     stream = sys.stderr if warning else sys.stdout
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
         return
-    try:
+    with contextlib.suppress(RuntimeError), silenced(stream):  # in a signal handler, while the stream is being written
         print(f"WARNING: {message}" if warning else message, file=stream, flush=True)
-    except RuntimeError:  # in a signal handler, while the same stream is being written
-        return
+
+
+@contextlib.contextmanager
+def silenced(stream) -> Iterator[None]:
+    """After a failure inside (a full disk, a closed pipe or terminal) the stream goes to /dev/null."""
+    try:
+        yield
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -81,10 +80,8 @@ def open_streams() -> None:
 def flush_streams() -> None:
     """Called at the end: text that a library printed into a closed pipe must not make Python exit with 120."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with silenced(stream):
             stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def nobody_reads() -> bool:

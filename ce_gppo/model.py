@@ -82,7 +82,10 @@ def load_reference(config, device: str) -> Policy | None:
     """The frozen policy of config.model, also in a resumed run, for the KL term; None if kl_coef is 0. Collective."""
     if not config.kl_coef:
         return None
-    model, _ = load_model(config.model, device, shard=config.shard)
+    try:
+        model, _ = load_model(config.model, device, shard=config.shard)
+    except UserError as error:  # of a resumed run, whose own weights are in its checkpoint
+        raise UserError(f"kl_coef = {config.kl_coef:g} needs the model that the run began with; {error}") from None
     policy = Policy(model)  # without gradients there is nothing for DDP to do
     return policy if config.shard == "no" else parallel.distribute(policy, config.shard, model._no_split_modules or [])
 

@@ -4,15 +4,16 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from ce_gppo.messages import UserError, say
 
@@ -25,20 +26,17 @@ def check_environment() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
-        text = os.environ.get(name, "missing")
-        if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        if not re.fullmatch("[0-9]{1,5}", text := os.environ.get(name, "missing")) or int(text) > 65535:
             raise UserError(f"{name}={text} in the environment: torchrun sets a whole number, at most 65535")
     if not re.fullmatch(r"[\w.:%-]+", address := os.environ.get("MASTER_ADDR", "")):
         raise UserError(f"MASTER_ADDR={address} in the environment: torchrun sets a machine's name or address")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if rank >= size:
+    if (rank := int(os.environ["RANK"])) >= (size := world_size()):
         raise UserError(f"RANK={rank} and WORLD_SIZE={size} in the environment: ranks go from 0 to WORLD_SIZE - 1")
 
 
 def init() -> str:
     """Join the other processes that torchrun started, if any. Returns the device: "cuda" is this process's own GPU."""
-    cuda = torch.cuda.is_available()
-    if cuda:
+    if cuda := torch.cuda.is_available():
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(f"more processes are started here than the {gpus} GPUs; say make train GPUS={gpus}")
@@ -52,7 +50,7 @@ def init() -> str:
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def world_size() -> int:
@@ -69,28 +67,19 @@ def all_gather(value) -> list:
 
     Tensors must be on the CPU: others would arrive on the sender's GPU everywhere.
     """
-    if any(tensor.device.type != "cpu" for tensor in _tensors(value)):
+    leaves = tree_leaves(value)
+    leaves += tree_leaves([vars(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf)])
+    if any(isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu" for leaf in leaves):
         raise ValueError("all_gather: a tensor is not on the CPU")
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
     return values
-
-
-def _tensors(value) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict) or dataclasses.is_dataclass(value):
-        yield from _tensors(list((value if isinstance(value, dict) else vars(value)).values()))
 
 
 def rank0_then_broadcast(function: Callable):
     """Calls `function` on rank 0; every rank returns its result, or raises its error. Collective."""
-    value, error = None, None
+    value = error = None
     try:
         value = function() if is_main() else None
     except Exception as failure:
@@ -116,13 +105,6 @@ def round_robin(count: int, ranks_per_engine: int = 1) -> list[int]:
     return list(range(rank() // ranks_per_engine, count, world_size() // ranks_per_engine))
 
 
-def gather_dealt(items: list, ranks_per_engine: int = 1) -> list:
-    """Every rank's items in order, where each rank has those of `round_robin`. Collective."""
-    is_first = rank() % ranks_per_engine == 0  # of the ranks that share an engine and have the same items
-    parts = [part for part in all_gather(items if is_first else None) if part is not None]
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
-
-
 def largest_first(sizes: list[int], ranks: int) -> list[int]:
     """The rank of each item, for nearly even loads: the largest remaining item goes to the rank with the least load."""
     owners, loads = [0] * len(sizes), [0] * ranks
@@ -133,11 +115,11 @@ def largest_first(sizes: list[int], ranks: int) -> list[int]:
 
 
 def distribute(policy: torch.nn.Module, shard: str, layer_classes: list[str]) -> torch.nn.Module:
-    """The policy over all ranks, with its gradients averaged: copied (DDP), or sharded layer by layer (FSDP2).
+    """The policy over all ranks, gradients averaged: copied (DDP), or sharded layer by layer (FSDP2). Collective.
 
     shard: no, yes or offload, where shards, gradients and optimizer stay in the host's memory, also with one process.
-    layer_classes: names of the classes that FSDP2 gathers one at a time; embedding, last norm and head stay whole until
-    backward. Collective. Every rank must then make the same number of forward and backward passes.
+    layer_classes: those that FSDP2 gathers one at a time; embedding, last norm and head stay whole until backward.
+    Every rank must then make the same number of forward and backward passes.
     """
     if world_size() == 1 and shard != "offload":
         return policy
@@ -146,15 +128,15 @@ def distribute(policy: torch.nn.Module, shard: str, layer_classes: list[str]) ->
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():  # FSDP2 needs a group, even with one process
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh("cuda" if cuda else "cpu", (world_size(),))
-    offload = CPUOffloadPolicy(pin_memory=cuda) if shard == "offload" else OffloadPolicy()
-    if shard == "offload" and cuda:
+    options = {"mesh": init_device_mesh("cuda" if cuda else "cpu", (world_size(),))}
+    options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16 if cuda else None, torch.float32)
+    if shard == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=cuda)
         pin_exactly()
-    precision = MixedPrecisionPolicy(torch.bfloat16 if mesh.device_type == "cuda" else None, torch.float32)
     for module in policy.modules():
         if type(module).__name__ in layer_classes:
-            fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
+            fully_shard(module, **options)
+    return fully_shard(policy, **options)
 
 
 def pin_exactly() -> None:
@@ -163,10 +145,9 @@ def pin_exactly() -> None:
     torch rounds others up to a power of two, 51 GiB more for 7B, and keeps them. pinned_max_round_threshold_mb alone
     would be wrong: torch may then reuse a kept block for a larger tensor.
     """
-    setting = f"pinned_max_cached_size_mb:{PINNED_CACHED_MIB}"
-    settings = torch._C._accelerator_getAllocatorSettings()  # the user's are kept
-    if setting not in settings:
-        torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (settings, setting))))
+    setting, others = f"pinned_max_cached_size_mb:{PINNED_CACHED_MIB}", torch._C._accelerator_getAllocatorSettings()
+    if torch.cuda.is_available() and setting not in others:  # the user's are kept
+        torch._C._accelerator_setAllocatorSettings(f"{others},{setting}".strip(","))
 
 
 def zero_gradients(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -207,11 +188,8 @@ def host_threads():
     On a GPU vLLM sets its process to one thread, which its compiled code relies on, so the number is restored. All
     passes of the trainer have this context: torch.compile makes another variant for another number of threads.
     """
-    if not torch.cuda.is_available():
-        yield
-        return
     threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(THREADS if torch.cuda.is_available() else threads)
     try:
         yield
     finally:

@@ -1,23 +1,25 @@
-"""Problems from JSONL files, as token ids for the engine, and the problems of each batch."""
+"""Problems: rows of files as token ids, their order in batches, avg@k and pass@k of a policy on held-out ones."""
 
 import datetime
 import hashlib
 import json
+import re
 import typing
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ce_gppo import messages
+from ce_gppo import messages, parallel
+from ce_gppo.batch import Rollout
 from ce_gppo.messages import UserError
 
 # Some chat templates print the date. A run that is resumed tomorrow must have the same prompts, so the date is always
 # this one, the default of Llama 3.2's template.
 TODAY = datetime.date(2024, 7, 26)
-
+PUZZLES = ("walk", "countdown")  # verifiers of tasks with many right texts, where different ones can be counted
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -46,59 +48,53 @@ def load_rows(path: str) -> list[dict]:
     check_files(path)
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); one object a line is needed") from None
-        if problem := _problem_with(row):
-            raise UserError(f"{path}, line {number}: {problem}")
-        rows.append(row)
+        if line.strip():
+            try:
+                rows.append(json.loads(line, object_pairs_hook=_object))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error}); one object a line is needed") from None
+            for problem in _problems_with(rows[-1]):
+                raise UserError(f"{path}, line {number}: {problem}")
     if not rows:
         raise UserError(f"{path}: the file has no rows; at least one problem is needed")
     return rows
 
 
 def _object(pairs: list[tuple[str, typing.Any]]) -> dict:
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:  # Python would take the last one, without a word
-            raise ValueError(f"the key '{key[:40]}' is there twice")
-    return dict(pairs)
+    if len(row := dict(pairs)) < len(pairs):  # Python would take the last one, without a word
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common()
+        raise ValueError(f"the key '{key[:40]}' is there twice")
+    return row
 
 
-def _problem_with(row) -> str | None:
+def _problems_with(row) -> Iterator[str]:
+    """What is wrong with a row. Only the first one counts: those after it may take for granted that it is right."""
     if not isinstance(row, dict):
-        return f"a {type(row).__name__}, where an object with prompt, answer and source is needed"
+        yield f"a {type(row).__name__}, where an object with prompt, answer and source is needed"
     for key in ("prompt", "answer", "source"):
         if key not in row:
-            return f"the key '{key}' is missing; a row has prompt, answer and source"
+            yield f"the key '{key}' is missing; a row has prompt, answer and source"
+        if key != "prompt" and not isinstance(row[key], str):
+            yield f"'{key}' is {json.dumps(row[key])[:40]}, where a string is needed"
     prompt, answer, source = row["prompt"], row["answer"], row["source"]
-    for key in ("answer", "source"):
-        if not isinstance(row[key], str):
-            return f"'{key}' is {json.dumps(row[key])[:40]}, where a string is needed"
     if not answer.strip():
-        return "'answer' is empty: no response could ever be right"
+        yield "'answer' is empty: no response could ever be right"
     if not source.isprintable() or source != source.strip() or "," in source or not 1 <= len(source) <= 100:
-        return (
-            f"'source' is {json.dumps(source)[:40]}; metrics and the setting `rewards` have this name, so it must be "
-            "printable, at most 100 characters, without a comma or spaces around it"
-        )
+        must = "must be printable, at most 100 characters, without a comma or spaces around it"
+        yield f"'source' is {json.dumps(source)[:40]}; metrics and the setting `rewards` have this name, so it {must}"
     if not isinstance(prompt, list) or not prompt:
-        return "'prompt' is not a list of messages {role, content}"
+        yield "'prompt' is not a list of messages {role, content}"
     for message in prompt:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            return "a message of 'prompt' lacks a string for 'role' or 'content'"
-    texts = [answer, *(message[key] for message in prompt for key in ("role", "content"))]
-    if any("\ud800" <= character <= "\udfff" for character in "".join(texts)):
-        return "it has half of a surrogate pair, which is not valid text"
+            yield "a message of 'prompt' lacks a string for 'role' or 'content'"
+    if re.search("[\ud800-\udfff]", answer + "".join(message["role"] + message["content"] for message in prompt)):
+        yield "it has half of a surrogate pair, which is not valid text"
     if not prompt[-1]["content"].strip():
-        return "the last message of 'prompt' is empty, so there is no problem in it"
+        yield "the last message of 'prompt' is empty, so there is no problem in it"
     if unknown := [message["role"] for message in prompt if message["role"] not in ROLES]:  # some templates drop those
-        return f"the role {json.dumps(unknown[0])[:40]} is unknown; known: {', '.join(ROLES)}"
+        yield f"the role {json.dumps(unknown[0])[:40]} is unknown; known: {', '.join(ROLES)}"
     if prompt[-1]["role"] not in ("user", "tool"):
-        return f"the last message of 'prompt' is the {prompt[-1]['role']}'s; the policy answers a user or tool"
-    return None
+        yield f"the last message of 'prompt' is the {prompt[-1]['role']}'s; the policy answers a user or tool"
 
 
 def load_problems(
@@ -107,7 +103,7 @@ def load_problems(
     """(problems, number of those dropped because their prompt is longer than max_prompt_tokens).
 
     path: one file, or several with commas. system_prompt replaces a row's own system message; prompt_suffix adds a line
-    to the last message. If they are empty, as in the authors' runs, the rows are used as they are.
+    to the last message. Without them, as in the authors' runs, the rows are used as they are.
     """
     rows = [row for file in path.split(",") for row in load_rows(file)]
     if tokenizer.chat_template is None:
@@ -120,10 +116,9 @@ def load_problems(
         question = messages[-1]["content"]
         if prompt_suffix:
             messages[-1] = messages[-1] | {"content": f"{question}\n{prompt_suffix}"}
+        options = {"tokenize": False, "add_generation_prompt": True, "strftime_now": TODAY.strftime}
         try:
-            prompt = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, strftime_now=TODAY.strftime
-            )
+            prompt = tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # templates are programs, and can raise any error
             raise UserError(f"{path}, problem {number}: the chat template refuses it: {error}") from None
         # The template writes its own beginning-of-sequence token; the tokenizer must not add a second one.
@@ -142,47 +137,35 @@ def load_problems(
 def load_sets(config, tokenizer, model_config, assign: Callable) -> tuple[list[Problem], list[Problem], str]:
     """(training problems, held-out problems, a text with their numbers and verifiers) for train.py's settings.
 
-    model_config: of transformers. assign: reward.assign. UserError if prompts and responses do not fit into the model's
-    context or its vocabulary, or its tokenizer hides </think>.
+    model_config: of transformers. assign: reward.assign. UserError if they do not fit the model or its tokenizer.
     """
     for name in ("max_response_tokens", "eval_response_tokens"):
         longest = config.max_prompt_tokens + getattr(config, name)
         if longest > (context := model_config.max_position_embeddings):
             raise UserError(f"max_prompt_tokens + {name} = {longest} is beyond the model's context of {context}")
-    if config.thinking:
-        check_thinking(tokenizer)
     limits = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix
     with messages.explained(f"problems of {config.train_data} and {config.eval_data} cannot be read"):
         problems, dropped = load_problems(config.train_data, tokenizer, *limits)
         held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *limits)
-    check_vocabulary(problems + held_out, model_config.vocab_size)
+    check_tokens(problems + held_out, model_config.vocab_size, tokenizer, config.thinking)
     if trained := len({problem.prompt for problem in held_out} & {problem.prompt for problem in problems}):
         messages.say(f"{trained} held-out problems are also trained on, so their accuracy says little", warning=True)
     pairs = {(problem.prompt, problem.answer.strip()) for problem in problems + held_out}
     if contradicting := sum(count > 1 for count in Counter(prompt for prompt, _ in pairs).values()):
         messages.say(f"{contradicting} problems are there several times, with different answers", warning=True)
     verifiers, (problems, held_out) = assign(config.rewards, problems, held_out)
-    about = (
-        f"{len(problems)} training and {len(held_out)} held-out problems ({dropped} and {held_out_dropped} dropped: "
-        f"prompt longer than {config.max_prompt_tokens} tokens)\nrewards      {verifiers}"
-    )
-    return problems, held_out, about
+    sizes = f"{len(problems)} training and {len(held_out)} held-out problems ({dropped} and {held_out_dropped} dropped:"
+    return problems, held_out, f"{sizes} prompt longer than {limits[0]} tokens)\nrewards      {verifiers}"
 
 
-def check_vocabulary(problems: list[Problem], size: int) -> None:
-    """UserError for a prompt with a token that the model does not have, as where tokens were added to its tokenizer."""
+def check_tokens(problems: list[Problem], vocabulary: int, tokenizer, thinking: bool) -> None:
+    """UserError for a prompt's token that the model does not have, or where the text of a response lacks </think>."""
     for problem in problems:
-        if (largest := max(problem.prompt_ids)) >= size:
-            raise UserError(
-                f"the prompt {problem.prompt[:60]!r} has the token {largest}, and the model only has {size}: its "
-                "tokenizer's files are another model's, or have tokens that the model's embedding lacks"
-            )
-
-
-def check_thinking(tokenizer) -> None:
-    """UserError if the text of a response would not have </think>: every answer would then score 0."""
-    ids = tokenizer.encode("</think>", add_special_tokens=False)
-    if "</think>" not in tokenizer.decode(ids, skip_special_tokens=True):
+        if (largest := max(problem.prompt_ids)) >= vocabulary:
+            told = f"the prompt {problem.prompt[:60]!r} has the token {largest}, and the model only has {vocabulary}"
+            raise UserError(f"{told}: its tokenizer's files are another model's, or were extended without the weights")
+    shown = tokenizer.decode(tokenizer.encode("</think>", add_special_tokens=False), skip_special_tokens=True)
+    if thinking and "</think>" not in shown:
         raise UserError("thinking: the tokenizer drops </think> as a special token, so no answer could follow it")
 
 
@@ -202,3 +185,81 @@ def seed_of_step(seed: int, step: int, engine: int = 0) -> int:
     """A 32-bit seed for this step and engine, so that a resumed run samples the same as an uninterrupted one."""
     text = f"{seed} {step}" + (f" {engine}" if engine else "")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, thinking: bool, **sampling) -> Rollout | None:
+    """k responses to each problem, with `correct`; None once the engine was stopped, on whichever of its ranks.
+
+    score: reward.score. sampling: further arguments of engine.generate.
+    """
+    rollout = engine.generate([p.prompt_ids for p in problems], k, **sampling)
+    if rollout is None:
+        return None
+    each = [problems[i] for i in rollout.prompt_of.tolist()]
+    components = score(rollout.texts, [p.answer for p in each], [p.verifier for p in each], thinking=thinking)
+    return replace(rollout, correct=torch.tensor([c["correctness"] >= 1 for c in components], dtype=torch.bool))
+
+
+def evaluate_policy(engine, problems: list[Problem], config, score: Callable, log, meter, stop, step: int) -> None:
+    """Evaluate train.py's policy and log eval/* at this step, if that is due and not done yet. Collective.
+
+    Once `stop` is true on any rank the evaluation is dropped, and the resumed run evaluates first.
+
+    Evaluation: eval/<source>/avg_at_k | share | accuracy on held-out problems, mean over k samples of each | rises
+    Evaluation: eval/<source>/pass_at_k | share | held-out problems with a right answer among k samples | does not fall
+        while avg_at_k rises
+    Evaluation: eval/<source>/distinct_at_k | | different right responses among k samples: how many ways the policy
+        still finds; only of walk and countdown | near k times avg_at_k
+    """
+    due = step % config.eval_every == 0 or step == config.steps
+    if not due or parallel.rank0_then_broadcast(lambda: log.has_evaluation(step)):
+        return
+    own, engine_rank = parallel.round_robin(len(problems), config.rollout_tp), parallel.rank() // config.rollout_tp
+    options = {"score": score, "thinking": config.thinking, "max_tokens": config.eval_response_tokens, "stop": stop}
+    options |= {"temperature": config.eval_temperature, "top_p": config.eval_top_p}
+    options["seed"] = seed_of_step(config.seed, 0, engine_rank)  # training's steps count from 1
+    with meter("eval"):
+        rollout = evaluate(engine, [problems[i] for i in own], config.eval_samples, **options)
+        if parallel.any_rank(rollout is None):
+            return
+        results = {i: results_of(rollout, place) for place, i in enumerate(own)}
+        results = {i: result for part in parallel.all_gather(results) for i, result in part.items()}
+        if step == 0:
+            warn(rollout, [problems[i].verifier for i in own])
+    metrics = accuracy(problems, [results[i] for i in range(len(problems))], config.eval_samples)
+    if log:
+        log.add(step, {f"eval/{name}": value for name, value in metrics.items()} | meter.take_part("eval"))
+
+
+def results_of(rollout: Rollout, prompt: int) -> tuple[int, int]:
+    """How many responses to a prompt are right, and how many different texts are among these."""
+    right = ((rollout.prompt_of == prompt) & rollout.correct).nonzero()[:, 0].tolist()
+    return len(right), len({rollout.texts[i].strip() for i in right})
+
+
+def accuracy(problems: list[Problem], results: list[tuple[int, int]], k: int) -> dict[str, float]:
+    """avg@k, pass@k and distinct@k by source. results: of each problem, see `results_of`."""
+    metrics = {}
+    for source in dict.fromkeys(problem.source for problem in problems):
+        own = [(p.verifier, *result) for p, result in zip(problems, results, strict=True) if p.source == source]
+        metrics[f"{source}/avg_at_k"] = sum(right for _, right, _ in own) / (k * len(own))
+        metrics[f"{source}/pass_at_k"] = sum(right > 0 for _, right, _ in own) / len(own)
+        if own[0][0] in PUZZLES:
+            metrics[f"{source}/distinct_at_k"] = sum(distinct for *_, distinct in own) / len(own)
+    return metrics
+
+
+def warn(rollout: Rollout, verifiers: list[str]) -> None:
+    """Warn if over 90 % of all responses are cut or lack a box. verifiers: of this rank's prompts. Collective."""
+    texts = [text for text, i in zip(rollout.texts, rollout.prompt_of.tolist(), strict=True) if verifiers[i] == "math"]
+    counts = int(rollout.truncated.sum()), len(rollout), sum("\\boxed" not in text for text in texts), len(texts)
+    cut, responses, unboxed, boxes = parallel.all_sum(*counts)
+    too_long = "are cut at eval_response_tokens: raise it, or look in samples.jsonl for responses that never end"
+    no_box = "have no \\boxed{} answer and score 0: ask for one with prompt_suffix or system_prompt"
+    for bad, total, problem in ((cut, responses, too_long), (unboxed, boxes, no_box)):
+        if bad > 0.9 * total:
+            messages.say(f"{bad / total:.0%} of the first evaluation's responses {problem}", warning=True)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import torch
 
 from ce_gppo import checkpoint, messages, parallel
 from ce_gppo.config import read_record
+from ce_gppo.log import read_rows
 from ce_gppo.messages import RunEnded, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +35,8 @@ MAX_NO_SIGNAL = 20  # rollouts in a row in which every group has equal rewards, 
 def locate(config, resume: str, files: list[Path]) -> tuple[Path, Path | None]:
     """(folder, newest checkpoint or None) of the run to start, new or continued. Creates no file in a new one yet.
 
-    UserError if the run is finished or being trained, or if its settings differ; without `resume`, the run's folder,
-    also if code, data, base model or `files`, those of the user's reward functions, have changed since it began.
+    UserError if the run is finished or being trained; without `resume`, the run's folder, also if its settings differ,
+    or if code, data, base model or `files`, those of the user's reward functions, have changed since it began.
     """
     name = config.run_name or f"{config.objective}-seed{config.seed}-{time.strftime('%m%d-%H%M%S')}"
     folder, other = Path(resume or Path(config.out) / name), "choose another name with --run-name"
@@ -42,10 +44,13 @@ def locate(config, resume: str, files: list[Path]) -> tuple[Path, Path | None]:
         if folder.exists() and {path.name for path in folder.iterdir()} - {".lock", "source", "config.partial"}:
             raise UserError(f"{folder} has files, but no config.json, so it is not the folder of a run; {other}")
         return folder, None
-    if differ := [] if resume else differences(folder, config):
-        raise UserError(f"{folder} belongs to a run with other settings: {', '.join(differ)}; {other}")
-    rows = rows_of(folder)
-    if any(row["step"] == config.steps and any(name.startswith("eval/") for name in row) for row in rows):
+    saved, now = read_record(folder / "config.json")["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    differ = [key for key in now | saved if saved.get(key) != now.get(key) and key not in ("out", "run_name")]
+    if differ and not resume:
+        told = ", ".join(f"{key} = {saved.get(key)}, not {now.get(key)}" for key in differ)
+        raise UserError(f"{folder} belongs to a run with other settings: {told}; {other}")
+    rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    if any(row["step"] == config.steps and any(key.startswith("eval/") for key in row) for row in rows):
         raise UserError(f"{folder} is finished: its metrics.jsonl has all {config.steps} steps; to train anew, {other}")
     take(folder)
     last = checkpoint.newest(folder)
@@ -63,48 +68,32 @@ def locate(config, resume: str, files: list[Path]) -> tuple[Path, Path | None]:
     return folder, last
 
 
-def differences(folder: Path, config) -> list[str]:
-    """The settings that differ from those of the run in `folder`, but for its place."""
-    saved, now = read_record(folder / "config.json")["config"], json.loads(json.dumps(dataclasses.asdict(config)))
-    names = [name for name in now | saved if saved.get(name) != now.get(name) and name not in ("out", "run_name")]
-    return [f"{name} = {saved.get(name)}, not {now.get(name)}" for name in names]
-
-
-def rows_of(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl, without what is none, such as a line that a killed run has half written."""
-    path, rows = folder / "metrics.jsonl", []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
-
-
 def changes(folder: Path, config, files: list[Path]) -> list[str]:
     """Sources and inputs that have changed since the run in `folder` began, or was last continued with `resume`."""
-    before, now = read_record(folder / "config.json").get("inputs", {}), fingerprints(config, files)
+    before = read_record(folder / "config.json").get("inputs", {})
     if not isinstance(before, dict):  # edited, or of another version
         return ["inputs in config.json, which cannot be compared"]
-    # A deleted base model is no change: the checkpoint has the weights.
-    return [name for name in now | before if name in now and now[name] != before.get(name)]
+    return [name for name, mark in fingerprints(config, files).items() if mark != before.get(name)]
 
 
 def fingerprints(config, files: list[Path]) -> dict[str, str]:
-    """The size and a checksum of each source, and each file of data, base model and `files`. See HASHED."""
+    """Size and checksum of each source, and of each file of data, base model and `files` that is there. See HASHED.
+
+    A base model that was deleted is thus no change: the checkpoint has the weights.
+    """
     paths = [*map(Path, f"{config.train_data},{config.eval_data}".split(",")), *files]
-    if Path(config.model).is_dir():
-        paths += sorted(path for level in ("*", "*/*") for path in Path(config.model).glob(level))
-    names = {str(path): path for path in paths} | {str(path.relative_to(ROOT)): path for path in sources()}
+    paths += [path for level in ("*", "*/*") for path in sorted(Path(config.model).glob(level))]
     marks = {}
-    for name, path in names.items():
+    for name, path in ({path: path for path in paths} | {name: ROOT / name for name in sources()}).items():
         if path.is_file():
             with path.open("rb") as file:
                 file.seek(max(0, (size := path.stat().st_size) - HASHED))
-                marks[name] = f"{size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+                marks[str(name)] = f"{size} {hashlib.file_digest(file, 'sha256').hexdigest()}"
     return marks
 
 
 def sources() -> list[Path]:
-    return [*ROOT.glob("*.py"), *ROOT.glob("ce_gppo/**/*.py")]
+    return [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("ce_gppo/**/*.py"))]
 
 
 @messages.explained("the run's folder cannot be written")
@@ -122,12 +111,14 @@ def claim(folder: Path, config, recipe: str, step: int, files: list[Path]) -> No
     else:
         atexit.register(withdraw, folder)
         record = {"config": dataclasses.asdict(config), "recipe": recipe, "git_commit": None, "command": sys.argv}
-        with contextlib.suppress(OSError):  # no git
-            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-            record["git_commit"] = git.stdout.strip() or None
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no commit
+            commit = ["git", "rev-parse", "HEAD"]
+            record["git_commit"] = subprocess.check_output(
+                commit, cwd=ROOT, stderr=subprocess.DEVNULL, text=True
+            ).strip()
     for source in sources() if copy else []:
-        (copy / source.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, copy / source.relative_to(ROOT))
+        (copy / source).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / source, copy / source)
     path.with_suffix(".partial").write_text(json.dumps(record | {"inputs": fingerprints(config, files)}, indent=2))
     path.with_suffix(".partial").rename(path)  # last, and whole: a folder that has it is a run
 
@@ -142,21 +133,13 @@ def withdraw(folder: Path) -> None:
             folder.rmdir()
 
 
-_locks: dict[Path, typing.IO] = {}  # open as long as the process lives
-
-
-def take(folder: Path) -> None:
+@functools.cache  # the file is open, and so the folder locked, as long as the process lives
+def take(folder: Path) -> typing.IO:
     """Make the folder and lock it until this process ends. UserError if another process is training there."""
-    if folder in _locks:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except (OSError, ValueError) as error:  # ValueError: no name of a file
-        raise UserError(f"{folder}: cannot be made ({error}); --out names another folder") from None
+    file = open_to_append(folder / ".lock", "--out")
     if not lock_file(file):
         raise UserError(f"{folder}: another process is training there; choose another name with --run-name")
-    _locks[folder] = file
+    return file
 
 
 def lock_file(file: typing.IO) -> bool:
@@ -207,15 +190,15 @@ class StopRequest:
 
 
 def watch_skipped(folder: Path, state: checkpoint.State, index: int, batch, update, lr: float) -> bool:
-    """Count skipped updates in a row, and save this rank's inputs of one. True if there are too many, see check_end.
+    """Count skipped updates in a row; keep this rank's inputs of one in `folder`, a file of torch's.
 
-    batch: dataclass of the update's responses. update: its dataclass. torch.load(..., weights_only=True) reads them.
+    batch, update: dataclasses. Returns True if there are too many, see check_end.
     """
     state.skipped = state.skipped + 1 if update.skipped else 0
     if update.skipped:
+        path = folder / f"step-{state.step + 1:06d}-update-{index}-rank-{parallel.rank()}.pt"
         try:
             folder.mkdir(exist_ok=True)
-            path = folder / f"step-{state.step + 1:06d}-update-{index}-rank-{parallel.rank()}.pt"
             torch.save({"batch": vars(batch), "update": vars(update), "lr": lr}, path)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
             messages.say(f"the inputs of a skipped update are not kept in {folder} ({error})", warning=True)
@@ -224,13 +207,13 @@ def watch_skipped(folder: Path, state: checkpoint.State, index: int, batch, upda
 
 def check_end(state: checkpoint.State, saver: checkpoint.Saver, lr: float) -> None:
     """After too many skipped updates or rollouts without a signal in a row: finish the checkpoint, raise RunEnded."""
+    problem = ""
     if state.skipped >= MAX_SKIPPED_UPDATES:
         problem = f"{state.skipped} updates in a row had no finite gradient; {saver.run / 'skipped'} has their inputs"
         problem += f", and a lower lr than {lr:g} may help"
     elif state.no_signal >= MAX_NO_SIGNAL:
         problem = f"{state.no_signal} rollouts in a row had no group with unequal rewards; use easier or harder "
         problem += "problems, or look in samples.jsonl for right answers that score 0"
-    else:
-        return
-    saver.finish(state)
-    raise RunEnded(problem)
+    if problem:
+        saver.finish(state)
+        raise RunEnded(problem)

@@ -145,6 +145,8 @@ def corrupt(path):
         (lambda folder: (folder / "config.json").write_text(""), "config.json is not what was written"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "no readable manifest.json"),
         (lambda folder: (folder / "manifest.json").unlink(), "no readable manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("[1]"), "no readable manifest.json"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "trainer.pt is not what was written"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_skipped(saver, tmp_path, capsys, damage, said):
@@ -179,15 +181,15 @@ def test_the_remains_of_a_killed_save_are_no_checkpoint(saver, tmp_path):
 
 def test_the_newest_and_the_best_are_kept(saver, tmp_path):
     """The best of those that are still there; of equal ones the newest; without an evaluation only the newest."""
-    accuracies, kept = {1: 0.5, 3: 0.7, 11: 0.7, 12: 0.1, 14: 0.9}, []
+    accuracies, known, kept = {1: 0.5, 3: 0.7, 11: 0.7, 12: 0.1, 14: 0.9}, {}, []
+    saver.accuracies = lambda: known
     for step in (1, 2, 3, 11, 12, 13, 14, 15, 16):
         save(saver, State("id", step))
         kept.append([checkpoint.step_of(folder) for folder in checkpoint.all_of(tmp_path)])
-        if step in accuracies:
-            saver.accuracies[step] = accuracies[step]  # evaluated after it is saved
+        known |= {step: accuracies[step]} if step in accuracies else {}  # evaluated after it is saved
     assert kept[2:] == [[1, 2, 3], [3, 11], [11, 12], [11, 12, 13], [11, 13, 14], [14, 15], [14, 15, 16]]
-    assert checkpoint.best(tmp_path, accuracies) == tmp_path / "checkpoint-000014"
-    assert checkpoint.best(tmp_path, {}) is None
+    checkpoint.prune(tmp_path, 2, {})
+    assert [checkpoint.step_of(folder) for folder in checkpoint.all_of(tmp_path)] == [15, 16]
 
 
 @pytest.mark.parametrize(
@@ -206,10 +208,7 @@ def test_a_file_system_that_cannot_flush_folders_has_checkpoints(saver, monkeypa
 def test_a_tokenizer_that_writes_folders_is_saved_whole(saver, tmp_path):
     """Two chat templates make a folder inside the checkpoint; damage there is found, too."""
     saver.tokenizer = copy.deepcopy(saver.tokenizer)
-    saver.tokenizer.chat_template = {
-        "default": saver.tokenizer.chat_template,
-        "tools": "{{ messages[0]['content'] }}",
-    }
+    saver.tokenizer.chat_template = {"default": saver.tokenizer.chat_template, "tools": "{{ messages[0] }}"}
     folder = save(saver, State("abc", step=3))
     inner = folder / "additional_chat_templates" / "tools.jinja"
     assert checkpoint.newest(tmp_path) == folder and inner.is_file()
@@ -220,13 +219,7 @@ def test_a_tokenizer_that_writes_folders_is_saved_whole(saver, tmp_path):
 def test_only_exact_names_are_checkpoints(tmp_path):
     """A user's copies are neither removed nor counted among the newest; a million steps are in their order."""
     own = ["checkpoint-000020", "checkpoint-000040", "checkpoint-999999", "checkpoint-1000000"]
-    users = [
-        "checkpoint-000020-best1",
-        "checkpoint-000040.bak2",
-        "checkpoint-20",
-        "checkpoint-best",
-        "checkpoint-0000060",
-    ]
+    users = [f"checkpoint-{name}" for name in ("000020-best1", "000040.bak2", "20", "best", "0000060")]
     for name in own + users:
         (tmp_path / name).mkdir()
     assert [folder.name for folder in checkpoint.all_of(tmp_path)] == own

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ce_gppo.forward import Policy
 from safetensors.torch import load_file
 
 import train
+from ce_gppo.checkpoint import State
+from ce_gppo.policy import Policy
 from helpers import (
     ROOT,
     SMALL,
@@ -26,7 +27,7 @@ from helpers import (
     metrics_of,
     quick,
     resolved,
-    responses_of,
+    rollout_of,
     run,
     start,
     without_timings,
@@ -94,10 +95,10 @@ def stopping(module, name):
     setattr(module, name, function)
 """
 STOPPED = [  # (part, nth call, line, newest checkpoint afterwards)
-    ("old logprobs", 2, 'stopping(train, "compute_old_logprobs")', 2),
+    ("old logprobs", 2, 'stopping(train, "with_old_logprobs")', 2),
     ("update", 2, 'stopping(train, "update")', 3),
     ("checkpoint", 1, 'stopping(torch, "save")', 4),
-    ("evaluation", 3, 'stopping(rollout.Engine, "_response")', 4),
+    ("evaluation", 6, 'stopping(rollout, "decode")', 4),
 ]
 
 
@@ -240,19 +241,19 @@ def test_gradients_that_are_not_finite_are_skipped_and_end_the_run_when_there_ar
     last = rows[-1]["step"]
     assert rows[last]["optim/skipped"] > 0, "the step that ends the run is logged"
     saved = torch.load(tmp_path / "out" / "nan" / "skipped" / "step-000001-update-2-rank-0.pt", weights_only=True)
-    assert saved["batch"] and any(map(math.isnan, saved["update"]["micro_batch_losses"]))
+    assert len(saved["batch"]["tokens"]) == saved["batch"]["lengths"].sum() and math.isnan(saved["update"]["loss"])
     weights = load_file(tmp_path / "out" / "nan" / f"checkpoint-{last:06d}" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_a_skipped_update_changes_nothing(tiny_model):
-    responses = responses_of([(3, 5), (2, 4)])
-    responses[0].advantages = torch.full((5,), math.inf)
+    batch = rollout_of([(3, 5), (2, 4)])
+    batch.advantages[:5] = math.inf
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
     before = {name: p.clone() for name, p in tiny_model.named_parameters()}
     config = resolved()
-    objective = train.objective_of_step(config, 1, (0.5, 0.0))
-    done = train.update(Policy(tiny_model), optimizer, responses, objective, 1e-2, config, "cpu")
+    objective = train.objective_of_step(config, State("id"))
+    _, done = train.update(Policy(tiny_model), optimizer, batch, objective, 1e-2, config, "cpu")
     assert done.skipped and not optimizer.state
     assert all(torch.equal(p, before[name]) for name, p in tiny_model.named_parameters())
 
@@ -294,13 +295,7 @@ def test_a_run_with_its_last_evaluation_is_finished_whatever_became_of_its_check
 
 def test_help_into_a_pipe_that_closes_is_no_traceback():
     reader = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    done = subprocess.run(
-        [sys.executable, "train.py", "--help"],
-        cwd=ROOT,
-        env=environment(PYTHONUNBUFFERED="1"),
-        stdout=reader.stdin,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = {"stdout": reader.stdin, "stderr": subprocess.PIPE, "text": True, "env": environment(PYTHONUNBUFFERED="1")}
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, **pipes)
     reader.communicate()
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

@@ -1,13 +1,15 @@
 """Bad data is named by file and line; prompts are rendered once."""
 
 import copy
+import itertools
 import types
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+import reward
 from ce_gppo.messages import UserError
-from ce_gppo.problems import Problem, check_thinking, check_vocabulary, load_problems, load_rows, load_sets
+from ce_gppo.problems import Problem, check_tokens, load_problems, load_rows, load_sets, problems_of_batch, seed_of_step
 from helpers import resolved
 
 GOOD = {"prompt": [{"role": "user", "content": "1+2=?"}], "answer": "3", "source": "test"}
@@ -123,12 +125,15 @@ def test_system_prompt_and_suffix(write_rows, tokenizer):
     assert {problem.question for problem in load_problems(path, tokenizer, 64, "Hm.", "Box it.")[0]} == {"1+2=?"}
 
 
-def test_thinking_needs_a_tokenizer_that_shows_its_end(tokenizer):
-    check_thinking(tokenizer)
-    hiding = copy.deepcopy(tokenizer)
+def test_tokens_that_the_model_lacks_or_that_hide_the_end_of_thinking(tokenizer):
+    problems, hiding = [Problem("", [3, 9], "", ""), Problem("", [10, 3], "", "")], copy.deepcopy(tokenizer)
     hiding.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    check_tokens(problems, 11, tokenizer, thinking=True)
+    check_tokens(problems, 11, hiding, thinking=False)
+    with pytest.raises(UserError, match="has the token 10, and the model only has 10"):
+        check_tokens(problems, 10, tokenizer, thinking=False)
     with pytest.raises(UserError, match="drops </think> as a special token"):
-        check_thinking(hiding)
+        check_tokens(problems, 11, hiding, thinking=True)
 
 
 def test_a_template_that_prints_the_date_gives_the_same_prompts_every_day(write_rows, tokenizer):
@@ -141,20 +146,37 @@ def test_a_template_that_prints_the_date_gives_the_same_prompts_every_day(write_
 def test_held_out_problems_that_are_trained_on_and_problems_with_two_answers_are_told(tokenizer, write_rows, capsys):
     limits = types.SimpleNamespace(max_position_embeddings=512, vocab_size=len(tokenizer))
     path, other = write_rows(GOOD, GOOD | {"answer": " 3 "}), write_rows(GOOD, GOOD | {"answer": "4"}, name="e.jsonl")
-    problems, held_out, sizes = load_sets(resolved(train_data=path, eval_data=path), tokenizer, limits)
+
+    def sets(held_out, **settings):
+        config = resolved(train_data=path, eval_data=held_out, max_prompt_tokens=64, **settings)
+        return load_sets(config, tokenizer, limits, reward.assign), capsys.readouterr().err
+
+    (problems, held_out, sizes), told = sets(path)
     assert (len(problems), len(held_out)) == (2, 2) and "2 training and 2 held-out problems (0 and 0 dropped" in sizes
-    told = capsys.readouterr().err
+    assert "prompt longer than 64 tokens" in sizes and "test by math" in sizes
     assert "1 held-out problems are also trained on" in told and "several times" not in told
-    load_sets(resolved(train_data=path, eval_data=other), tokenizer, limits)
-    assert "1 problems are there several times, with different answers" in capsys.readouterr().err
-    with pytest.raises(
-        UserError, match="max_prompt_tokens . max_response_tokens = 128 is beyond the .* context of 127"
-    ):
-        limits.max_position_embeddings = 127
-        load_sets(resolved(train_data=path, eval_data=path), tokenizer, limits)
+    assert "1 problems are there several times, with different answers" in sets(other)[1]
+    limits.max_position_embeddings = 128
+    sets(path, max_response_tokens=64)
+    for setting in ("max_response_tokens", "eval_response_tokens"):
+        with pytest.raises(UserError, match=f"max_prompt_tokens . {setting} = 129 is beyond the .* context of 128"):
+            sets(path, **{setting: 65})
 
 
-def test_tokens_that_the_model_lacks():
-    check_vocabulary([Problem("", [3, 9], "", "")], 10)
-    with pytest.raises(UserError, match="has the token 10, and the model only has 10"):
-        check_vocabulary([Problem("", [3, 9], "", ""), Problem("", [3, 10], "", "")], 10)
+@pytest.mark.parametrize("count", [3, 7, 20])
+def test_every_epoch_has_each_problem_once_in_an_order_of_its_own(count):
+    problems = [Problem(str(i), [], "", "") for i in range(7)]
+    batches = [[p.prompt for p in problems_of_batch(problems, batch, count, seed=5)] for batch in range(1, 29)]
+    asked = [prompt for batch in batches for prompt in batch]
+    epochs = [tuple(asked[i : i + 7]) for i in range(0, len(asked) - 6, 7)]
+    assert all(sorted(epoch) == list("0123456") for epoch in epochs) and len(set(epochs)) > len(epochs) / 2
+    assert all(len(batch) == count for batch in batches)
+    assert batches[1] != [p.prompt for p in problems_of_batch(problems, 2, count, seed=6)]
+
+
+def test_seeds_differ_by_run_step_and_engine_and_never_change():
+    """Published results follow from them."""
+    cases = [*itertools.product((0, 1), (-1, 0, 1, 11), (0, 1, 2))]
+    seeds = {seed_of_step(*case) for case in cases}
+    assert len(seeds) == len(cases) and all(0 <= seed < 2**32 for seed in seeds)
+    assert (seed_of_step(0, 1), seed_of_step(0, 1, 2)) == (1436992348, 3146191027)  # of sha256

@@ -8,15 +8,14 @@ import re
 import signal
 import sys
 import types
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import reward
-from bench import rollout, update
-from ce_gppo import checkpoint, messages, parallel, run, tracking
+from ce_gppo import checkpoint, messages, parallel, run
 from ce_gppo import config as settings_of
 from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.problems import Problem
@@ -24,7 +23,6 @@ from ce_gppo.verifier.answers import can_be_given
 from data import convert
 from data.words import prepare as words
 from helpers import in_a_fork, resolved
-from results import sweep
 from tools import figures
 from train import Config
 
@@ -70,32 +68,13 @@ def test_wrong_values_of_the_variables_that_torchrun_sets(variables, message, mo
 
 def test_more_processes_than_gpus_and_processes_without_torchrun(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert (
-        parallel.init() == "cpu"
-        and "WORLD_SIZE=8 in the environment counts only with torchrun" in capsys.readouterr().err
-    )
+    assert parallel.init() == "cpu"
+    assert "WORLD_SIZE=8 in the environment counts only with torchrun" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="more processes are started here than the 2 GPUs"):
         parallel.init()
-
-
-def test_where_wandb_keeps_its_key(tmp_path, monkeypatch):
-    """A file that is damaged, or that others may read, has no key; one for a server of one's own is found."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    file = tmp_path / ".netrc"
-    file.write_text("machine api.wandb.ai login")
-    assert tracking.wandb_mode() == "offline"
-    file.write_text("machine wandb.example.org login user password 0123\n")
-    file.chmod(0o600)
-    assert tracking.wandb_mode() == "offline"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
-    assert tracking.wandb_mode() is None
-    monkeypatch.setenv("NETRC", "~/.netrc")
-    assert tracking.wandb_mode() is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -122,12 +101,12 @@ def begun(tmp_path, monkeypatch):
 def claim(folder, config, step=0, files=()):
     """As a process that then ends."""
     run.claim(folder, config, "", step, list(files))
-    run._locks.clear()
+    run.take.cache_clear()
 
 
 def locate(config, resume="", files=()):
     found = run.locate(config, str(resume), list(files))
-    run._locks.clear()
+    run.take.cache_clear()
     return found
 
 
@@ -176,8 +155,8 @@ def test_inputs_that_cannot_be_compared_count_as_changed(begun):
 def test_a_name_belongs_to_its_settings_and_no_other_folder_is_searched(begun, tmp_path):
     config, folder, _, scorers = begun
     for changes, message in (
-        ({"lr": 2e-5}, "lr = 5e-05, not 2e-05; choose another name with --run-name"),
-        ({"lr": 2e-5, "seed": 1}, "seed = 0, not 1, lr = 5e-05, not 2e-05;"),
+        ({"lr": 2e-5}, "lr = 8e-05, not 2e-05; choose another name with --run-name"),
+        ({"lr": 2e-5, "seed": 1}, "seed = 0, not 1, lr = 8e-05, not 2e-05;"),
     ):
         with pytest.raises(UserError, match=f"{folder} belongs to a run with other settings: .*{message}"):
             locate(replace(config, **changes), files=scorers)
@@ -197,7 +176,8 @@ def test_a_name_belongs_to_its_settings_and_no_other_folder_is_searched(begun, t
             locate(config, files=scorers)
 
 
-EVALUATED = {"step": 50, "eval/x/avg_at_k": 0.5}
+STEPS = Config.steps
+EVALUATED = {"step": STEPS, "eval/x/avg_at_k": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -205,18 +185,14 @@ EVALUATED = {"step": 50, "eval/x/avg_at_k": 0.5}
     [
         ([], [], "from its start, as there is no checkpoint yet; a new"),
         ([{"step": 0}], [], "from its start, as there is no checkpoint yet; a new"),
-        (
-            [{"step": 0}, {"step": 30}],
-            [],
-            "from its start, .*; later steps, up to 30, are done again, and their rows kept",
-        ),
+        ([{"step": 0}, {"step": 30}], [], "from its start, .*; later steps, up to 30, are done again, and their rows"),
         ([{"step": 30}, [1], {"step": None}], [20], "after checkpoint-000020; later steps, up to 30, are done again"),
         ([{"step": 40}], [20, 40], "after checkpoint-000040; a new run of the same settings needs its own name"),
-        ([{"step": 50}], [40, 50], "after checkpoint-000050; a new"),  # only its last evaluation is missing
+        ([{"step": STEPS}], [40, STEPS], f"after checkpoint-{STEPS:06d}; a new"),  # only its last evaluation is missing
         ([EVALUATED | {"step": 40}], [], "from its start"),
-        ([{"step": 0}, EVALUATED], [40, 50], None),
+        ([{"step": 0}, EVALUATED], [40, STEPS], None),
         ([EVALUATED], [], None),
-        ([{"step": 50}, EVALUATED], [20], None),
+        ([{"step": STEPS}, EVALUATED], [20], None),
     ],
 )
 def test_where_a_run_goes_on_or_that_it_is_finished(begun, monkeypatch, capsys, rows, checkpoints, said):
@@ -228,9 +204,7 @@ def test_where_a_run_goes_on_or_that_it_is_finished(begun, monkeypatch, capsys, 
     for resume in ("", folder):
         if said is None:
             before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-            with pytest.raises(
-                UserError, match=f"{folder} is finished: .*metrics.jsonl has all 50 steps; .*--run-name"
-            ):
+            with pytest.raises(UserError, match=f"{folder} is finished: .* has all {STEPS} steps; .*--run-name"):
                 locate(config, resume, scorers)
             assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         else:
@@ -255,8 +229,8 @@ def test_a_folder_has_one_run_at_a_time(begun):
     config, folder, _, scorers = begun
     run.claim(folder, config, "", 0, scorers)
     run.claim(folder, config, "", 0, scorers)  # this process has it
-    held = dict(run._locks)
-    run._locks.clear()  # as another process, which knows of no locks
+    held = [run.take(folder)]
+    run.take.cache_clear()  # as another process, which knows of no locks
     for resume in ("", folder):
         with pytest.raises(UserError, match="another process is training there"):
             run.locate(config, str(resume), scorers)
@@ -274,7 +248,7 @@ def test_locks_that_a_file_system_or_a_user_does_not_have(begun, tmp_path, monke
         claim(folder, config)
         assert "cannot be locked (Function missing)" in capsys.readouterr().err
     (tmp_path / "theirs" / ".lock").mkdir(parents=True)  # cannot be opened, as without the permission
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match=f"--out {tmp_path}/theirs/.lock: cannot be written"):
         claim(tmp_path / "theirs", config)
 
 
@@ -424,9 +398,7 @@ def test_data_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "train.jsonl").read_text() == written
 
 
-@pytest.mark.parametrize(
-    "answer", ["$$", r"\boxed{}", "\\ ", r"\text{ }", ".", "\u200b", r"\frac{1}{2", "5}", r"\boxed{5", "{}"]
-)
+@pytest.mark.parametrize("answer", ["$$", r"\boxed{}", "\\ ", r"\text{ }", ".", "\u200b", r"\frac{1}{2", "5}", "{}"])
 def test_an_answer_that_no_response_could_give_is_refused(answer):
     assert not can_be_given(answer) and convert.answer_of({"answer": answer}) is None
     with pytest.raises(UserError, match="no response could equal it"):
@@ -434,31 +406,31 @@ def test_an_answer_that_no_response_could_give_is_refused(answer):
     reward.assign("exact", [Problem("", [1], answer, "sums")])
 
 
-@pytest.mark.parametrize(
-    "answer", [r"\emptyset", "∅", r"\{\}", r"\pi", "5\\", r"\left\{1,2\right.", "∞", r"so \boxed{5}"]
-)
+@pytest.mark.parametrize("answer", [math.nan, {"value": 2}, [{"value": 2}], [2, math.nan]])
+def test_an_answer_that_is_neither_text_nor_number_is_none(answer):
+    assert convert.answer_of({"answer": answer}) is None
+
+
+@pytest.mark.parametrize("answer", [r"\emptyset", "∅", r"\{\}", "5\\", r"\left\{1,2\right.", r"so \boxed{5}"])
 def test_an_answer_without_a_letter_or_digit_is_accepted(answer):
     assert can_be_given(answer)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [sweep.Config(lanes=0), sweep.Config(seeds=-1), update.Config(response_tokens=(30, 0)), update.Config(rounds=0)],
-)
-def test_numbers_that_a_tool_cannot_use(settings):
-    with pytest.raises(UserError, match="must be at least 1"):
-        settings_of.check_ranges(settings)
+def test_ranges_of_values_in_a_tuple_and_of_those_that_may_be_missing():
+    @dataclass
+    class Settings:
+        lanes: settings_of.Count = 1
+        tokens: tuple[settings_of.Count, ...] = (1, 2)
+        seeds: settings_of.Count | None = None
+        text: str = ""
+
+    settings_of.check_ranges(Settings())
+    for wrong in ({"lanes": 0}, {"tokens": (30, 0)}, {"seeds": -1}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} = .*: must be at least 1 and at most 2147483647"):
+            settings_of.check_ranges(Settings(**wrong))
 
 
-def test_missing_inputs_are_named_before_anything_is_measured(tmp_path, monkeypatch):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-    for settings, message in (
-        ({"metrics": str(tmp_path / "none.jsonl")}, "none.jsonl: not the metrics.jsonl of a run"),
-        ({"metrics": str(tmp_path / "metrics.jsonl")}, "metrics.jsonl: no step in it"),
-        ({"shapes": ("256",)}, "--shapes 256: hidden size x layers is needed"),
-    ):
-        with pytest.raises(UserError, match=message):
-            rollout.main(rollout.Config(**settings))
+def test_missing_inputs_of_tools_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="name the folders"):
         figures.main(figures.Config(runs=()))
     monkeypatch.setattr("sys.argv", ["prepare", "--out", str(tmp_path), "--held-out", "397"])
