@@ -1,6 +1,6 @@
 """CE-GPPO (arXiv 2509.20712): reinforcement learning with verifiable rewards that controls the policy's entropy.
 
-python train.py                                   the default: a small policy learns sums, on any machine
+python train.py                                   the default: a small policy learns a puzzle, on any machine
 python train.py --objective grpo --seed 1         every setting below can be given on the command line
 python train.py --recipe r1-distill-1.5b          published settings from recipes/; the command line wins over them
 python train.py --resume out/<run>                continue a run from its newest checkpoint, with its own settings
@@ -43,25 +43,25 @@ class Config:
     """Hyperparameters. In brackets: the paper's value for 7B models, where it differs."""
 
     # What to train, on what, and where the results go.
-    model: t.Name = "data/arithmetic/base"  # folder or hub name of the base policy [DeepSeek-R1-Distill-Qwen-7B]
-    train_data: t.Name = "data/arithmetic/train.jsonl"  # problems, JSONL; or several, "a,b" [KlearReasoner-MathSub-30K]
-    eval_data: t.Name = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL; or several [AIME24, AIME25]
+    model: t.Name = "data/walk/base"  # folder or hub name of the base policy [DeepSeek-R1-Distill-Qwen-7B]
+    train_data: t.Name = "data/walk/train.jsonl"  # problems, JSONL; or several, "a,b" [KlearReasoner-MathSub-30K]
+    eval_data: t.Name = "data/walk/eval.jsonl"  # held-out problems, JSONL; or several [AIME24, AIME25]
     out: t.Name = "out"  # folder of the runs
     run_name: t.NameOrEmpty = ""  # its folder in `out`; empty: objective, seed and time, or an interrupted run's
     rewards: str = ""  # verifiers, "source=verifier,source2=mine.py:score"; empty: by the source's name, else math
     seed: t.Seed = 0  # for the samples and the order of the problems
 
     # Rollouts.
-    steps: t.Count = 50  # rollouts, each followed by several updates
-    prompts_per_step: t.Count = 48  # problems per batch of a rollout [256]
+    steps: t.Count = 60  # rollouts, each followed by several updates
+    prompts_per_step: t.Count = 64  # problems per batch of a rollout [256]
     responses_per_prompt: t.Count = 8  # responses to each problem, one group; 1 is enough for gae
     temperature: t.Temperature = 1.0  # sampling temperature; logprobs in training use it too
-    max_prompt_tokens: t.Count = 64  # problems with longer prompts are dropped, and counted [4096]
-    max_response_tokens: t.Count = 64  # longer responses are cut, and are wrong unless already boxed [16384]
+    max_prompt_tokens: t.Count = 16  # problems with longer prompts are dropped, and counted [4096]
+    max_response_tokens: t.Count = 16  # longer responses are cut, and are wrong unless already boxed [16384]
     dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = (
         None  # filter: drop groups of equal rewards; refill: and sample more; off
     )
-    max_kept_prompts: t.Count = 48  # groups trained on in a step, at most [128]
+    max_kept_prompts: t.Count = 64  # groups trained on in a step, at most [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
@@ -85,9 +85,9 @@ class Config:
 
     # Updates.
     old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios are less exact
-    mini_batch_prompts: t.Count = 6  # groups per update; max_kept_prompts / mini_batch_prompts updates an epoch [16]
+    mini_batch_prompts: t.Count = 8  # groups per update; max_kept_prompts / mini_batch_prompts updates an epoch [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
-    lr: t.Rate = 5e-5  # AdamW learning rate [1e-6]
+    lr: t.Rate = 1e-4  # AdamW learning rate [1e-6]
     critic_lr: t.Rate | None = None  # AdamW learning rate of gae's critic, constant; None: 3 lr
     warmup_steps: t.CountOrZero = 5  # rollouts over which lr grows to its value [10]; gae: after as many for the critic
     max_micro_batch_tokens: t.Count = 16384  # tokens in one pass through the model; bounds the memory
