@@ -316,7 +316,7 @@ def update(
             group["lr"] = lr
         optimizer.step()
     padding = 1 - int(batch.sizes.sum()) / places
-    return concat(parts), Update(metrics.add(sums).cpu(), sum(losses), grad_norm, skipped, padding, followed)
+    return concat(parts), Update(metrics.add(sums), sum(losses), grad_norm, skipped, padding, followed)
 
 
 def report(log: Log | None, problems, rollout, mini_batches, learned: Learned, state: State, config, meter) -> None:
