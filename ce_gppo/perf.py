@@ -2,6 +2,7 @@
 
 import resource
 import time
+import timeit
 from contextlib import contextmanager
 
 import torch
@@ -27,9 +28,8 @@ class Meter:
     def take(self, rollout: Rollout, trained: list[Rollout]) -> dict[str, float]:
         """time/* and perf/* of the step, that is since the last `take`. trained: the mini-batches of its updates.
 
-        Speed: time/rollout, time/reward, time/old_logprobs, time/critic, time/update, time/sync, time/step | s | parts
-            of a step, and all of it |
-        Speed: time/checkpoint, time/eval | s | the checkpoint before the step, the evaluation after it, not in it |
+        Speed: time/rollout, time/reward, time/old_logprobs, time/critic, time/update, time/sync | s | parts of a step |
+        Speed: time/step, time/checkpoint, time/eval | s | a step, with the checkpoint before it, without evaluation |
         Speed: perf/rollout_tokens_per_s, perf/update_tokens_per_s | tokens/s | sampled; trained on, prompts included |
         Speed: perf/matmul_utilization | share | operations that the updates need, over the device's measured rate |
         Speed: perf/peak_memory_gib | GiB | of this process; on a GPU without vLLM's |
@@ -46,8 +46,7 @@ class Meter:
 
     def take_part(self, part: str) -> dict[str, float]:
         """The seconds of a part that belongs to no step."""
-        seconds = self.seconds.pop(f"time/{part}")
-        self.start += seconds
+        self.start += (seconds := self.seconds.pop(f"time/{part}"))
         return {f"time/{part}": seconds}
 
 
@@ -61,8 +60,7 @@ def now(device: str) -> float:
 def flops(model, batch: Rollout) -> float:
     """Floating-point operations of forward and backward: 6 a weight and token (arXiv 2204.02311, appendix B).
 
-    A group's prompt goes through the blocks once, and only response tokens through the head. Causal attention sees half
-    of each squared length.
+    A group's prompt counts once, and not in the head. Causal attention sees half of each squared length.
     """
     c, N = model.config, len(batch.tokens)
     head, embedding = model.get_output_embeddings().weight.numel(), model.get_input_embeddings().weight.numel()
@@ -76,11 +74,8 @@ def flops(model, batch: Rollout) -> float:
 def matrix_rate(device: str) -> float:
     """Floating-point operations per second of one large matrix product, the best of five."""
     size, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
-    a, best = torch.randn(size, size, dtype=dtype, device=device), float("inf")
-    for _ in range(5):
-        start, _ = now(device), a @ a
-        best = min(best, now(device) - start)
-    return 2 * size**3 / best
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / min(timeit.repeat(lambda: (a @ a, now(device)), repeat=5, number=1))
 
 
 def peak_memory_gib() -> float:
