@@ -24,17 +24,17 @@ import reward
 from ce_gppo import checkpoint, messages, metrics, parallel, run, tracking
 from ce_gppo import config as t
 from ce_gppo.advantages import ADVANTAGES, Critic, group_advantages
-from ce_gppo.advice import plan
 from ce_gppo.batch import Rollout, append, concat, gather, local_batch, micro_batches, pack, with_token_mask
 from ce_gppo.checkpoint import State
 from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
 from ce_gppo.evaluation import evaluate_policy
-from ce_gppo.log import Log, follow
+from ce_gppo.log import Log, plan
 from ce_gppo.metrics import Learned, Update
 from ce_gppo.model import load_model, load_reference, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
 from ce_gppo.problems import Problem, load_sets, problems_of_batch, seed_of_step
+from ce_gppo.tracking import follow
 from rollout import Engine, check_engine, check_mismatch, prepare_environment
 
 

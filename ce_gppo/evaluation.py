@@ -14,11 +14,11 @@ PUZZLES = ("walk", "countdown")  # verifiers of tasks with many right texts, whe
 
 
 def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, thinking: bool, **sampling) -> Rollout | None:
-    """k responses to each problem, with `correct`; None once `stop` is true, on whichever rank of the engine.
+    """k responses to each problem, with `correct`; None once the engine was stopped, on whichever of its ranks.
 
-    engine: a rollout.Engine. score: reward.score. sampling: further arguments of engine.generate.
+    score: reward.score. sampling: further arguments of engine.generate.
     """
-    rollout = engine.generate([problem.prompt_ids for problem in problems], k, **sampling)
+    rollout = engine.generate([p.prompt_ids for p in problems], k, **sampling)
     if rollout is None:
         return None
     each = [problems[i] for i in rollout.prompt_of.tolist()]
@@ -26,38 +26,26 @@ def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, thinki
     return replace(rollout, correct=torch.tensor([c["correctness"] >= 1 for c in components], dtype=torch.bool))
 
 
-def evaluate_policy(
-    engine, problems: list[Problem], config, score: Callable, log, meter, stop: Callable[[], bool], step: int
-) -> None:
+def evaluate_policy(engine, problems: list[Problem], config, score: Callable, log, meter, stop, step: int) -> None:
     """Evaluate train.py's policy and log eval/* at this step, if that is due and not done yet. Collective.
 
-    Each engine samples its share of the problems. Once `stop` is true on any rank the evaluation is dropped, and the
-    resumed run evaluates first.
+    Once `stop` is true on any rank the evaluation is dropped, and the resumed run evaluates first.
 
     Evaluation: eval/<source>/avg_at_k | share | accuracy on held-out problems, mean over k samples of each | rises
     Evaluation: eval/<source>/pass_at_k | share | held-out problems with a right answer among k samples | does not fall
         while avg_at_k rises
-    Evaluation: eval/<source>/distinct_at_k | | different right responses among k samples, mean over the problems: how
-        many ways the policy still finds; only of walk and countdown | near k times avg_at_k
+    Evaluation: eval/<source>/distinct_at_k | | different right responses among k samples: how many ways the policy
+        still finds; only of walk and countdown | near k times avg_at_k
     """
     due = step % config.eval_every == 0 or step == config.steps
     if not due or parallel.rank0_then_broadcast(lambda: log.has_evaluation(step)):
         return
-    engine_rank = parallel.rank() // config.rollout_tp
+    own, engine_rank = parallel.round_robin(len(problems), config.rollout_tp), parallel.rank() // config.rollout_tp
+    options = {"score": score, "thinking": config.thinking, "max_tokens": config.eval_response_tokens, "stop": stop}
+    options |= {"temperature": config.eval_temperature, "top_p": config.eval_top_p}
+    options["seed"] = seed_of_step(config.seed, 0, engine_rank)  # training's steps count from 1
     with meter("eval"):
-        own = parallel.round_robin(len(problems), config.rollout_tp)
-        rollout = evaluate(
-            engine,
-            [problems[i] for i in own],
-            config.eval_samples,
-            score=score,
-            thinking=config.thinking,
-            max_tokens=config.eval_response_tokens,
-            temperature=config.eval_temperature,
-            top_p=config.eval_top_p,
-            seed=seed_of_step(config.seed, 0, engine_rank),  # training's steps count from 1
-            stop=stop,
-        )
+        rollout = evaluate(engine, [problems[i] for i in own], config.eval_samples, **options)
         if parallel.any_rank(rollout is None):
             return
         results = {i: results_of(rollout, place) for place, i in enumerate(own)}
@@ -88,23 +76,12 @@ def accuracy(problems: list[Problem], results: list[tuple[int, int]], k: int) ->
 
 
 def warn(rollout: Rollout, verifiers: list[str]) -> None:
-    """Warn if over 90 % of all responses are cut or have no box, before hours are spent. Collective.
-
-    verifiers: of each of this rank's prompts.
-    """
+    """Warn if over 90 % of all responses are cut or lack a box. verifiers: of this rank's prompts. Collective."""
     texts = [text for text, i in zip(rollout.texts, rollout.prompt_of.tolist(), strict=True) if verifiers[i] == "math"]
     counts = int(rollout.truncated.sum()), len(rollout), sum("\\boxed" not in text for text in texts), len(texts)
-    truncated, responses, unboxed, boxes = parallel.all_sum(*counts)
-    if truncated > 0.9 * responses:
-        say(
-            f"{truncated / responses:.0%} of the first evaluation's responses are cut at eval_response_tokens: raise "
-            "it, or look in samples.jsonl for responses that never end, because of a base model or a wrong "
-            "end-of-sequence token",
-            warning=True,
-        )
-    if unboxed > 0.9 * boxes:
-        say(
-            f"{unboxed / boxes:.0%} of the first evaluation's responses have no \\boxed{{}} answer and score 0: ask "
-            "for one with prompt_suffix or system_prompt",
-            warning=True,
-        )
+    cut, responses, unboxed, boxes = parallel.all_sum(*counts)
+    too_long = "are cut at eval_response_tokens: raise it, or look in samples.jsonl for responses that never end"
+    no_box = "have no \\boxed{} answer and score 0: ask for one with prompt_suffix or system_prompt"
+    for bad, total, problem in ((cut, responses, too_long), (unboxed, boxes, no_box)):
+        if bad > 0.9 * total:
+            say(f"{bad / total:.0%} of the first evaluation's responses {problem}", warning=True)
