@@ -8,13 +8,11 @@ torchrun --nproc_per_node 8 train.py              the same on eight GPUs; docs/s
 """
 
 import contextlib
-import itertools
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +23,9 @@ from ce_gppo import checkpoint, messages, metrics, parallel, run, tracking
 from ce_gppo import config as t
 from ce_gppo.advantages import ADVANTAGES, Critic, group_advantages
 from ce_gppo.batch import Rollout, append, concat, gather, local_batch, micro_batches, pack, with_token_mask
-from ce_gppo.checkpoint import State
 from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
 from ce_gppo.evaluation import evaluate_policy
 from ce_gppo.log import Log, plan
-from ce_gppo.metrics import Learned, Update
 from ce_gppo.model import load_model, load_reference, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
@@ -117,9 +113,6 @@ REWARD_SECONDS = 60.0  # of a batch of responses in the verifiers' processes
 MEASURED = 3  # entropy is measured on every third response that is not trained on
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) -> None:
     """The whole run, new or continued. Once `stop()` is true on any rank it saves and returns."""
     with messages.explained("the run cannot start"):
@@ -127,18 +120,16 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         files = reward.files(config.rewards)
         folder, last = parallel.rank0_then_broadcast(lambda: run.locate(config, resume, files))
         source = str(last or config.model)
-        reward.check_names(config.rewards)  # before a large model is downloaded
         model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
-        problems, held_out, sizes = load_sets(config, tokenizer, model.config)
-        verifiers, (problems, held_out) = reward.assign(config.rewards, problems, held_out)
+        problems, held_out, about = load_sets(config, tokenizer, model.config, reward.assign)
         policy = parallel.distribute(Policy(model), config.shard, model._no_split_modules or [])
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
         critic = Critic(config, source, device) if config.advantages == "gae" else None
-        new = State(parallel.rank0_then_broadcast(tracking.new_id), control=first_control(config))
+        new = checkpoint.State(parallel.rank0_then_broadcast(tracking.new_id), control=first_control(config))
         state = checkpoint.load(last, model, optimizer, critic) if last else new
         parallel.rank0_then_broadcast(lambda: run.claim(folder, config, recipe, state.step, files))
-        messages.say(plan(config, folder, model, device, f"{sizes}\nrewards      {verifiers}", state.step))
-        learner = Learner(policy, optimizer, load_reference(config, device), critic)
+        models = policy, optimizer, load_reference(config, device), critic
+        messages.say(plan(config, folder, model, device, about, state.step))
         context = config.max_prompt_tokens + max(config.max_response_tokens, config.eval_response_tokens)
         engine = Engine(source, tokenizer, context, config.gpu_memory_utilization, config.rollout_tp, config.seed)
         check_engine(engine, model, policy, problems[0].prompt_ids, config, device)
@@ -156,12 +147,11 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
                 break  # stopped: the rollout is lost, and the resumed run samples it again
             rollout, mini_batches = select(rollout, config)
             objective, lr = objective_of_step(config, state), lr_of_step(config, state.step + 1)
-            learned = learn(learner, rollout, mini_batches, objective, lr, state, config, folder, meter)
+            learned = learn(*models, rollout, mini_batches, objective, lr, state, config, folder, meter)
             with meter("sync"):
                 engine.wake(named_weights(model))
             report(log, chosen, rollout, mini_batches, learned, state, config, meter)
-            is_last = state.step == config.steps
-            if state.step % config.checkpoint_every == 0 or is_last or parallel.any_rank(stop()):
+            if state.step % config.checkpoint_every == 0 or state.step == config.steps or parallel.any_rank(stop()):
                 with meter("checkpoint"):
                     saver.save(state)
             run.check_end(state, saver, lr)
@@ -183,10 +173,10 @@ def sample(
 ) -> tuple[list[Problem], Rollout | None]:
     """(problems, responses to each of them with their rewards), over all ranks. No rollout once `stop` is true.
 
-    A batch of prompts is sampled, or with `refill` several, until max_kept_prompts groups have unequal rewards (DAPO's
-    dynamic sampling). batches: how many were sampled in earlier steps; the problems and seeds follow from it.
+    A batch of prompts, or with `refill` several, until max_kept_prompts groups have unequal rewards (DAPO's dynamic
+    sampling). batches: how many were sampled in earlier steps; the problems and seeds follow from it.
     """
-    chosen, rollout, engine_rank = [], None, parallel.rank() // config.rollout_tp
+    chosen, rollout = [], None
     for batch in range(batches + 1, batches + 1 + t.max_batches(config)):
         with meter("rollout"):
             new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
@@ -197,7 +187,7 @@ def sample(
                 config.responses_per_prompt,
                 max_tokens=config.max_response_tokens,
                 temperature=config.temperature,
-                seed=seed_of_step(config.seed, batch, engine_rank),
+                seed=seed_of_step(config.seed, batch, parallel.rank() // config.rollout_tp),
                 on_group=scorer.add,  # the verifier starts on the first complete group
                 stop=stop,
             )
@@ -224,24 +214,14 @@ def select(rollout: Rollout, config: Config) -> tuple[Rollout, list[Tensor]]:
         used &= ~rollout.truncated
     kept = rollout.prompt_of[used].unique()[: config.max_kept_prompts]  # prompts
     parts = math.ceil(len(kept) / config.mini_batch_prompts)
-    cuts = [len(kept) * i // max(1, parts) for i in range(parts + 1)]  # the sizes differ by one group at most
-    return rollout, [
-        (used & torch.isin(rollout.prompt_of, kept[a:b])).nonzero()[:, 0] for a, b in itertools.pairwise(cuts)
-    ]
-
-
-class Learner(NamedTuple):
-    policy: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    reference: torch.nn.Module | None = None
-    critic: Critic | None = None
+    groups = kept.tensor_split(parts) if parts else []  # prompts of each mini-batch; sizes differ by one at most
+    return rollout, [(used & torch.isin(rollout.prompt_of, prompts)).nonzero()[:, 0] for prompts in groups]
 
 
 def learn(
-    learner: Learner, rollout: Rollout, mini_batches: list[Tensor], objective, lr: float, state, config, folder, meter
-) -> Learned:
-    """An update per mini-batch and epoch. Each rank does its share of every mini-batch."""
-    policy, optimizer, reference, critic = learner
+    policy, optimizer, reference, critic, rollout, mini_batches, objective, lr, state, config: Config, folder, meter
+) -> metrics.Learned:
+    """An update per mini-batch, which has indices of responses, and epoch. Each rank does its share of every one."""
     passes = config.temperature, config.max_micro_batch_tokens, meter.device
     critic_warmup = config.advantages == "gae" and state.step < config.warmup_steps  # the policy stays as it is
     batches = [local_batch(rollout[rows]) for rows in mini_batches]
@@ -250,45 +230,38 @@ def learn(
         if reference:
             batches = with_reference_logprobs(reference, batches, *passes)
         origins = origins_of_old_logprobs(config, len(batches), critic_warmup)
-        ahead = [i for i, origin in enumerate(origins) if origin == "pass"]
-        *measured, others = with_old_logprobs(policy, [*(batches[i] for i in ahead), others], *passes)
-        for i, batch in zip(ahead, measured, strict=True):
-            batches[i] = batch
-    values = {}
-    if critic:
-        with meter("critic"):
-            batches, values = critic.learn(batches)
+        ahead = [batch for batch, origin in zip(batches, origins, strict=True) if origin == "pass"]
+        *ahead, others = with_old_logprobs(policy, [*ahead, others], *passes)
+        for i, origin in enumerate(origins):
+            if origin == "pass":
+                batches[i] = ahead.pop(0)
+            if origin == "sampler":
+                batches[i] = replace(batches[i], old_logprobs=batches[i].rollout_logprobs)
+    with meter("critic") if critic else contextlib.nullcontext():
+        batches, values = critic.learn(batches) if critic else (batches, {})
     updates, follows = [], state.step == 0 or (state.step + 1) % config.eval_every == 0
     with meter("update"), parallel.host_threads():
         for number in range(0 if critic_warmup else len(batches) * config.epochs):
             i = number % len(batches)
-            batch = batches[i]
-            if origins[i] == "sampler":
-                batch = replace(batch, old_logprobs=batch.rollout_logprobs)
-            batch, done = update(policy, optimizer, batch, objective, lr, config, meter.device, follows)
-            if origins[i] == "update":
-                batches[i] = batch
+            batches[i], done = update(policy, optimizer, batches[i], objective, lr, config, meter.device, follows)
             updates.append(done)
-            run.watch_skipped(folder / "skipped", state, number + 1, batch, done, lr)
+            run.watch_skipped(folder / "skipped", state, number + 1, batches[i], done, lr)
     parallel.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
-    return Learned(updates, batches, others, values, objective, lr)
+    measured = [batch for batch, origin in zip(batches, origins, strict=True) if origin != "sampler"]
+    return metrics.Learned(updates, measured, others, values, objective, lr)
 
 
 def origins_of_old_logprobs(config: Config, count: int, critic_warmup: bool) -> list[str]:
-    """Where each of `count` mini-batches gets its old logprobs:
-
-    pass      from a forward pass before the updates
-    update    from the forward pass of its own update: the rollout's first one has ratio 1
-    sampler   from vLLM
-    """
+    """Of each of `count` mini-batches: a pass before the updates, vLLM, or its own update, if that is the first one."""
     if critic_warmup or config.spec.token_filter:  # no update; or one that picks tokens before it begins
         return ["pass"] * count
-    return ["update", *["sampler" if config.old_logprobs == "sampler" else "pass"] * (count - 1)][:count]
+    later = "sampler" if config.old_logprobs == "sampler" else "pass"
+    return ["update", *[later] * (count - 1)][:count]  # in the first update the ratio is 1: its pass gives them
 
 
 def update(
     policy, optimizer, batch: Rollout, objective, lr: float, config: Config, device: str, follows: bool = False
-) -> tuple[Rollout, Update]:
+) -> tuple[Rollout, metrics.Update]:
     """One optimizer step on a mini-batch, of which `batch` is this rank's share, perhaps empty. Collective.
 
     Without old logprobs (or old entropy) the batch gets those of this pass, and is returned with them.
@@ -296,7 +269,7 @@ def update(
     parallel.zero_gradients(policy, optimizer)
     batch = with_token_mask(batch, config.spec.token_filter)
     totals = loss.Totals(*parallel.all_sum(*loss.totals_of(batch)))  # of the whole mini-batch
-    parts, losses, sums, places, followed = micro_batches(batch, config.max_micro_batch_tokens), [], [], 0, []
+    parts, losses, sums, followed = micro_batches(batch, config.max_micro_batch_tokens), [], [], []
     for i, part in enumerate(parts):
         packed, part = pack(part, device), part.to(device)
         with parallel.no_sync(policy) if i + 1 < len(parts) else contextlib.nullcontext():
@@ -305,8 +278,7 @@ def update(
             part_loss, info = loss.policy_loss(part, logprobs, entropy, objective, totals)
             (part_loss * parallel.world_size()).backward()  # DDP and FSDP2 divide by it
         losses.append(part_loss.item())
-        sums.append(metrics.token_sums(part, info, logprobs, entropy, moment))
-        places += len(packed.packing.order)
+        sums.append(metrics.token_sums(part, info, logprobs, entropy, moment, len(packed.packing.order)))
         followed += follow(part, info, logprobs, entropy, moment) if follows else []
         parts[i] = part.to("cpu")
     grad_norm = parallel.clip_gradients(policy, MAX_GRAD_NORM)
@@ -315,11 +287,12 @@ def update(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    padding = 1 - int(batch.sizes.sum()) / places
-    return concat(parts), Update(metrics.add(sums), sum(losses), grad_norm, skipped, padding, followed)
+    return concat(parts), metrics.Update(metrics.add(sums), sum(losses), grad_norm, skipped, followed)
 
 
-def report(log: Log | None, problems, rollout, mini_batches, learned: Learned, state: State, config, meter) -> None:
+def report(
+    log: Log | None, problems, rollout, mini_batches, learned: metrics.Learned, state: checkpoint.State, config, meter
+) -> None:
     """Update the state, and log the step's metrics over all ranks. Collective."""
     row, details = metrics.step_metrics(rollout, problems, mini_batches, learned, state.entropy)
     state.batches += len(problems) // config.prompts_per_step
@@ -327,19 +300,18 @@ def report(log: Log | None, problems, rollout, mini_batches, learned: Learned, s
     state.no_signal = 0 if mini_batches else state.no_signal + 1
     if config.entropy_target and learned.updates:
         state.control = next_control(config, state.control, state.entropy)
-    trained = [rollout[rows] for rows in mini_batches * config.epochs]
-    row |= meter.take(rollout, trained[: len(learned.updates)])
+    row |= meter.take(rollout, mini_batches * bool(learned.updates), config.epochs)
     if log:
         log.step(state.step, row, rollout, problems, details)
     check_mismatch(row, meter.device)  # only now, so that the step that ends a run is seen
 
 
-def objective_of_step(config: Config, state: State) -> loss.Objective:
+def objective_of_step(config: Config, state: checkpoint.State) -> loss.Objective:
     beta1, beta2 = betas_of_step(config, state.step + 1, state.control)
-    fields = {name: getattr(config, name) for name in loss.Objective.__dataclass_fields__ if name != "name"}
     moved = {"beta1": beta1, "beta2": beta2, "entropy_coef": bonus_of_step(config, state.control)}
     if config.advantages == "gae":
         moved["kl_coef"] = 0.0  # the critic has it in the reward, see advantages.py
+    fields = {name: getattr(config, name) for name in loss.Objective.__dataclass_fields__ if name != "name"}
     return loss.Objective(config.objective, **fields | moved)
 
 

@@ -54,7 +54,7 @@ class Rollout:
     @property
     def sizes(self) -> Tensor:
         """Tokens of prompt and response together, [B]."""
-        return torch.tensor([len(ids) for ids in self.prompts])[self.prompt_of] + self.lengths
+        return self.lengths.new_tensor([len(ids) for ids in self.prompts])[self.prompt_of] + self.lengths
 
     def by_group(self, values: Tensor) -> Tensor:
         """[B] -> [P, G], where all prompts have equally many responses."""

@@ -51,8 +51,8 @@ def mean(values: Tensor, count: Tensor | int | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, moment: Tensor) -> Sums:
-    """Of a micro-batch's response tokens, [N] each; `info` is policy_loss's.
+def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, moment: Tensor, places: int = 0) -> Sums:
+    """Of a micro-batch's response tokens, [N] each; `info` is policy_loss's. places: of attention's blocks.
 
     Clipping: clip/low, clip/high | share | tokens below the interval with A < 0, above it with A > 0; they keep a
         gradient here | 0.001 to 0.03 together, with `beta1` above 0 to 0.01; at 0 the betas do nothing
@@ -70,6 +70,7 @@ def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, mo
         dropped | a positive sum: the betas raise entropy
     Entropy: entropy/<quadrant> | nats | mean entropy of a quadrant's trained tokens |
     Entropy: tokens/<quadrant> | share | of the trained tokens; the four add up to 1 |
+    Speed: perf/padding | share | of the places in attention's blocks; 0 on a GPU | below 0.15
     """
     weight, ratio, low, high = info["weight"], info["ratio"], info["clipped_low"], info["clipped_high"]
     velocity = entropy_velocity(weight, logprobs, entropy, moment)
@@ -80,6 +81,7 @@ def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, mo
         means |= {f"clip/{side}": mean(members), f"clip/prob_{side}": mean(old_probs[members])}
         means[f"weight/{side}"] = mean(size[members], size.sum())
         means[f"velocity/clipped_{side}"] = mean(velocity[members], n)
+    means["perf/padding"] = mean(ratio.new_tensor(places - batch.sizes.sum()), places) * (len(batch) > 0)
     if "kl_reference" in info:
         means["kl/reference"] = mean(info["kl_reference"])
     counts = {}
@@ -94,13 +96,12 @@ def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, mo
 
 @dataclass
 class Update:
-    """The record of one optimizer step. Sums, loss and padding are of this rank's tokens; the rest of all ranks'."""
+    """The record of one optimizer step. Sums and loss are of this rank's tokens; the rest is equal on all ranks."""
 
     sums: Sums
     loss: float
     grad_norm: float  # before clipping
     skipped: bool  # the gradient was not finite
-    padding: float  # its share of the tokens in attention's blocks
     followed: list[dict]  # responses for the token view, see tracking.py
 
 
@@ -108,7 +109,7 @@ class Learned(NamedTuple):
     """What a step's updates leave, of this rank's share."""
 
     updates: list[Update]
-    batches: list[Rollout]  # the mini-batches; those with `entropy` were measured
+    measured: list[Rollout]  # mini-batches with old logprobs and entropy of the trainer's
     others: Rollout  # some responses that no update used, measured
     values: dict[str, float]  # the critic's metrics
     objective: object  # a loss.Objective
@@ -130,9 +131,8 @@ def step_metrics(
 
     Optimization: optim/lr, optim/beta1, optim/beta2, optim/entropy_coef | | in use, where the objective has them |
     """
-    trained = [batch for batch in learned.batches if batch.entropy is not None]
-    sums = measured_sums(trained), measured_sums([learned.others])
-    own = learned.updates, *sums, entropies_of([*trained, learned.others])
+    sums = measured_sums(learned.measured), measured_sums([learned.others])
+    own = learned.updates, *sums, entropies_of([*learned.measured, learned.others])
     updates, trained, others, entropies = zip(*parallel.all_gather(own), strict=True)  # of each rank
     unused = rollout.lengths[rollout.without(mini_batches)]  # [b]
     tokens = [len(rollout.tokens) - int(unused.sum()), int(unused.sum())]
@@ -159,7 +159,6 @@ def update_metrics(by_rank: list[list[Update]]) -> tuple[dict[str, float], dict[
     Optimization: optim/updates, optim/skipped | | updates of the step; those skipped, as their gradient was not finite,
         are in no other metric of the step's | skipped 0; updates 0 where no group had unequal rewards
     Optimization: optim/loss, optim/grad_norm | | mean over the updates; the norm before clipping | grad_norm steady
-    Speed: perf/padding | share | of the places in attention's blocks; 0 on a GPU | below 0.15
     Clipping: update_<k>/clip_low, update_<k>/clip_high, update_<k>/weight_low, update_<k>/weight_high,
         update_<k>/ratio_min, update_<k>/ratio_max, update_<k>/kl_approx | | by update within the step; the first one is
         at ratio 1 |
@@ -172,7 +171,6 @@ def update_metrics(by_rank: list[list[Update]]) -> tuple[dict[str, float], dict[
     whole, done = add(list(sums.values())), [part for k in sums for part in same[k - 1]]
     metrics |= whole.values() | {"optim/loss": sum(part.loss for part in done) / len(sums)}
     metrics["optim/grad_norm"] = sum(part.grad_norm for part in done) / len(done)
-    metrics["perf/padding"] = sum(part.padding for part in done) / len(done)
     for k, of_update in sums.items():
         values = of_update.values()
         metrics |= {f"update_{k}/{name.replace('/', '_')}": values[name] for name in BY_UPDATE if name in values}

@@ -6,6 +6,7 @@ import timeit
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from ce_gppo import parallel
 from ce_gppo.batch import Rollout
@@ -25,8 +26,8 @@ class Meter:
         yield
         self.seconds[f"time/{part}"] = self.seconds.get(f"time/{part}", 0.0) + now(self.device) - start
 
-    def take(self, rollout: Rollout, trained: list[Rollout]) -> dict[str, float]:
-        """time/* and perf/* of the step, that is since the last `take`. trained: the mini-batches of its updates.
+    def take(self, rollout: Rollout, mini_batches: list[Tensor], epochs: int) -> dict[str, float]:
+        """time/* and perf/* of the step, that is since the last `take`. mini_batches: that were trained on.
 
         Speed: time/rollout, time/reward, time/old_logprobs, time/critic, time/update, time/sync | s | parts of a step |
         Speed: time/step, time/checkpoint, time/eval | s | a step, with the checkpoint before it, without evaluation |
@@ -38,10 +39,11 @@ class Meter:
         self.seconds, self.start = {}, self.start + metrics["time/step"]
         metrics["perf/rollout_tokens_per_s"] = len(rollout.tokens) / metrics["time/rollout"]
         metrics["perf/peak_memory_gib"] = peak_memory_gib()
-        if trained:
-            seconds, rate = metrics["time/update"], self.matrix_rate * parallel.world_size()
-            metrics["perf/update_tokens_per_s"] = sum(int(batch.sizes.sum()) for batch in trained) / seconds
-            metrics["perf/matmul_utilization"] = sum(flops(self.model, batch) for batch in trained) / seconds / rate
+        if mini_batches:
+            batches, seconds = [rollout[rows] for rows in mini_batches], metrics["time/update"] / epochs
+            rate = self.matrix_rate * parallel.world_size()
+            metrics["perf/update_tokens_per_s"] = sum(int(batch.sizes.sum()) for batch in batches) / seconds
+            metrics["perf/matmul_utilization"] = sum(flops(self.model, batch) for batch in batches) / seconds / rate
         return metrics
 
     def take_part(self, part: str) -> dict[str, float]:
