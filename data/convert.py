@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ce_gppo.messages import UserError
-from ce_gppo.verifier.answers import can_be_given
-from ce_gppo.verifier.extract import last_box
+from ce_gppo.verifier.answers import can_be_given, last_box
 from data import common
 
 
