@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from ce_gppo.config import command
-from ce_gppo.verifier.walk import LARGEST, MAX_MOVES, MOVES, after, legal_moves
+from ce_gppo.verifier.puzzles import LARGEST, MAX_MOVES, MOVES, after, legal_moves
 from data.common import arguments, split, splitting, write
 
 WORDS = ("start", "target", *MOVES, *(f" ={number}\n" for number in range(LARGEST + 1)))  # one token each
