@@ -81,7 +81,7 @@ def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, mo
         means |= {f"clip/{side}": mean(members), f"clip/prob_{side}": mean(old_probs[members])}
         means[f"weight/{side}"] = mean(size[members], size.sum())
         means[f"velocity/clipped_{side}"] = mean(velocity[members], n)
-    means["perf/padding"] = mean(ratio.new_tensor(places - batch.sizes.sum()), places) * (len(batch) > 0)
+    means["perf/padding"] = mean(places - batch.sizes.sum(), places) * (len(batch) > 0)
     if "kl_reference" in info:
         means["kl/reference"] = mean(info["kl_reference"])
     counts = {}

@@ -21,7 +21,7 @@ import numpy as np
 
 from ce_gppo.config import command
 from ce_gppo.messages import UserError
-from ce_gppo.report import read_rows
+from ce_gppo.log import numbers, read_rows
 
 QUADRANTS = {"pa_lp": "PA&LP", "na_hp": "NA&HP", "pa_hp": "PA&HP", "na_lp": "NA&LP"}  # the first two raise entropy
 QUADRANT_COLORS = {"pa_lp": "#2a9d8f", "na_hp": "#8ecae6", "pa_hp": "#f4a261", "na_lp": "#d62828"}
@@ -38,7 +38,7 @@ def load(folder: Path) -> tuple[dict, list[dict]]:
     """(settings without the seed, rows) of a run."""
     try:
         config = json.loads((folder / "config.json").read_text())["config"]
-        rows = read_rows(folder / "metrics.jsonl", only_numbers=True)
+        rows = [numbers(row) for row in read_rows(folder / "metrics.jsonl")]
         label_of(config)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}: not the folder of a run, with config.json and metrics.jsonl ({error})") from None
