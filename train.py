@@ -54,9 +54,7 @@ class Config:
     temperature: t.Temperature = 1.0  # sampling temperature; logprobs in training use it too
     max_prompt_tokens: t.Count = 16  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: t.Count = 16  # longer responses are cut, and are wrong unless already boxed [16384]
-    dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = (
-        None  # filter: drop groups of equal rewards; refill: and sample more; off
-    )
+    dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = None  # off; filter groups of equal rewards; or refill
     max_kept_prompts: t.Count = 64  # groups trained on in a step, at most [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
