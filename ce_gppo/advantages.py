@@ -132,7 +132,10 @@ class Critic:
             return [], {}
         whole = with_advantages(self.estimate(concat(batches)), self.config.kl_coef)
         ends = torch.tensor([0, *(len(batch) for batch in batches)]).cumsum(0).tolist()
-        batches = [whole[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [whole[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        names = ("values", "returns", "advantages")  # the mini-batches may differ in their other columns
+        new = [{name: getattr(part, name) for name in names} for part in parts]
+        batches = [replace(batch, **columns) for batch, columns in zip(batches, new, strict=True)]
         metrics = value_metrics(whole, self.config.kl_coef)
         updates = [self.update(batch) for batch in batches * self.config.epochs]
         parallel.zero_gradients(self.wrapped, self.optimizer)  # no memory for gradients while vLLM samples
