@@ -24,7 +24,7 @@ import torch
 
 from ce_gppo import messages
 from ce_gppo.messages import UserError
-from ce_gppo.verifier import custom, puzzles
+from ce_gppo.verifier import outside, puzzles
 from ce_gppo.verifier.answers import Undecided, can_be_given, equal_now, last_box
 from ce_gppo.verifier.workers import BackgroundScorer, judge
 
@@ -130,7 +130,7 @@ def score(
         job = verifier, response, answer
         if verifier in VERIFIERS:
             try:
-                components[i] = custom.as_components(VERIFIERS[verifier](response, answer), verifier)
+                components[i] = outside.as_components(VERIFIERS[verifier](response, answer), verifier)
                 continue
             except Undecided as undecided:  # only math-verify can decide
                 job = "math", *undecided.args
@@ -203,7 +203,7 @@ def full_name(name: str, source: str) -> str:
     """A name in VERIFIERS, or <path of the user's file>:<function>. UserError for any other name."""
     if name in VERIFIERS:
         return name
-    if not (path := custom.file_of(name)):
+    if not (path := outside.file_of(name)):
         known = ", ".join([*VERIFIERS, "or mine.py:score, your own"])
         raise UserError(f"rewards: verifier '{name}' of source {source or '(any)'} is unknown; known: {known}")
     if not path.is_file():
@@ -214,7 +214,7 @@ def full_name(name: str, source: str) -> str:
 def files(rewards: str) -> list[Path]:
     """The files of the user's own functions. UserError for what is wrong with `rewards` whatever the data are."""
     names = [full_name(name, source) for source, name in read_setting(rewards).items()]
-    return sorted({path for name in names if (path := custom.file_of(name))})
+    return sorted({path for name in names if (path := outside.file_of(name))})
 
 
 def assign(rewards: str, *sets: list) -> tuple[str, list[list]]:

@@ -29,7 +29,7 @@ from ce_gppo.log import Log, plan
 from ce_gppo.model import load_model, load_reference, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
-from ce_gppo.problems import Problem, load_sets, problems_of_batch, seed_of_step
+from ce_gppo.problems import Problem, check_files, load_sets, problems_of_batch, seed_of_step
 from ce_gppo.tracking import follow
 from rollout import Engine, check_engine, check_mismatch, prepare_environment
 
@@ -43,7 +43,7 @@ class Config:
     train_data: t.Name = "data/walk/train.jsonl"  # problems, JSONL; or several, "a,b" [KlearReasoner-MathSub-30K]
     eval_data: t.Name = "data/walk/eval.jsonl"  # held-out problems, JSONL; or several [AIME24, AIME25]
     out: t.Name = "out"  # folder of the runs
-    run_name: t.NameOrEmpty = ""  # its folder in `out`; empty: objective, seed and time, or an interrupted run's
+    run_name: t.NameOrEmpty = ""  # its folder in `out`, which the same name continues; empty: objective, seed and time
     rewards: str = ""  # verifiers, "source=verifier,source2=mine.py:score"; empty: by the source's name, else math
     seed: t.Seed = 0  # for the samples and the order of the problems
 
@@ -71,7 +71,7 @@ class Config:
     entropy_target: t.Positive | None = None  # in nats; a controller moves the betas, or without betas entropy_coef
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
-    advantages: t.one_of(ADVANTAGES) | None = None  # of groups, see loss.py; gae: a critic's, by token
+    advantages: t.one_of(ADVANTAGES) | None = None  # of groups, see advantages.py; gae: of tokens, by a critic
     kl_coef: t.NonNegative = 0.0  # KL from the model that the run began with, in the loss; gae: in the reward; 0: off
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
@@ -81,7 +81,7 @@ class Config:
     old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios are less exact
     mini_batch_prompts: t.Count = 8  # groups per update; max_kept_prompts / mini_batch_prompts updates an epoch [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
-    lr: t.Rate = 1e-4  # AdamW learning rate [1e-6]
+    lr: t.Rate = 8e-5  # AdamW learning rate [1e-6]
     critic_lr: t.Rate | None = None  # AdamW learning rate of gae's critic, constant; None: 3 lr
     warmup_steps: t.CountOrZero = 5  # rollouts over which lr grows to its value [10]; gae: after as many for the critic
     max_micro_batch_tokens: t.Count = 16384  # tokens in one pass through the model; bounds the memory
@@ -117,6 +117,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         device = parallel.init()
         files = reward.files(config.rewards)
         folder, last = parallel.rank0_then_broadcast(lambda: run.locate(config, resume, files))
+        check_files(config.train_data, config.eval_data)  # before a large model is downloaded
         source = str(last or config.model)
         model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
         problems, held_out, about = load_sets(config, tokenizer, model.config, reward.assign)
@@ -134,7 +135,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         extract = partial(reward.extract_answer, thinking=config.thinking)
         log = Log(folder, config, state, tokenizer, extract) if parallel.is_main() else None
     meter = Meter(model, device)
-    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic)
+    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic, log.accuracies if log else dict)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
 
     try:
@@ -152,6 +153,8 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or parallel.any_rank(stop()):
                 with meter("checkpoint"):
                     saver.save(state)
+            if state.step == config.steps:
+                saver.finish(state)  # before its evaluation, whose row says that the run is finished
             run.check_end(state, saver, lr)
             evaluate(state.step)  # after saving, as it may take long; a run that is resumed here evaluates first
         saver.finish(state)
@@ -225,8 +228,10 @@ def learn(
     batches = [local_batch(rollout[rows]) for rows in mini_batches]
     others = local_batch(rollout[rollout.without(mini_batches)[::MEASURED]])  # only for entropy/mean
     with meter("old_logprobs"):
-        if reference:
-            batches = with_reference_logprobs(reference, batches, *passes)
+        batches = with_reference_logprobs(reference, batches, *passes) if reference else batches
+    with meter("critic") if critic else contextlib.nullcontext():
+        batches, values = critic.learn(batches) if critic else (batches, {})
+    with meter("old_logprobs"):
         origins = origins_of_old_logprobs(config, len(batches), critic_warmup)
         ahead = [batch for batch, origin in zip(batches, origins, strict=True) if origin == "pass"]
         *ahead, others = with_old_logprobs(policy, [*ahead, others], *passes)
@@ -235,15 +240,14 @@ def learn(
                 batches[i] = ahead.pop(0)
             if origin == "sampler":
                 batches[i] = replace(batches[i], old_logprobs=batches[i].rollout_logprobs)
-    with meter("critic") if critic else contextlib.nullcontext():
-        batches, values = critic.learn(batches) if critic else (batches, {})
     updates, follows = [], state.step == 0 or (state.step + 1) % config.eval_every == 0
     with meter("update"), parallel.host_threads():
         for number in range(0 if critic_warmup else len(batches) * config.epochs):
             i = number % len(batches)
             batches[i], done = update(policy, optimizer, batches[i], objective, lr, config, meter.device, follows)
             updates.append(done)
-            run.watch_skipped(folder / "skipped", state, number + 1, batches[i], done, lr)
+            if run.watch_skipped(folder / "skipped", state, number + 1, batches[i], done, lr):
+                break
     parallel.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
     measured = [batch for batch, origin in zip(batches, origins, strict=True) if origin != "sampler"]
     return metrics.Learned(updates, measured, others, values, objective, lr)

@@ -93,13 +93,13 @@ class Rollout:
 
 
 def concat(parts: list[Rollout]) -> Rollout:
-    """Parts of one rollout, which have the same prompts and columns, one after another."""
+    """Parts of one rollout, which have the same prompts, one after another, with the columns that all of them have."""
     if len(parts) == 1:
         return parts[0]
 
     def join(name: str, columns: list):
-        if columns[0] is None or name == "prompts":
-            return columns[0]
+        if name == "prompts" or any(column is None for column in columns):
+            return columns[0] if name == "prompts" else None
         return torch.cat(columns) if isinstance(columns[0], Tensor) else list(itertools.chain(*columns))
 
     return Rollout(**{name: join(name, [getattr(part, name) for part in parts]) for name in vars(parts[0])})

@@ -102,11 +102,16 @@ class Log:
     def values(self, name: str) -> list[float]:
         return [row[name] for row in self.history if name in row]
 
-    def accuracies(self) -> list[str]:
+    def accuracies(self) -> dict[int, float]:
+        """The mean accuracy on held-out problems by step."""
+        means = {row["step"]: mean_accuracy(row) for row in self.history}
+        return {step: value for step, value in means.items() if value is not None}
+
+    def accuracy_names(self) -> list[str]:
         return sorted({name for row in self.history for name in row if name.endswith("/avg_at_k")})
 
     def _show(self, row: dict) -> None:
-        accuracy = next((self.values(name)[-1] for name in self.accuracies()), None)
+        accuracy = next((self.values(name)[-1] for name in self.accuracy_names()), None)
         shown = {"reward": row.get("reward/mean"), "entropy": row.get("entropy/mean"), "accuracy": accuracy}
         text = {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
         if self.bar is None:
@@ -119,7 +124,7 @@ class Log:
 
     def close(self, checkpoints: list[Path], failed: bool) -> None:
         """Print the table at the end (accuracy, entropy, speed, time, files), then the advice."""
-        curves = {f"accuracy, {name}": self.values(name) for name in self.accuracies()}
+        curves = {f"accuracy, {name}": self.values(name) for name in self.accuracy_names()}
         curves["entropy, nats per token"] = self.values("entropy/mean")
         table = {name: f"{values[0]:.3f} -> {values[-1]:.3f}" for name, values in curves.items() if values}
         for name in ("rollout", "update"):
@@ -249,8 +254,7 @@ def faults(steps: list[dict], c) -> Iterator[str]:
 
 def summary(history: list[dict], steps: list[dict]) -> str:
     said = f"Entropy went from {steps[0]['entropy/mean']:.3f} to {steps[-1]['entropy/mean']:.3f} nats per token"
-    of_rows = [[v for name, v in row.items() if name.endswith("/avg_at_k")] for row in history]
-    accuracies = [sum(values) / len(values) for values in of_rows if values]  # over all sources
+    accuracies = [accuracy for row in history if (accuracy := mean_accuracy(row)) is not None]
     if len(accuracies) < 2:
         return f"{said}."
     first, last, best = accuracies[0], accuracies[-1], max(accuracies)
@@ -258,3 +262,9 @@ def summary(history: list[dict], steps: list[dict]) -> str:
     if last < best - CHANGED:
         return f"{said}, after {best:.3f} at its best: the policy became worse; lower lr."
     return f"{said}." if last > first + CHANGED else f"{said}: no gain that chance would not explain."
+
+
+def mean_accuracy(row: dict) -> float | None:
+    """avg@k of an evaluation, over all its sources; None for a row without one."""
+    values = [value for name, value in row.items() if name.endswith("/avg_at_k")]
+    return sum(values) / len(values) if values else None

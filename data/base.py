@@ -7,10 +7,10 @@ A policy imitates the task's traces, and stops early: much is left for reinforce
 a held-out problem. A task is a module like data/walk/prepare.py, with its tokens, problems and traces.
 """
 
-import math
 import random
 from collections import deque
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +29,7 @@ from data.walk import prepare as walk
 from reward import score
 
 TASKS = {"walk": walk, "countdown": countdown}
+BATCH = 32  # traces in a step of the imitation
 SAMPLES = 8  # of each held-out problem, for pass@8
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -80,43 +81,47 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: list[dict[str, str]])
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def batch(
+    traces: list[tuple[list[int], list]], ids_of: Callable[[str], list[int]], vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids [B, T], target [B, T, V]): the probabilities of the next token, 0 where it is not of the trace."""
+    rows, targets = [], []  # token ids of each sequence; (row, position, token, probability)
+    for prompt, trace in traces:
+        row = list(prompt)
+        for text, choices in trace:
+            for token in ids_of(text):
+                likely = [(ids_of(choice)[0], p) for choice, p in choices.items()] or [(token, 1.0)]
+                targets += [(len(rows), len(row) - 1, *each) for each in likely]
+                row.append(token)
+        rows.append(torch.tensor(row))
+    input_ids = torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True
+    )  # padded with any token: nothing looks back at it
+    row, position, token, p = (torch.tensor(column) for column in zip(*targets, strict=True))
+    target = torch.zeros(*input_ids.shape, vocabulary)
+    target[row, position, token] = p
+    return input_ids, target
+
+
 def imitate(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    task: ModuleType,
-    problems: list[tuple],
-    rng: random.Random,
-    excess_wanted: float,
-    max_steps: int,
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: ModuleType, problems: list[tuple], args
 ) -> int:
     """Train on traces of `problems` until the loss is near the least possible one. Returns the number of steps.
 
-    The targets are the probabilities by which the trace was drawn, where it knows them: the loss has then less noise
-    than with the drawn token, and half as many steps are enough. Every batch is drawn anew, so its loss is that of
-    unseen traces. excess_wanted: nats per response above the least loss, mean over the last 32 batches.
+    The targets are the probabilities by which a trace was drawn, where it knows them: the loss has then less noise than
+    with the drawn token, and half as many steps are enough. Every batch is drawn anew, so its loss is that of unseen
+    traces. args.excess: nats per response above the least loss, mean over the last 32 batches.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.99), fused=True)
-    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=max_steps)
-    ids_of = cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
+    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=args.max_steps)
+    ids_of, rng = cache(partial(tokenizer.encode, add_special_tokens=False)), random.Random(args.seed)
     prompts = {problem: prompt_ids(tokenizer, task.row(*problem)["prompt"]) for problem in problems}
-    recent: deque[float] = deque(maxlen=32)  # excess of the last batches, nats per response
-    excess, progress = math.inf, tqdm(range(max_steps), desc="base policy", unit="step", disable=None)
+    wanted, recent = task.EXCESS if args.excess is None else args.excess, deque(maxlen=32)
+    progress = tqdm(range(1, args.max_steps + 1), desc="base policy", unit="step", disable=None)
     for step in progress:
-        rows, targets = [], []  # token ids of each sequence; (row, position, id, probability) of each likely next token
-        for problem in rng.choices(problems, k=task.BATCH):
-            row = list(prompts[problem])
-            for text, choices in [*task.trace(rng, *problem), (tokenizer.eos_token, {})]:
-                for token in ids_of(text):
-                    likely = [(ids_of(choice)[0], p) for choice, p in choices.items()] or [(token, 1.0)]
-                    targets += [(len(rows), len(row) - 1, *each) for each in likely]
-                    row.append(token)
-            rows.append(row)
-        input_ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)  # [B, T]
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row)
-        row, position, token, p = (torch.tensor(column) for column in zip(*targets, strict=True))
-        target = torch.zeros(*input_ids.shape, len(tokenizer))  # [B, T, V]
-        target[row, position, token] = p
+        chosen = rng.choices(problems, k=BATCH)
+        traces = [(prompts[each], [*task.trace(rng, *each), (tokenizer.eos_token, {})]) for each in chosen]
+        input_ids, target = batch(traces, ids_of, len(tokenizer))
         imitated = target.sum(-1) > 0  # [B, T]
         target = target[imitated]  # [N, V]
         hidden = model.model(input_ids=input_ids).last_hidden_state[imitated]  # [N, H]
@@ -126,16 +131,15 @@ def imitate(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        least = torch.special.entr(target).sum().item()
-        recent.append((loss.item() * len(target) - least) / len(rows))
+        recent.append((loss.item() * len(target) - torch.special.entr(target).sum().item()) / BATCH)
         excess = sum(recent) / len(recent)
         progress.set_postfix(excess=f"{excess:.2f}")
-        if progress.disable and (step + 1) % 100 == 0:  # no terminal: plain lines for the log
-            print(f"base policy: step {step + 1}, excess {excess:.2f} nats", flush=True)
-        if excess <= excess_wanted:
+        if progress.disable and step % 100 == 0:  # no terminal: plain lines for the log
+            print(f"base policy: step {step}, excess {excess:.2f} nats", flush=True)
+        if excess <= wanted:
             progress.close()
-            return step + 1
-    raise UserError(f"excess of {excess:.2f} nats after {max_steps} steps, above {excess_wanted}; allow more")
+            return step
+    raise UserError(f"excess of {excess:.2f} nats after {step} steps, above {wanted}; allow more with --max-steps")
 
 
 @torch.no_grad()
@@ -183,8 +187,7 @@ def main() -> None:
     training, held_out = task.splits(args.seed, args.held_out)
     tokenizer = make_tokenizer(task.WORDS)
     model = make_model(tokenizer)  # wide and flat learns these tasks faster than four layers of 128
-    excess = task.EXCESS if args.excess is None else args.excess
-    steps = imitate(model, tokenizer, task, training, random.Random(args.seed), excess, args.max_steps)
+    steps = imitate(model, tokenizer, task, training, args)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

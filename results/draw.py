@@ -1,132 +1,146 @@
-"""Figures of a sweep: entropy and accuracy of its settings, and their velocities.
+"""Figures of a sweep, and the table and figure of branches, whose values are {(seed, step): number}."""
 
-groups: {setting: its runs}, each run a row of the results, as results/sweep.py writes them.
-"""
+from pathlib import Path
 
-from results.settings import CE, SETTINGS
-from tools import branches, figures
-from tools.figures import plt
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
 
-COLORS = {  # those of ce_gppo go from blue to red as beta2 - beta1 falls
-    "grpo": "black",
-    "dapo": "#e69f00",
-    "gppo": "#2ca02c",
-    "cispo": "#7b3294",
-    "gspo": "#17becf",
-    "ce_gppo (0, 1)": "#1f4e9c",
-    "ce_gppo (0.5, 1)": "#5fa8e6",
-    "ce_gppo (0.75, 1)": "#e6398b",
-    "ce_gppo (1, 0.5)": "#b2182b",
-    "lp_only (1, 1)": "#ff7f0e",
-    "lp_only_half (0.75, 1)": "#8c564b",
-    "grpo, bonus 0.001": "#b8b800",
-    "grpo, bonus 0.003": "#7a5c00",
-    "grpo, bonus 0.01": "#b8b800",
-    "grpo, bonus 0.03": "#7a5c00",
-    "ce_gppo, target 0.11": "#00897b",
-    "ce_gppo, target 0.9": "#00897b",
-}
+from ce_gppo.entropy import QUADRANTS
+from results.series import difference, interval, markdown, read
+from results.settings import CE, SETTINGS, STRONG, WEAK
+
 ROWS = {  # of panels: title -> settings
-    "objectives": (
-        "grpo",
-        "dapo",
-        "gppo",
-        "cispo",
-        "gspo",
-        "ce_gppo (0.75, 1)",
-        "lp_only (1, 1)",
-        "lp_only_half (0.75, 1)",
-    ),
-    "betas of ce_gppo": ("grpo", *CE),
-    "entropy bonus and target": ("grpo", *(name for name in COLORS if "bonus" in name or "target" in name)),
-    "others": ("grpo", *(name for name in SETTINGS if name not in COLORS)),
+    "objectives": ("grpo", "dapo", "cispo", "gppo", "ce_gppo (0.75, 1)", "lp_only (1, 1)"),
+    "betas of ce_gppo": ("grpo", *CE, "ce_gppo (1, 0)"),
+    "entropy bonus and target": ("grpo", *WEAK, *STRONG, "ce_gppo, target 0.9"),
 }
-
 SUMMARY = ("grpo", "ce_gppo (0, 1)", "ce_gppo (0.5, 1)", "gppo", "lp_only (1, 1)")
+BASELINE, OWN = "grpo", "the run's own"
+# Settings of a run that all branches in one file have in common.
+SAME = ("model", "objective", "beta1", "beta2", "lr", "max_kept_prompts", "mini_batch_prompts", "responses_per_prompt")
+MEASURED = {  # columns of the table of branches
+    "on the rollout": "delta/rollout",
+    "on held-out tokens": "delta/held_out",
+    "to first order in the weights": "linear/rollout",
+    "velocity": "predicted/velocity/total",
+    "beyond first order": "beyond/rollout",
+    "log p of right": "logprob/right",
+    "of wrong": "logprob/wrong",
+    "KL": "kl/rollout",
+}
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
-def curves(groups: dict[str, list[dict]], source: str) -> plt.Figure:
-    """Entropy and accuracy: a row for the objectives, one for the betas, and one for bonuses and targets."""
+def curves(groups: dict[str, list[dict]]) -> plt.Figure:
+    """Entropy and accuracy: a row for the objectives, one for the betas, and one for bonuses and target."""
     rows = {title: [name for name in names if name in groups] for title, names in ROWS.items()}
-    rows = {title: names for title, names in rows.items() if set(names) - {"grpo"}} or {"objectives": list(groups)}
-    fig, axes = plt.subplots(
-        len(rows), 2, figsize=(11, 0.4 + 3 * len(rows)), sharey="col", squeeze=False, layout="constrained"
-    )
-    for (left, right), (title, names) in zip(axes, rows.items(), strict=True):
-        draw_panels(left, right, {name: groups[name] for name in names}, source)
-        left.set_title(f"entropy: {title}")
-        right.set_title(f"held-out accuracy: {title}")
-    return finish(fig, groups)
+    rows = {title: names for title, names in rows.items() if set(names) - {"grpo"}} or {"objectives": ["grpo"]}
+    size = {"figsize": (11, 0.4 + 3 * len(rows)), "squeeze": False, "layout": "constrained"}
+    fig, axes = plt.subplots(len(rows), 2, sharey="col", **size)
+    for pair, (title, names) in zip(axes, rows.items(), strict=True):
+        panels(*pair, {name: groups[name] for name in names}, f": {title}")
+    return fig
 
 
-def summary(groups: dict[str, list[dict]], source: str, rows: list[dict]) -> plt.Figure:
-    """Five settings: entropy, accuracy, and the change of entropy in one step of each.
-
-    rows: branches, as tools/branch.py writes them; without rows there is no third panel.
-    """
-    columns = 3 if rows else 2
-    fig, (left, right, *last) = plt.subplots(1, columns, figsize=(4.2 * columns + 1.5, 3.6), layout="constrained")
-    groups = {name: groups[name] for name in SUMMARY if name in groups}
-    draw_panels(left, right, groups, source)
-    left.set_title("entropy")
-    right.set_title("held-out accuracy")
-    for axis in last:
-        names = [name for name in branches.others(rows) if name in ("(0.5, 1)", "(1, 1)", "lp_only (1, 1)", "(0, 1)")]
-        branches.draw_measured(axis, rows, names)
-        axis.set_title(f"one step at lr {rows[0]['lr']:g}, less grpo's")
-        axis.legend(frameon=False)
-    return finish(fig, groups)
+def summary(groups: dict[str, list[dict]], rows: list[dict]) -> plt.Figure:
+    """Five settings: entropy, accuracy, and the change of entropy in one step of each. rows: branches."""
+    fig, (left, right, last) = plt.subplots(1, 3, figsize=(14.1, 3.6), layout="constrained")
+    panels(left, right, {name: groups[name] for name in SUMMARY if name in groups})
+    bars(last, rows, [name for name in others(rows) if name in SUMMARY], "delta/rollout")
+    last.set_title(f"entropy, one step at lr {rows[0]['lr']:g}")
+    last.invert_yaxis()
+    return fig
 
 
-def draw_panels(left, right, groups: dict[str, list[dict]], source: str) -> None:
-    """Entropy on the left, accuracy on the right, and beside it a legend for both."""
-    others = [name for name in SETTINGS if name not in COLORS]
-    for name, runs in groups.items():
-        color = COLORS.get(name) or f"C{others.index(name) % 10}"
-        rows = list(map(rows_of, runs))
-        figures.draw(left, rows, "entropy/mean", color=color)
-        figures.draw(right, rows, f"eval/{source}/avg_at_k", label=name, color=color)
-    left.set(xlabel="step", ylabel="nats per token")
-    right.set(xlabel="step", ylabel="avg@8")
-    left.set_ylim(bottom=0)
+def panels(left, right, groups: dict[str, list[dict]], title: str = "") -> None:
+    """Entropy and accuracy: the mean of a setting's seeds is thick, each seed thin. The legend is of both."""
+    for i, (name, runs) in enumerate(groups.items()):
+        color = "black" if name == "grpo" else plt.colormaps["turbo"](i / len(groups))  # of betas: from blue to red
+        for axis, metric in (left, "entropy/mean"), (right, f"eval/{runs[0]['source']}/avg_at_k"):
+            values = np.array([run["series"][metric] for run in runs])  # [seeds, steps]
+            steps = range(1, values.shape[1] + 1) if axis is left else runs[0]["eval_steps"]
+            axis.plot(steps, values.mean(0), color=color, linewidth=2, label=f"{name}, {len(runs)} seeds")
+            axis.plot(steps, values.T, color=color, linewidth=0.5, alpha=0.6)
+    left.set(title=f"entropy{title}", xlabel="step", ylabel="nats per token", ylim=(0, None))
+    right.set(title=f"held-out accuracy{title}", xlabel="step", ylabel="avg@8")
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # inside, it would hide a run that unlearns
 
 
-def velocities(groups: dict[str, list[dict]]) -> plt.Figure:
-    """The parts of the quadrants in the entropy velocity, a panel for each setting."""
-    columns = min(3, len(groups))
-    rows = -(-len(groups) // columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(3 * columns, 2.4 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+# ----------------------------------------------------------------------------------------------------------------------
+# Branches
+
+
+def read_branches(path: Path) -> list[dict]:
+    """The rows that results/branch.py wrote. If a branch was made twice, the later one counts."""
+    rows = read(path, ("seed", "step", "setting", "delta/rollout", "linear/rollout", *SAME))
+    rows = [row | {"beyond/rollout": row["delta/rollout"] - row["linear/rollout"]} for row in rows]
+    return list({(row["seed"], row["step"], row["setting"]): row for row in rows}.values())
+
+
+def values_of(rows: list[dict], setting: str, name: str) -> dict:
+    return {(row["seed"], row["step"]): row[name] for row in rows if row["setting"] == setting and name in row}
+
+
+def paired(rows: list[dict], setting: str, name: str) -> dict:
+    """A metric of a setting minus the baseline's in the same branch, for the branches that have both."""
+    own = values_of(rows, setting, name)
+    return own if setting == BASELINE else difference(own, values_of(rows, BASELINE, name))
+
+
+def others(rows: list[dict]) -> list[str]:
+    """The settings that are compared with the baseline."""
+    there = {row["setting"] for row in rows} - {BASELINE}
+    return [name for name in (*SETTINGS, OWN) if name in there]
+
+
+def text(values: dict, unit: float = 1e-4) -> str:
+    mean, half = interval(value / unit for value in values.values())
+    return f"{mean:+.2f}" * bool(values) + f" ± {half:.2f}" * bool(np.isfinite(half))
+
+
+def rank(a: dict, b: dict) -> str:
+    """Spearman's rank correlation over branches; none of fewer than four, or of equal values."""
+    a, b = list(a.values()), [b[key] for key in a]
+    return f"{stats.spearmanr(a, b).statistic:+.2f}" if len(a) > 3 and np.ptp(a) and np.ptp(b) else "none"
+
+
+def table_of_branches(rows: list[dict]) -> str:
+    """Markdown: differences to the baseline, and how well the predictions rank the measured changes."""
+    lines, columns = [], MEASURED | {name: f"delta/{name}" for name in QUADRANTS}
+    for name in (BASELINE, *others(rows)):
+        cells = [text(paired(rows, name, key)) for key in columns.values()]
+        clipped = [interval(values_of(rows, name, f"predicted/clip/{side}").values())[0] for side in ("low", "high")]
+        ranked = rank(*(paired(rows, name, key) for key in ("beyond/rollout", "kl/rollout")))
+        label = f"{name} (itself)" if name == BASELINE else name
+        lines.append([label, *cells, ranked, ", ".join(f"{100 * share:.2f}" for share in clipped)])
+    keys = ("delta/rollout", "predicted/velocity/total", "linear/rollout")
+    measured, velocity, linear = (values_of(rows, BASELINE, key) for key in keys)
+    return (
+        f"{len(measured)} branches ({', '.join(f'{name} {rows[0][name]}' for name in SAME)}). Changes over a step, in "
+        f"1e-4 nats per token, less {BASELINE}'s from the same state and rollout: of entropy, left of log p, and of "
+        "the entropy of each quadrant, right of KL. The velocity is a rate. 95 % intervals over branches.\n\n"
+        f"{markdown(['setting', *columns, 'rank correlation of KL and beyond', 'clipped below, above, %'], lines)}\n\n"
+        f"Rank correlation with the measured change under {BASELINE}: of the velocity, over the tokens of a rollout "
+        f"{text(values_of(rows, BASELINE, 'rank/tokens'), 1.0)} and over the branches {rank(velocity, measured)}; of "
+        f"the first order, over the branches {rank(linear, measured)}.\n"
     )
-    for axis, (name, runs) in zip(axes.flat, groups.items(), strict=False):
-        figures.draw_velocity(axis, list(map(rows_of, runs)))
-        axis.set_title(name)
-    for axis in axes.flat[len(groups) :]:
-        axis.remove()
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=5)
-    fig.supxlabel("step")
-    fig.supylabel("entropy velocity, nats per token, mean of the seeds")
-    return finish(fig)
 
 
-def rows_of(run: dict) -> list[dict]:
-    """A run's series as rows of a metrics.jsonl, which tools/figures.py draws."""
-    rows = {0: {"step": 0}}
-    for name, values in run["series"].items():
-        steps = run["eval_steps"] if name.startswith("eval/") else range(1, len(values) + 1)
-        for step, value in zip(steps, values, strict=True):
-            if value is not None:
-                rows.setdefault(step, {"step": step})[name] = value
-    return [rows[step] for step in sorted(rows)]
-
-
-def finish(fig: plt.Figure, groups: dict[str, list[dict]] | None = None) -> plt.Figure:
-    """Remove frames; with groups, also write the number of seeds above the panels."""
-    for axis in fig.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    if groups:
-        least, most = min(map(len, groups.values())), max(map(len, groups.values()))
-        seeds = f"{most}" if least == most else f"{least} to {most}"
-        fig.suptitle(f"thick lines: mean of {seeds} seeds; thin lines: each seed" if most > 1 else "one seed")
+def figure_of_branches(rows: list[dict]) -> plt.Figure:
+    """Differences to the baseline: measured, to first order, and in the velocity."""
+    fig, axes = plt.subplots(1, 4, figsize=(14, 1 + 0.3 * len(others(rows))), sharey=True, layout="constrained")
+    for axis, (title, name) in zip(axes, MEASURED.items(), strict=False):  # the first four
+        bars(axis, rows, others(rows), name)
+        axis.set_title(title)
+    axes[0].invert_yaxis()
     return fig
+
+
+def bars(axis, rows: list[dict], settings: list[str], name: str) -> None:
+    """The mean difference to the baseline of each setting, with its interval."""
+    means, halves = 1e4 * np.array([interval(paired(rows, setting, name).values()) for setting in settings]).T
+    halves[np.isinf(halves)] = np.nan  # of a single branch
+    axis.barh(settings, means, 0.6, xerr=halves, color="#5fa8e6", error_kw={"linewidth": 1})
+    axis.axvline(0, color="gray", linewidth=0.5)
+    axis.set_xlabel("less grpo's, 1e-4 per token")

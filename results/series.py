@@ -1,101 +1,98 @@
-"""The runs of a sweep as numbers: one for each seed of a setting, and their 95 % intervals over seeds."""
+"""The rows of results as numbers: measures of a run by setting and seed, 95 % intervals, tables."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student
+from scipy import stats
 
+from ce_gppo.messages import UserError
 from results.settings import SETTINGS
 
 LAST = 10  # steps; "the end" of a run is their mean
+RUN = ("setting", "seed", "arguments")  # names in the row of a run
 EARLY = 15  # first steps, for claim 3
 
 
-class Runs:
-    """The runs of a sweep by setting and seed. Each method that takes a setting returns {seed: number}."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = {(row["setting"], row["seed"]): row for row in rows}
-        self.settings = [name for name in SETTINGS if any(name == other for other, _ in self.rows)]
-        self.source = rows[0].get("source", "arithmetic")  # the first sweep did not write it
-
-    def of(self, setting: str, function) -> dict[int, float]:
-        return {seed: function(row["series"]) for (name, seed), row in self.rows.items() if name == setting}
-
-    def entropy_end(self, setting: str) -> dict[int, float]:
-        return self.of(setting, lambda s: np.mean(s["entropy/mean"][-LAST:]))
-
-    def entropy_kept(self, setting: str) -> dict[int, float]:
-        return self.of(setting, lambda s: np.mean(s["entropy/mean"][-LAST:]) / s["entropy/mean"][0])
-
-    def entropy_whole(self, setting: str) -> dict[int, float]:
-        return self.of(setting, lambda s: np.mean(s["entropy/mean"]))
-
-    def entropy_early(self, setting: str) -> dict[int, float]:
-        return self.of(setting, lambda s: np.mean(s["entropy/mean"][:EARLY]))
-
-    def entropy_spread(self, setting: str) -> dict[int, float]:
-        """Standard deviation around a cubic fitted to the run: a steady fall does not count as variation."""
-        return self.of(setting, lambda s: np.std(residual(s["entropy/mean"])))
-
-    def entropy_extremes(self, setting: str) -> tuple[float, float]:
-        """(lowest, highest) entropy of a step over that of the first step, of all runs."""
-        shares = [np.array(s) / s[0] for s in self.of(setting, lambda s: s["entropy/mean"]).values()]
-        return min(map(np.min, shares)), max(map(np.max, shares))
-
-    def evaluations(self, setting: str, metric: str = "avg_at_k") -> dict[int, list[float]]:
-        """{seed: the metric at each evaluation}, without runs that were made before it was kept."""
-        found = self.of(setting, lambda s: s.get(f"eval/{self.source}/{metric}"))
-        return {seed: values for seed, values in found.items() if values}
-
-    def at_end(self, setting: str, metric: str = "avg_at_k") -> dict[int, float]:
-        return {seed: values[-1] for seed, values in self.evaluations(setting, metric).items()}
-
-    def pass_kept(self, setting: str) -> dict[int, float]:
-        return {seed: values[-1] / values[0] for seed, values in self.evaluations(setting, "pass_at_k").items()}
-
-    def unlearned(self, setting: str) -> dict[int, float]:
-        """How far the last accuracy is below the best."""
-        return {seed: max(values) - values[-1] for seed, values in self.evaluations(setting).items()}
-
-    def average(self, setting: str, name: str) -> dict[int, float]:
-        return self.of(setting, lambda s: mean_of(s[name]))
-
-    def base_entropy(self) -> float:
-        """In nats: that of the first step, over all runs."""
-        return np.mean([row["series"]["entropy/mean"][0] for row in self.rows.values()])
-
-
-def residual(values: list[float]) -> np.ndarray:
-    steps = np.arange(len(values))
-    return np.array(values) - np.polyval(np.polyfit(steps, values, 3), steps)
-
-
-def mean_of(values: list[float | None]) -> float:
+def mean(values: Iterable[float | None]) -> float:
+    """Of the steps that have a value."""
     there = [value for value in values if value is not None]
-    return float(np.mean(there)) if there else float("nan")
+    return float(np.mean(there)) if there else np.nan
 
 
-def cut(series: dict[str, list]) -> float:
-    """The share of responses that were cut at the limit, at the end."""
-    return np.mean(series["response/truncated"][-LAST:])
+def spread(entropy: list[float]) -> float:
+    """Standard deviation around a cubic fitted to the run: a steady fall does not count as variation."""
+    steps = np.arange(len(entropy))
+    return np.std(entropy - np.polyval(np.polyfit(steps, entropy, 3), steps))
 
 
-def interval(values: dict[int, float]) -> tuple[float, float, float]:
-    """(mean, lower, upper) of a 95 % t interval over seeds. One seed gives infinite bounds."""
-    x = np.array([value for value in values.values() if np.isfinite(value)])
+MEASURES = {  # name -> number of a run, by its series. Other names: mean of the metric over all steps
+    "entropy": lambda s: mean(s["entropy/mean"][-LAST:]),
+    "half of the entropy lost": lambda s: 0.5 - mean(s["entropy/mean"][-LAST:]) / s["entropy/mean"][0],
+    "first entropy": lambda s: s["entropy/mean"][0],
+    "early entropy": lambda s: mean(s["entropy/mean"][:EARLY]),
+    "spread of entropy": lambda s: spread(s["entropy/mean"]),
+    "lowest": lambda s: min(s["entropy/mean"]) / s["entropy/mean"][0],
+    "highest": lambda s: max(s["entropy/mean"]) / s["entropy/mean"][0],
+    "accuracy": lambda s: s["eval/avg_at_k"][-1],
+    "unlearned": lambda s: max(s["eval/avg_at_k"]) - s["eval/avg_at_k"][-1],
+    "pass@8": lambda s: s["eval/pass_at_k"][-1],
+    "pass@8 kept": lambda s: s["eval/pass_at_k"][-1] / s["eval/pass_at_k"][0],
+    "distinct@8": lambda s: mean(s.get("eval/distinct_at_k", [])[-1:]),  # only walk and countdown have it
+    "0.5 less the probability below": lambda s: 0.5 - mean(s.get("clip/prob_low", [])),
+    "0.5 less the probability above": lambda s: 0.5 - mean(s.get("clip/prob_high", [])),
+    "cut": lambda s: mean(s["response/truncated"][-LAST:]),
+}
+
+
+def by_setting(rows: list[dict]) -> dict[str, list[dict]]:
+    groups = {name: [row for row in rows if row["setting"] == name] for name in SETTINGS}
+    return {name: group for name, group in groups.items() if group}
+
+
+def measured(group: list[dict], measure: str) -> dict[int, float]:
+    """{seed: number} of the runs of a setting."""
+    function = MEASURES.get(measure, lambda s: mean(s.get(measure, [])))
+    return {
+        row["seed"]: function({name.replace(f"/{row['source']}/", "/"): v for name, v in row["series"].items()})
+        for row in group
+    }
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """(mean, half the width of its 95 % interval), Student's. NaN of no values; the width of one is infinite."""
+    x = np.array([value for value in values if np.isfinite(value)])
     if len(x) < 2:
-        return (float(x.mean()) if len(x) else float("nan")), -np.inf, np.inf
-    half = student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-    return x.mean(), x.mean() - half, x.mean() + half
+        return (x[0] if len(x) else np.nan), np.inf
+    return x.mean(), stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
 
 
-def difference(a: dict[int, float], b: dict[int, float]) -> dict[int, float]:
-    return {seed: a[seed] - b[seed] for seed in a if seed in b}
+def difference(a: dict, b: dict) -> dict:
+    """By seed or branch, of those that both have."""
+    return {key: a[key] - b[key] for key in a if key in b}
 
 
-def text(values: dict[int, float], digits: int = 3, sign: bool = False) -> str:
-    if not values:
-        return ""
-    mean, low, high = interval(values)
-    plus = "+" if sign else ""
-    bounds = f" [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]" if np.isfinite(low) else ""
-    return f"{mean:{plus}.{digits}f}{bounds}"
+def text(values: dict[int, float], digits: int = 3, sign: str = "") -> str:
+    """Mean and bounds, "" without values. sign: "+" for differences."""
+    middle, half = interval(values.values())
+    bounds = f" [{middle - half:{sign}.{digits}f}, {middle + half:{sign}.{digits}f}]" if np.isfinite(half) else ""
+    return f"{middle:{sign}.{digits}f}{bounds}" if np.isfinite(middle) else ""
+
+
+def markdown(head: list[str], rows: Iterable[Iterable]) -> str:
+    """A table."""
+    first, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows))
+    return "\n".join([first, "|---" * len(head) + "|", *lines])
+
+
+def read(path: Path, names: Iterable[str]) -> list[dict]:
+    """The rows of a file of results, none if there is no file. UserError for a line that is no row with these names."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+            _ = [rows[-1][name] for name in names]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}:{number}: not a row with {', '.join(names)}; remove this line") from None
+    return rows

@@ -1,18 +1,18 @@
-"""The sweeps behind docs/evidence*.md: settings of the objective from the same base policy, several seeds each.
+"""The sweeps behind docs/evidence.md: settings of the objective from the same base policy, several seeds each.
 
     .venv/bin/python -m results.sweep                    55 runs on the task `walk`: 1:40 to three hours on two cores
     .venv/bin/python -m results.sweep --quick            11 runs of 5 steps: a few minutes
     .venv/bin/python -m results.sweep --sweep walk-32    another of results/settings.py
 
-Run it from the repository root. Every core (or GPU) has one run at a time. Each run adds a line to the results when it
-ends. The same command again continues the sweep: it starts the missing runs, and resumes interrupted ones. If the
-sweep is stopped or killed in any way, its runs save and end. Two sweeps cannot write to the same results.
-results/claims.py makes figures and tables of the results.
+Every core (or GPU) has one run at a time. Each run adds a line to the results when it ends. The same command again
+continues the sweep: it starts the missing runs, and resumes interrupted ones. If the sweep is stopped or killed in any
+way, its runs save and end. Two sweeps cannot write to the same results. results/claims.py makes figures and tables.
 """
 
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,21 +24,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ce_gppo import types as t
-from ce_gppo.config import command, open_to_append
+from ce_gppo import config as t
+from ce_gppo.config import read_record
 from ce_gppo.messages import RunEnded, UserError
-from ce_gppo.metrics import ALL
-from ce_gppo.runs import lock_file
+from ce_gppo.run import lock_file, open_to_append, rows_of
+from results.series import RUN, read
 from results.settings import SETTINGS, SWEEPS, Sweep
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parent
+REPOSITORY = Path(__file__).parents[1]
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
-
-
-def series_of(source: str) -> list[str]:
-    """The metrics of metrics.jsonl that are kept, as lists by step with five significant digits: 20 kB per run."""
-    return [name.replace("<source>", source) for metric in ALL if metric.swept for name in metric.each()]
+KEPT = re.compile(  # metrics that are kept of a run, as lists by step with five significant digits: 20 kB per run
+    "(clip|kl|ratio|response|velocity)/.+|eval/.+_at_k|entropy/(mean|p10|p90)|optim/beta[12]|reward/mean"
+)
 
 
 @dataclass
@@ -49,28 +46,24 @@ class Config:
     seeds: t.Count | None = None  # runs of each setting; None: the sweep's, quick: 1
     first_seed: t.Seed = 0  # the seeds of the runs start here
     steps: t.Count | None = None  # of each run; None: the sweep's, quick: 5
-    settings: tuple[str, ...] = ()  # settings to run; empty: the sweep's
+    settings: tuple[t.one_of(SETTINGS), ...] = ()  # settings to run; empty: the sweep's
     out: Path = REPOSITORY / "out" / "reproduce"  # folder of the runs themselves
     lanes: t.Count | None = None  # runs at a time; None: one per GPU, or one per core and 5 GiB of memory
 
 
 def main(config: Config) -> None:
-    if unknown := [name for name in config.settings if name not in SETTINGS]:
-        raise UserError(f"setting '{unknown[0]}' is unknown; known: {', '.join(SETTINGS)}")
     sweep = SWEEPS[config.sweep]
-    results = Path(config.results or HERE / ("quick.jsonl" if config.quick else f"reproduction-{config.sweep}.jsonl"))
-    seeds, steps = (
-        config.seeds or (1 if config.quick else sweep.seeds),
-        config.steps or (5 if config.quick else sweep.steps),
-    )
+    name = "quick" if config.quick else f"reproduction-{config.sweep}"
+    results = Path(config.results or REPOSITORY / "results" / f"{name}.jsonl")
+    seeds = config.seeds or (1 if config.quick else sweep.seeds)
+    steps = config.steps or (5 if config.quick else sweep.steps)
     names = dict.fromkeys(config.settings or sweep.settings)  # each once
     wanted = [(name, config.first_seed + seed) for seed in range(seeds) for name in names]  # whole seeds first
     own = open_to_append(results, "--results")
     if not lock_file(own):
         raise UserError(f"{results}: another sweep, or a run of one that was killed, is at work; wait until it ends")
-    done = {(row["setting"], row["seed"]): row["arguments"] for row in read(results)}
-    other = [job for job in wanted if done.get(job, arguments(sweep, *job, steps)) != arguments(sweep, *job, steps)]
-    if other:
+    done = {(row["setting"], row["seed"]): row["arguments"] for row in read(results, RUN)}
+    if other := [job for job in wanted if done.get(job, given := arguments(sweep, *job, steps)) != given]:
         raise UserError(f"{results} has {other[0][0]} with other arguments; name another file with --results")
     waiting = [job for job in wanted if job not in done]
     lanes = lanes_of_this_machine()[: config.lanes]
@@ -90,15 +83,12 @@ def main(config: Config) -> None:
                 bar.update()
                 if run.process.returncode == 0:
                     row = run.row()
-                    append(results, row)
-                    bar.write(describe(row))
+                    with results.open("a") as file:
+                        file.write(json.dumps(row, separators=(",", ":")) + "\n")
+                    bar.write(f"{run.setting} seed {run.seed}: {row['minutes']} minutes")
                 else:
                     failed.append(run)
                     bar.write(f"{run.setting} seed {run.seed} FAILED: see {run.log}", file=sys.stderr)
-    except KeyboardInterrupt:
-        for run in running.values():  # they got Ctrl-C, too, and save a checkpoint
-            run.process.wait()
-        sys.exit("\nstopped; start again to continue")
     finally:
         bar.close()
         for run in running.values():
@@ -114,51 +104,49 @@ class Run:
     """One run of train.py, on one lane: a core or a GPU. It holds the file `own`, and so its lock, until it ends."""
 
     def __init__(self, sweep: Sweep, setting: str, seed: int, steps: int, out: Path, lane: tuple[str, int], own: int):
-        self.sweep, self.setting, self.seed = sweep, setting, seed
+        self.source, self.setting, self.seed = sweep.source, setting, seed
         self.arguments = arguments(sweep, setting, seed, steps)
         name = "".join(c if c.isalnum() or c in "._" else "-" for c in f"{setting}-{steps}-{seed}").replace("--", "-")
-        self.folder = out / name
-        self.log = out / f"{name}.log"
+        self.folder, self.log = out / name, out / f"{name}.log"
         out.mkdir(parents=True, exist_ok=True)
         kind, index = lane
-        environment = {"WANDB_MODE": "disabled"} | os.environ
-        if kind == "gpu":
-            environment["CUDA_VISIBLE_DEVICES"] = str(index)
-        else:
-            environment["OMP_NUM_THREADS"] = "1"  # more threads than cores would slow each other down many times
-        place = ["--out", str(out.resolve()), "--run-name", name]
-        training = [sys.executable, "train.py", *self.arguments.split(), *place]
+        # More threads than cores would slow each other down many times.
+        own_part = {"CUDA_VISIBLE_DEVICES": str(index)} if kind == "gpu" else {"OMP_NUM_THREADS": "1"}
+        training = ["train.py", *self.arguments.split(), "--out", str(out.resolve()), "--run-name", name]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                ["true"] if self.finished(steps) else training,
+                ["true"] if self.finished(steps) else [sys.executable, *training],
                 cwd=REPOSITORY,
-                env=environment,
+                env={"WANDB_MODE": "disabled"} | os.environ | own_part,
                 stdout=log,
                 stderr=log,
                 pass_fds=[own],
+                start_new_session=True,  # Ctrl-C is for the sweep, which tells its runs by SIGTERM
                 preexec_fn=partial(attach, lane),
             )
 
     def finished(self, steps: int) -> bool:
         """Whether the run is done: the sweep was killed before it wrote the row. Not if it has other arguments."""
-        if not (self.folder / f"checkpoint-{steps:06d}").exists():
+        if not any(row["step"] == steps and f"eval/{self.source}/avg_at_k" in row for row in rows_of(self.folder)):
             return False
         given = self.arguments.split()
-        return json.loads((self.folder / "config.json").read_text())["command"][1 : len(given) + 1] == given
+        return read_record(self.folder / "config.json")["command"][1 : len(given) + 1] == given
 
     def row(self) -> dict:
-        metrics = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        kept = series_of(self.sweep.source)
-        series = {name: [shorten(row.get(name)) for row in metrics if row["step"]] for name in kept}
-        evaluations = [row for row in metrics if f"eval/{self.sweep.source}/avg_at_k" in row]
-        series |= {name: [shorten(row[name]) for row in evaluations] for name in kept if name.startswith("eval/")}
+        metrics = rows_of(self.folder)
+        steps = [row for row in metrics if row["step"]]
+        evaluations = [row for row in metrics if f"eval/{self.source}/avg_at_k" in row]
+        series = {}
+        for name in sorted(name for name in set().union(*metrics) if KEPT.fullmatch(name)):
+            values = [row.get(name) for row in (evaluations if name.startswith("eval/") else steps)]
+            series[name] = [None if value is None else float(f"{value:.5g}") for value in values]
         return {
             "setting": self.setting,
             "seed": self.seed,
-            "source": self.sweep.source,
+            "source": self.source,
             "arguments": self.arguments,
-            "commit": json.loads((self.folder / "config.json").read_text())["git_commit"],
-            "minutes": round(sum(map(seconds, metrics)) / 60, 2),
+            "commit": read_record(self.folder / "config.json")["git_commit"],
+            "minutes": round(sum(row.get(name, 0.0) for row in metrics for name in ("time/step", "time/eval")) / 60, 2),
             "eval_steps": [row["step"] for row in evaluations],
             "series": series,
         }
@@ -170,11 +158,6 @@ def attach(lane: tuple[str, int]) -> None:
     kind, index = lane
     if kind == "core":
         os.sched_setaffinity(0, {index})
-
-
-def seconds(row: dict) -> float:
-    """Seconds of the step, the evaluation, or both, that a row of metrics.jsonl is about."""
-    return row.get("time/step", 0.0) + row.get("time/eval", 0.0)
 
 
 def arguments(sweep: Sweep, setting: str, seed: int, steps: int) -> str:
@@ -190,34 +173,5 @@ def lanes_of_this_machine() -> list[tuple[str, int]]:
     return [("core", i) for i in sorted(os.sched_getaffinity(0))[: max(1, int(gib / 5))]]
 
 
-def read(path: Path) -> list[dict]:
-    """The runs in a file of results; none if there is no file. UserError for a line that is not a run."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            rows.append(json.loads(line))
-            rows[-1]["setting"], rows[-1]["seed"], rows[-1]["arguments"]
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}:{number}: not a run as sweep.py writes it; remove this line") from None
-    return rows
-
-
-def append(path: Path, row: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row, separators=(",", ":")) + "\n")
-
-
-def describe(row: dict) -> str:
-    entropy, accuracy = row["series"]["entropy/mean"], row["series"][f"eval/{row['source']}/avg_at_k"]
-    return (
-        f"{row['setting']} seed {row['seed']}: entropy {entropy[0]:.3f} -> {entropy[-1]:.3f}, "
-        f"accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}, {row['minutes']:.1f} min"
-    )
-
-
-def shorten(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
-
-
 if __name__ == "__main__":
-    command(main, Config, __doc__)
+    t.command(main, Config, __doc__)

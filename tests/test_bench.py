@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
-from bench import attribution, gpu, scaling, update
-from ce_gppo import config, entropy, forward, parallel
+from bench import gpu, scaling, update
+from ce_gppo import config, parallel
 from ce_gppo.messages import RunEnded, UserError
 from helpers import Forked
 
@@ -59,7 +59,6 @@ def outputs(tmp_path_factory):
     commands = {
         "update": ["--without-trl", "--rounds", "1", "--threads", "1", *TINY],
         "rollout": ["--prompts", "2", "--max-tokens", "8", "--rounds", "1", "--metrics", str(metrics), "--shapes"],
-        "reward": ["--plain", "16", "--latex", "4", "--rounds", "1", "--hostile", "2"],
         "gpu": [
             "--part",
             "update",
@@ -74,7 +73,6 @@ def outputs(tmp_path_factory):
             "--tokens",
             "128",
         ],
-        "attribution": ["--prompts", "8", "--repeats", "1"],
         "scaling": [],
     }
     processes = {}
@@ -117,14 +115,6 @@ def test_rollout(result):
     expected = {"rollout": 0.5, "update": 0.4, "reward": 0.01, "old_logprobs": 0.02, "sync": 0.03, "rest": 0.04}
     assert {part: result[f"share/{part}"] for part in expected} == pytest.approx(expected)
     assert result["share/outside"] == pytest.approx(0.08)
-
-
-@pytest.mark.parametrize("result", ["reward"], indirect=True)
-def test_reward(result):
-    for kind in ("plain", "latex"):
-        assert result[f"{kind}/ours_right"] == 1.0 and result[f"{kind}/ours_over_bare"] > 0
-    assert {"hostile/delay_s", "hostile/delay_of_next_s", "hostile/delay_all_s"} <= result.keys()
-    assert len(result["hostile/each_s"]) == 2
 
 
 @pytest.mark.parametrize("result", ["gpu"], indirect=True)
@@ -238,31 +228,6 @@ def test_gpu_shows_the_output_of_a_failed_run(monkeypatch, tmp_path):
     (tmp_path / "train.py").write_text("import sys; print(sys.argv[1], file=sys.stderr); exit(3)")
     with pytest.raises(RuntimeError, match=r"^train.py --lr 1 ended with 3: --lr$"):
         gpu.run_train(1.0, "--lr", "1")
-
-
-@pytest.mark.parametrize("result", ["attribution"], indirect=True)
-def test_attribution(result):
-    assert 0 < result["ratio_min"] <= result["ratio"] <= result["ratio_max"]
-    assert result["everything"] > 0 and result["entropy only"] > 0
-    assert result["old_logprobs_over_update"] < 0.1, "there is one mini-batch, which needs no such pass"
-
-
-def test_without_the_accounting_logprobs_and_entropy_are_the_same(monkeypatch):
-    """The functions that replace the accounting must leave logprobs, entropy and gradients as they are."""
-    hidden, weight = torch.randn(40, 8).requires_grad_(), torch.randn(1000, 8).requires_grad_()
-    targets = torch.randint(1000, (40,))
-    found = {}
-    for everything in (True, False):
-        monkeypatch.setattr(entropy, "_fold", entropy._fold)  # restored at the end, as is the next one
-        monkeypatch.setattr(forward, "token_sums", forward.token_sums)
-        attribution.set_accounting(everything)
-        logprobs, H, S = entropy.token_statistics(hidden, weight, targets, width=256)
-        found[everything] = logprobs, H, *torch.autograd.grad((logprobs + H).sum(), (hidden, weight)), S
-    *with_all, S = found[True]
-    *without, no_S = found[False]
-    for a, b in zip(with_all, without, strict=True):
-        assert torch.equal(a, b)
-    assert S.abs().max() > 0 and not no_S.any()
 
 
 def test_the_host_s_memory_with_offload():

@@ -2,24 +2,28 @@
 
 import ast
 import contextlib
+import inspect
 import itertools
 import json
+import math
 import operator
 import random
 import re
+import subprocess
+import sys
 import time
+from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
 import torch
 
 import reward
-from ce_gppo import metrics, runs, statistics
 from ce_gppo.messages import UserError
-from ce_gppo.types import Problem, Response
-from ce_gppo.verifier import countdown, custom, sources, workers
+from ce_gppo.problems import Problem
+from ce_gppo.verifier import outside, puzzles, workers
 from ce_gppo.verifier.answers import Undecided
-from helpers import resolved, score
+from helpers import ROOT, score
 from reward import VERIFIERS, extract_answer
 
 
@@ -68,13 +72,13 @@ def test_countdown_computes_what_python_does():
     values = set()
     for _ in range(3_000):
         text = expression(rng, [rng.randint(0, 99) for _ in range(rng.randint(1, 6))])
-        assert countdown.evaluate(text) == by_python(text), text
-        values.add(countdown.evaluate(text) and countdown.evaluate(text)[0])
+        assert puzzles.evaluate(text) == by_python(text), text
+        values.add(puzzles.evaluate(text) and puzzles.evaluate(text)[0])
     assert len(values) > 1_000 and None in values  # some divide by 0
     for length in range(1, 6):  # every short string; most are no expressions
         for text in map("".join, itertools.product("12+-*/() ", repeat=length)):
             if "//" not in text and "**" not in text and not re.search(r"(^|[-+*/( ])\+", text.replace(" ", "")):
-                assert countdown.evaluate(text) == by_python(text), text
+                assert puzzles.evaluate(text) == by_python(text), text
 
 
 def test_countdown_by_brute_force():
@@ -87,14 +91,14 @@ def test_countdown_by_brute_force():
         for order in itertools.permutations(numbers):
             text = expression(rng, list(order))
             right = by_python(text) is not None and by_python(text)[0] == target
-            assert countdown.score(f"so <answer>{text}</answer>", answer)["correctness"] == right
+            assert puzzles.countdown(f"so <answer>{text}</answer>", answer)["correctness"] == right
             exact = by_python(text)
             if exact and exact[0].denominator == 1:
                 hit = json.dumps({"numbers": numbers, "target": int(exact[0])})
-                assert countdown.score(f"<answer> {text} </answer>", hit)["correctness"] == 1
+                assert puzzles.countdown(f"<answer> {text} </answer>", hit)["correctness"] == 1
                 for other in (numbers[:2], [*numbers, 1], [*numbers[:2], numbers[2] + 1]):
                     task = json.dumps({"numbers": other, "target": int(exact[0])})
-                    assert countdown.score(f"<answer>{text}</answer>", task)["correctness"] == 0
+                    assert puzzles.countdown(f"<answer>{text}</answer>", task)["correctness"] == 0
 
 
 TASK = json.dumps({"numbers": [1, 2, 3, 4], "target": 10})
@@ -149,9 +153,9 @@ TASK = json.dumps({"numbers": [1, 2, 3, 4], "target": 10})
 )
 def test_countdown_hostile_and_odd(text, correctness, read):
     start = time.process_time()
-    parts = countdown.score(f"<think>hm</think>\n<answer>{text}</answer>", TASK)
+    components = puzzles.countdown(f"<think>hm</think>\n<answer>{text}</answer>", TASK)
     assert time.process_time() - start < 1
-    assert parts == {"correctness": correctness, "format": 0.1 * read}
+    assert components == {"correctness": correctness, "format": 0.1 * read}
 
 
 def test_countdown_format():
@@ -168,7 +172,7 @@ def test_countdown_format():
         "": (0, 0),
     }
     for response, (correctness, form) in says.items():
-        assert countdown.score(response, TASK) == {"correctness": correctness, "format": form}, response
+        assert puzzles.countdown(response, TASK) == {"correctness": correctness, "format": form}, response
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,7 +268,7 @@ def test_every_verifier_scores_any_text():
         answer = {"countdown": TASK, "choice": "C", "walk": "4 to 8"}.get(verifier, "4")
         for text in texts:
             with contextlib.suppress(Undecided):
-                assert custom.as_parts(verify(text, answer), verifier)["correctness"] in (0, 1)
+                assert outside.as_components(verify(text, answer), verifier)["correctness"] in (0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,7 +277,7 @@ def test_every_verifier_scores_any_text():
 
 def chosen(rewards: str, *names: str) -> dict[str, str]:
     problems = [problem(name, TASK if name == "countdown" else "4") for name in names]
-    _, (problems,) = sources.assign(rewards, VERIFIERS, problems)
+    _, (problems,) = reward.assign(rewards, problems)
     return {p.source: p.verifier for p in problems}
 
 
@@ -285,7 +289,7 @@ def test_a_source_chooses_its_verifier():
 
 
 def test_verifiers_are_assigned_over_both_sets_and_listed():
-    said, (train, held_out) = sources.assign("a=exact,b=math", VERIFIERS, [problem("a")], [problem("b"), problem("a")])
+    said, (train, held_out) = reward.assign("a=exact,b=math", [problem("a")], [problem("b"), problem("a")])
     assert [p.verifier for p in train + held_out] == ["exact", "math", "exact"]
     assert said == "a by exact, b by math"
 
@@ -315,7 +319,6 @@ def mine(tmp_path):
         ("=math", "'=math', where source=verifier is needed"),
         ("mine=math,mine=exact", "two verifiers for source 'mine'"),
         ("math,exact", "two verifiers for every source"),
-        ("mine=gym", "verifier 'gym' of source mine is unknown"),
         ("mine=nowhere.py:score", "there is no file .*nowhere.py"),
         ("mine=countdown", "countdown: answer '4', where {\"numbers\""),
         ("mine=choice", "choice: answer '4', where one capital letter is needed"),
@@ -330,7 +333,7 @@ def test_mistakes_in_the_setting(rewards, message):
 @pytest.mark.parametrize("answer", ["4", "", "[1]", '{"numbers": [1]}', '{"numbers": [1.5], "target": 1}', "9" * 5000])
 def test_answers_that_are_no_countdown_task(answer):
     with pytest.raises(UserError, match="countdown: answer .* is needed"):
-        countdown.score("", answer)
+        puzzles.countdown("", answer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -351,7 +354,7 @@ def score(response, answer):
 """
 
 
-def test_a_users_function_gives_parts_and_cannot_stop_the_run(mine, tmp_path, capsys):
+def test_a_users_function_gives_components_and_cannot_stop_the_run(mine, tmp_path, capsys):
     (tmp_path / "neighbour.py").write_text("RIGHT = 1.0\n")
     (tmp_path / "json.py").write_text("a file that hides no library")
     verifier = mine(OWN)
@@ -390,17 +393,17 @@ def test_a_users_function_gives_parts_and_cannot_stop_the_run(mine, tmp_path, ca
     ],
 )
 def test_a_broken_function_is_a_sentence(mine, code, message):
-    """By custom.call, which the worker calls. The next test has the way from the worker."""
-    custom.load.cache_clear()
+    """By outside.call, which the worker calls. The next test has the way from the worker."""
+    outside.load.cache_clear()
     with pytest.raises(UserError, match=message) as error:
-        custom.call(mine(code), "four", "4")
+        outside.call(mine(code), "four", "4")
     assert "\n" not in str(error.value) and "mine.py" in str(error.value)
 
 
 def test_the_sentence_arrives_from_the_worker(mine):
     verifier = mine("def score(response, answer): return int(response)")
     scorer = reward.in_background([Problem("", [], "4", "mine", verifier=verifier)])
-    scorer.add(0, [Response([], [], torch.zeros(0), False, text) for text in ("4", "four")])
+    scorer.add(0, ["4", "four"])
     with pytest.raises(UserError, match="raised ValueError.*'four'"):
         scorer.finish()
     with pytest.raises(UserError, match="has no function other"):
@@ -409,30 +412,67 @@ def test_the_sentence_arrives_from_the_worker(mine):
 
 @pytest.mark.parametrize("value", [1, True, 0.5, -1, Fraction(1, 2), torch.tensor(0.25)])
 def test_numbers_of_any_kind_are_numbers(value):
-    assert custom.as_parts(value, "mine") == {"correctness": float(value)}
-    assert custom.as_parts({"correctness": value, "b": 1}, "mine") == {"correctness": float(value), "b": 1.0}
+    assert outside.as_components(value, "mine") == {"correctness": float(value)}
+    assert outside.as_components({"correctness": value, "b": 1}, "mine") == {"correctness": float(value), "b": 1.0}
 
 
-def test_a_users_file_is_an_input_of_the_run(mine, tmp_path):
-    verifier = mine("def score(response, answer): return 1")
-    before = runs.fingerprints(resolved(rewards=verifier))
-    assert str(tmp_path / "mine.py") in before
-    mine("def score(response, answer): return 0")
-    assert runs.fingerprints(resolved(rewards=f"x={verifier}")) != before
+def test_the_users_files_are_named(tmp_path):
+    """For the fingerprints of a run. Those beside them are not; nor does a file have to be there."""
+    settings = f"x={tmp_path}/b.py:score,{tmp_path}/a.py:score,y={tmp_path}/a.py:other,z=math"
+    assert reward.files(settings) == [tmp_path / "a.py", tmp_path / "b.py"]
+    with pytest.raises(UserError, match="there is no file .*b.py"):
+        reward.check_names(settings)
+
+
+@pytest.mark.parametrize("name", ["reward", "loss", "data", "helper"])
+def test_a_users_file_imports_its_own_neighbours(mine, tmp_path, name):
+    """And not this program's file of that name."""
+    (tmp_path / f"{name}.py").write_text("def exact(response, answer): return 7")
+    verifier = mine(f"from {name} import exact\ndef score(response, answer): return exact(response, answer)")
+    assert score(["4"], ["5"], [verifier]) == [7]
+
+
+def test_a_worker_imports_neither_torch_nor_the_scripts():
+    code = "import sys, ce_gppo.verifier.workers; print(*{'torch', 'sympy', 'reward', 'train'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "\n"
+
+
+@pytest.mark.parametrize("limit", [str(3 * 2**20), "unlimited"])
+def test_a_limit_of_the_shell_is_no_obstacle(limit):
+    """A worker may have 4 GiB; under a lower hard limit it has that."""
+    command = f"ulimit -v {limit}; exec {sys.executable} -m ce_gppo.verifier.workers"
+    line = json.dumps(["math", r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}", 60.0]) + "\n"
+    found = subprocess.run(["bash", "-c", command], cwd=ROOT, input=line, capture_output=True, text=True)
+    assert found.stdout == 'ready\n{"correctness": 1.0}\n', found.stderr
+
+
+def test_only_training_has_a_budget():
+    assert inspect.signature(reward.score).parameters["budget"].default == math.inf
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# From parts to rewards and metrics
+# From components to rewards
 
 
-def test_parts_become_reward_verdict_and_metrics():
-    parts = [[{"correctness": 1.0, "format": 0.1}, {"correctness": 0.0, "format": 0.1}], [{"correctness": 0.5}] * 2]
-    groups = [[Response([], [0] * 10, torch.zeros(10), False, "") for _ in group] for group in parts]
-    reward.set_rewards(groups, parts, max_tokens=12, overlong="4")  # 10 tokens are 2 into the buffer
-    assert [[r.verdict for r in group] for group in groups] == [[1, 0], [0, 0]]
-    assert [r.reward for group in groups for r in group] == pytest.approx([0.6, -0.4, 0, 0])
-    found = statistics.reward_metrics(groups, [problem("gym/a", "1"), problem("b", "1")])
-    expected = {"gym/a/correctness": 0.5, "gym/a/format": 0.1, "gym/a/mean": 0.6, "b/mean": 0.5}
-    assert found == pytest.approx({f"reward/{name}": value for name, value in expected.items()})
-    for name in found:
-        assert sum(bool(metric.pattern().fullmatch(name)) for metric in metrics.ALL) == 1, name
+@dataclass(frozen=True)
+class Rollout:
+    """The fields of ce_gppo.batch.Rollout that count here."""
+
+    lengths: torch.Tensor
+    components: list | None = None
+    correct: torch.Tensor | None = None
+    rewards: torch.Tensor | None = None
+
+
+def test_components_become_rewards():
+    """The sum of the components and the penalty for length; a response is correct where `correctness` is 1 or more."""
+    found = [[{"correctness": 1.0, "format": 0.1}, {"correctness": 0.0, "format": 0.1}], [{"correctness": 0.5}] * 2]
+    before = Rollout(torch.tensor([10, 8, 10, 12]))
+    after = reward.with_rewards(before, found, max_tokens=12, overlong="4")  # 10 tokens are 2 into the buffer
+    assert after.components == [*found[0], *found[1]] and before.components is None
+    assert after.correct.tolist() == [True, False, False, False]
+    assert after.rewards.dtype == torch.float64
+    assert after.rewards.tolist() == pytest.approx([0.6, 0.1, 0, -0.5])
+    assert reward.with_rewards(before, found, 12, "score").rewards.tolist() == pytest.approx([1.1, 0.1, 0.5, 0.5])
+    none = reward.with_rewards(Rollout(torch.zeros(0)), [], 12, "score")
+    assert none.components == [] and none.correct.dtype == torch.bool and len(none.rewards) == 0

@@ -1,25 +1,16 @@
 r"""Answers: whether two of them are the same. The room's one door; spelling.py and grammar.py read them.
 
-Numbers, lists, tuples, units and so on are compared here, in a tree (grammar.py). Only scalars that are no number, and
-sets of reals, are left to math-verify, in a worker. What counts as the same:
-
-    number      Decimals are exact: 0.333 is not 1/3, but 0.333\ldots is. 36\pi \approx 113.1 is 36\pi.
-    unit        It may be left out, but not be a different one: 60 km/h is 60, and not 60 mph. Exact conversions count.
-                45^\circ is 45 and also \pi/4. 17 \pmod{20} is 17, and 37 \pmod{20}.
-    percent     25\% is \frac14, and also 25. A number between 0 and 1 is a fraction of 1: 0.25\% is not 0.25.
-    list        1,2 or `1 and 2`, in any order, like the set \{1,2\}. \pm 1 is the list 1,-1. \{5\} is 5.
-    tuple       (1,2) has an order, as have the ratio 2:3 and the cells of a matrix. [1,2) and [1,2[ are intervals.
-    equation    `x = 3`, `f(2) = 3` and `1 + 2 = 3` are 3: the left side is a name, or equal. `x^2 = 4` is not 4.
-    region      `x < 2 or x > 3` and \{x \mid x < 2 or x > 3\} are (-\infty,2)\cup(3,\infty).
-    choice      (C), C. and \textbf{C} are C; `(C) 12` is C and also 12, but neither D nor `(C) 13`.
-    words       are compared without case, spaces and fonts.
+Numbers are exact: 0.333 is not 1/3, but 0.333\ldots is. A unit may be left out, but not be a different one: 60 km/h is
+60, and not 60 mph; 45^\circ is 45 and also \pi/4; 25\% is \frac14 and 25, but 0.25\% is not 0.25. The order of a list
+or set does not count, that of a tuple does. `x = 3` is 3, as its left side is a name; `x^2 = 4` is not 4. `(C) 12` is C
+and 12, but not D. Scalars that are no number, and sets of reals, are left to math-verify, in a worker (outside.py).
 """
 
 import re
 from fractions import Fraction
 
-from ce_gppo.verifier.grammar import SINGLE_NAME, Node, compare, depths, is_name, read
-from ce_gppo.verifier.spelling import LONGEST, normalize
+from ce_gppo.verifier.grammar import SINGLE_NAME, Node, compare, is_name, read
+from ce_gppo.verifier.spelling import LONGEST, depths, normalize
 
 MAX_CHARS = 300  # of an answer, unless the true answer is long
 MAX_DEPTH = 12  # brackets; math-verify's parser takes 1.5 s for 16, and minutes for a few more
@@ -27,6 +18,10 @@ MAX_DEPTH = 12  # brackets; math-verify's parser takes 1.5 s for 16, and minutes
 
 class Undecided(Exception):
     """Only math-verify can decide whether these answers are equal."""
+
+    @staticmethod
+    def ask(answer: str, truth: str) -> bool:
+        raise Undecided
 
 
 def equal_now(answer: str | None, truth: str) -> float:
@@ -92,11 +87,7 @@ def is_bomb(text: str) -> bool:
     return bool(BOMB.search(text)) or any(int(a) ** min(int(b), 99) > 10_000 for a, b in TOWER.findall(text))
 
 
-def undecided(answer: str, truth: str) -> bool:
-    raise Undecided
-
-
-def same(answer: str, truth: str, ask=undecided) -> bool:
+def same(answer: str, truth: str, ask=Undecided.ask) -> bool:
     """Whether two normalized answers are equal. ask: compares two LaTeX strings, where the grammar cannot decide."""
     if squeeze(answer) == squeeze(truth):
         return True
@@ -141,13 +132,15 @@ def same_ordered(parts: tuple[Node, ...], others: tuple[Node, ...], ask) -> bool
 
 
 def same_unordered(parts: tuple[Node, ...], others: tuple[Node, ...], ask) -> bool:
+    if len(parts) != len(others):
+        return False
     left = list(others)
     for part in parts:  # greedy is enough, for equality is transitive
         match = next((i for i, other in enumerate(left) if equal(part, other, ask)), None)
         if match is None:
             return False
         del left[match]
-    return len(parts) == len(others)
+    return True
 
 
 def same_choice(a: Node, b: Node, ask) -> bool:
@@ -188,13 +181,12 @@ def same_equation(a: Node, b: Node, ask) -> bool:
 
 def same_ratio(a: Node, b: Node, ask) -> bool:
     """2:3 is also 4:6 and 2/3, and 1:2:3 is 2:4:6. What may be times of day is not reduced: 3:30 is not 1:10."""
-    times = [re.fullmatch(r"(\d\d?):([0-5]\d)", squeeze(node.text)) for node in (a, b)]
-    later_parts = zip(a.parts[1:], b.parts[1:], strict=False)
-    if any(re.fullmatch(r"0\d \d|\d 0\d", f"{x.text} {y.text}") for x, y in later_parts):
+    texts = [squeeze(node.text) for node in (a, b)]
+    if re.findall(r":0\d", texts[0]) != re.findall(r":0\d", texts[1]):
         return False  # 9:05 and 9:5
     if a.kind == b.kind and same_ordered(a.parts, b.parts, ask):
         return True
-    if all(times):
+    if all(re.fullmatch(r"\d\d?:[0-5]\d", text) for text in texts):
         return False
     if a.kind == b.kind and len(a.parts) == len(b.parts) > 2:
         x, y = ([number(squeeze(part.text)) for part in node.parts] for node in (a, b))
@@ -224,7 +216,7 @@ def same_scalar(a: Node, b: Node, ask) -> bool:
             return x * size == y
         a = Node("scalar", rf"\frac{{{size.numerator}}}{{{size.denominator}}}\cdot({a.text})", mark=b.mark)
     if x is not None and y is not None:
-        if a.mark == b.mark and (modulus := re.fullmatch(r"mod ([1-9]\d{0,8})", a.mark)):
+        if a.mark == b.mark and (modulus := re.fullmatch(r"mod([1-9]\d{0,8})", a.mark)):
             return (x - y) % int(modulus[1]) == 0
         percent = [100 if node.mark == "percent" else 1 for node in (a, b)]
         alike = percent[0] == percent[1] or not 0 < abs(x) < 1
@@ -251,80 +243,3 @@ def number(text: str) -> Fraction | None:
         return None
     above, below = (Fraction((part or "1").strip("{}")) for part in (match[2] or match[4], match[3] or match[5]))
     return int(match[1] + "1") * above / below if below else None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# math-verify and sympy. Only in a worker: they may take any amount of time and memory
-
-MAX_DIGITS = 40_000  # numbers that need more count as different
-
-
-def math_verify(answer: str, truth: str) -> bool:
-    r"""math-verify on two scalars or sets.
-
-    Its pitfalls, and in brackets the remedies: it compares floats to 6 places and drops small differences (decimals
-    become fractions, and `equal_values` compares). It strips one-letter variables as units, takes any number out of
-    text that it cannot parse, compares the raw strings, and writes variables in lower case (all turned off). It has no
-    imaginary unit i, and reads I^2 as I (i becomes the root of -1). It adds up numbers side by side (a \cdot between
-    them). It drops primes and the base of 101_2 (such answers count as different).
-    """
-    from functools import partial
-
-    from latex2sympy2_extended import NormalizationConfig, latex2sympy2
-    from math_verify import LatexExtractionConfig, grader, parse, parser
-    from sympy import Expr, MatrixBase, Set
-
-    grader.sympy_numeric_eq = lambda a, b, *_: equal_values(a, b)  # in sets, intervals and equations
-    grader.sympy_symbolic_eq = lambda a, b: False
-    cases_kept = latex2sympy2.ConversionConfig(lowercase_symbols=False)
-    parser.latex2sympy = partial(latex2sympy2.latex2sympy, conversion_config=cases_kept)
-    if answer.count("'") != truth.count("'") or re.search(r"\d_", f"{answer} {truth}"):
-        return False
-    normalization = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
-    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
-    parsed = []
-    for text in (truth, answer):
-        text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
-        text = re.sub(r"\d*\.\d+", lambda m: "{{\\frac{{{}}}{{{}}}}}".format(*Fraction(m[0]).as_integer_ratio()), text)
-        text = re.sub(r"(\d+)\s*\^\\circ", r"{\\frac{\1\\pi}{180}}", text)
-        text = re.sub(r"(?<![\w^{.])\d+ ?(?=[(\[])|[(\[] ?-?\d+ ?[)\]] ?(?=[(\[\d])", r"\g<0>\\cdot ", text)
-        if not re.search(r"\\(?:sum|prod)|_\{?i", text):
-            text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", r"{\\sqrt{-1}}", text)
-        modes = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
-        found = parse(f"${text}$", [config], parsing_timeout=None, **modes)
-        if not found:
-            return False
-        parsed.append(found[0].doit() if isinstance(found[0], Set) else found[0])
-    if all(isinstance(value, Expr | MatrixBase) for value in parsed):
-        return equal_values(*parsed)
-    return grader.verify(parsed[:1], parsed[1:], timeout_seconds=None, allow_set_relation_comp=True)
-
-
-def equal_values(a, b) -> bool:
-    """Exact equality of two sympy expressions or matrices: rationals as rationals, others with enough digits."""
-    import sympy
-
-    a, b = a.doit(), b.doit()
-    if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
-        return a.shape == b.shape and all(map(equal_values, a.flat(), b.flat()))
-    if a == b or a.has(sympy.oo, sympy.nan, sympy.zoo) or b.has(sympy.oo, sympy.nan, sympy.zoo):
-        return a == b and not a.has(sympy.nan, sympy.zoo)
-    if not (a.is_number and b.is_number):
-        return sympy.simplify(a - b).is_zero is True
-    if a.is_Rational and b.is_Rational:
-        return False
-    terms = [*sympy.Add.make_args(a), *sympy.Add.make_args(-b)]
-    # Most different numbers differ in the first 50 digits. Else as many as resolve the smallest part of a term.
-    spread = 0
-    for part in (part for term in terms for part in sympy.preorder_traversal(term)):
-        if isinstance(part, sympy.Rational):
-            spread += (part.p.bit_length() + part.q.bit_length()) // 3
-        elif isinstance(part, sympy.Expr) and part.is_number and (size := abs(part.evalf(15))):
-            spread += abs(int(sympy.log(size, 10).evalf(15)))
-    for digits in (50, 100 + spread):
-        if digits > MAX_DIGITS:
-            return False
-        values = [term.evalf(digits, maxn=2 * digits) for term in terms]
-        if abs(sum(values)) > max(map(abs, values)) * sympy.S(10) ** (10 - digits):
-            return False
-    return True

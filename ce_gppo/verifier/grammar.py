@@ -1,8 +1,7 @@
 r"""Grammar: an answer in one spelling is read as a tree of nodes, by recursive descent, and a scalar with its unit.
 
 `read` tries one reader after the other, from the loosest binding to the tightest: a choice such as `(C) 12`, a region
-such as `x < 2 or x > 3`, a list, an equation, brackets, a ratio. Each returns a node, or None if the text is
-not of its kind. Any other text is a scalar. Readers split a text only outside all brackets.
+such as `x < 2 or x > 3`, a list, an equation, brackets. Each returns a node, or None if the text is not of its kind.
 """
 
 import re
@@ -10,9 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 
-from ce_gppo.verifier.spelling import TOKEN
+from ce_gppo.verifier.spelling import depths, enclosed, split
 
 MAX_PARTS = 100  # of a list: the time to compare two lists grows with the product of their lengths
 
@@ -36,37 +34,16 @@ def read(text: str) -> Node:
         return choice
     if (levels := depths(text)) and (min(levels) < 0 or levels[-1]):
         return Node("scalar", "")  # equals nothing
-    for reader in (read_region, read_list, read_equation, read_brackets, read_ratio):
+    for reader in (read_region, read_list, read_equation, read_brackets):
         if node := reader(text):
             return node
+    if all(parts := split(text, ":")[::2]) and (ratio := several("ratio", text, parts)):
+        return ratio
     sides = split(text, *INTERVALS)
     if sides[1:2] and sides[1] in (">", r"\ge"):  # c > b > a is a < b < c
         text = " ".join(FLIPPED.get(side, side) for side in reversed(sides))
     value, unit = measure(text)
     return Node("scalar", value, mark=unit)
-
-
-def split(text: str, *separators: str) -> list[str]:
-    """The text split at separators outside all brackets: parts and separators in turn."""
-    parts, depth = [""], 0
-    for token in TOKEN.findall(text):
-        depth += (token[-1] in "([{") - (token[-1] in ")]}")
-        if depth == 0 and token in separators:
-            parts += [token, ""]
-        else:
-            parts[-1] += token
-    return [part.strip() for part in parts]
-
-
-def depths(text: str) -> list[int]:
-    """The bracket depth after each character. Any bracket closes any other: [1, 2) is an interval."""
-    return list(accumulate((char in "([{") - (char in ")]}") for char in text))
-
-
-def enclosed(text: str) -> bool:
-    """Whether the first bracket is closed by the last."""
-    levels = depths(text)
-    return text[:1] in ("(", "[", "{") and 0 in levels and levels.index(0) == len(text) - 1
 
 
 def read_choice(text: str) -> Node | None:
@@ -129,11 +106,6 @@ def read_brackets(text: str) -> Node | None:
     return Node("set", text, tuple(nodes))
 
 
-def read_ratio(text: str) -> Node | None:
-    parts = split(text, ":")[::2]
-    return several("ratio", text, parts) if all(parts) else None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Regions: conditions on one variable as a set of reals in LaTeX. 1 < x \le 2, x \ne 1, joined by `and` and `or`
 
@@ -194,8 +166,7 @@ SYMBOL = (
     r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|gcd|max|min|deg|det|Pr) ?)"
 )
 INDEX = r"(?:_(?:\w|\{[^{}]*\}|\\[a-z]+))?"
-ARGUMENTS = r"'{0,3}(?:\^\{-1\})?(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])?"
-NAME = FUNCTION + SYMBOL + INDEX + ARGUMENTS + INDEX
+NAME = FUNCTION + SYMBOL + INDEX + r"'{0,3}(?:\^\{-1\})?(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])?" + INDEX
 SINGLE_NAME = r"(?!([a-z])\([^()]*\1)" + NAME  # x(x+1) is a product
 COORDINATE = r"(?:[a-zA-Z]|\\[a-z]+ ?)(?:_\w)?"
 ANY_NAME = (
@@ -206,22 +177,22 @@ ANY_NAME = (
     r"|\\begin\{[pb]matrix\}[a-z](?:_\d)?(?:\\\\[a-z](?:_\d)?)+\\end\{[pb]matrix\}"
     r"|\|(?:[A-Z]+|z|\\(?:vec ?|text)\{?[a-z]\}?)\|"
 )
-MAX_NAME = 60  # characters
 
 
 def is_name(text: str, pattern: str = ANY_NAME) -> bool:
     text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])|\s+", lambda m: f"{m[1]} " if m[1] else "", text)
-    return len(text) <= MAX_NAME and bool(re.fullmatch(pattern, text))
+    return len(text) <= 60 and bool(re.fullmatch(pattern, text))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Units: words of a table (60 \text{ km/h}), or one plain plural noun that a number counts (5 apples). Nothing else is a
 # unit: no number word (dozens, thirds), no other words (4 \text{ is wrong}). Outside \text one letter is a variable.
 
-WORDS = """percent % pct percentage; degree deg; radian rad; second sec; minute min; hour hr hrs h; day; week; month;
-year yr yrs; inch in inche; foot ft feet; yard yd; mile mi; acre; hectare ha; pound lb lbs; ounce oz; ton tonne;
-gallon gal; quart qt; pint pt; cup; ohm; kelvin K; mole mol; dollar usd; cent; euro; sterling; yen; rupee rs; knot;
-am; pm; ordinal th st nd rd; revolution; unit"""
+WORDS = """percent % pct percentage; degree deg; radian rad; second sec; minute min = 60 second; day = 86400 second;
+hour hr hrs h = 3600 second; week = 604800 second; month; year yr yrs; inch in inche; foot ft feet = 12 inch;
+yard yd = 36 inch; mile mi = 63360 inch; acre; hectare ha; ounce oz; pound lb lbs = 16 ounce; ton tonne; cup;
+pint pt = 2 cup; quart qt = 4 cup; gallon gal = 16 cup; ohm; kelvin K; mole mol; cent; dollar usd = 100 cent; euro;
+sterling; yen; rupee rs; knot; am; pm; ordinal th st nd rd; revolution; unit"""
 METRIC = """meter metre - m; gram gramme - g gm; second - s; liter litre - l L; watt - W; joule - J; newton - N;
 volt - V; coulomb - C; tesla - T; hertz - Hz; pascal - Pa; byte - B; ampere amp - A; calorie - cal; electronvolt - eV"""
 PREFIXES = "nano n -9; micro u -6; milli m -3; centi c -2; deci d -1; kilo k 3; mega M 6; giga G 9"
@@ -229,14 +200,13 @@ ABBREVIATIONS = {"mph": "mile/hour", "mpg": "mile/gallon", "kph": "km/h", "kmph"
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 BARE = {"%", "mm", "cm", "km", "in", "ft", "yd", "mi", "kg", "lb", "oz", "ml", "mL", "hr"}  # other pairs are products
 
-UNITS = {}  # word -> its unit
-CONVERSIONS = {  # unit -> (another unit, its size in this one)
-    **{"minute": ("second", 60), "hour": ("second", 3600), "day": ("second", 86400), "week": ("second", 604800)},
-    **{"foot": ("inch", 12), "yard": ("inch", 36), "mile": ("inch", 63360), "pound": ("ounce", 16)},
-    **{"pint": ("cup", 2), "quart": ("cup", 4), "gallon": ("cup", 16), "dollar": ("cent", 100)},
-}
-for names in WORDS.split(";"):
+UNITS: dict[str, str] = {}  # word -> its unit
+CONVERSIONS: dict[str, tuple[str, Fraction]] = {}  # unit -> (another unit, its size in this one)
+for entry in WORDS.split(";"):
+    names, _, size = entry.partition("=")
     UNITS |= dict.fromkeys(names.split(), names.split()[0])
+    if size:
+        CONVERSIONS[names.split()[0]] = size.split()[1], Fraction(size.split()[0])
 for names in METRIC.split(";"):
     words, symbols = map(str.split, names.split("-"))
     UNITS |= dict.fromkeys(words + symbols, words[0])
@@ -247,9 +217,10 @@ for names in METRIC.split(";"):
 
 NOUN = re.compile(  # a plural; but not what ends in s and counts nothing
     r"people|men|women|children|mice|geese|teeth|sheep|fish|dice|vertices"
-    r"|(?!(?:.*([iu]s|ss)|was|has|does|goes|means|gives|makes|fails|equals|exceeds|remains|always|perhaps|sometimes|times"
-    r"|ones|tens|dozens|hundreds|thousands|lakhs|crores|\w*illions|halves|quarters|thirds|fifths|eighths|ninths|twelfths"
-    r"|(four|six|seven|ten|eleven|\w+teen|hundred|thousand|\w*illion|\w+tie)ths|\w+ties)$)[a-z]{3,}s"
+    r"|(?!(?:.*([iu]s|ss)|does|goes|means|gives|makes|fails|equals|exceeds|remains|always|perhaps|sometimes|times|ones|tens"
+    r"|dozens|hundreds|thousands|lakhs|crores|\w*illions|halves|quarters|thirds|fifths|eighths|ninths|twelfths"
+    r"|(four|six|seven|ten|eleven|\w+teen|hundred|thousand|\w*illion|\w+tie)ths"
+    r"|(twen|thir|for|fif|six|seven|eigh|nine)ties)$)[a-z]{3,}s"
 )
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 QUANTITY = re.compile(
@@ -258,24 +229,23 @@ QUANTITY = re.compile(
 WORD_UNIT = r"(\\text ?\{[^{}]*\}|[a-zA-Z]{2,}) ?"
 COMPOUND = re.compile(rf"(\d+) ?{WORD_UNIT}(\d+) ?{WORD_UNIT}")
 CELSIUS = re.compile(r"(?!.*\\(?:sin|cos|tan|cot|sec|csc))(.*)\^\\circ ?(?:\\text ?\{)? ?([CF]?) ?\}?")
-MODULO = re.compile(r"(.*?\S.*?) ?(?:\\pmod|\( ?(?:\\text ?\{ ?mod ?\}|\\bmod|\\mod|mod)) ?\{?([^{}()]*)\}? ?\)?")
+MODULO = re.compile(r"(.*?\S) *(?:\\pmod|\( ?(?:\\text ?\{ ?mod ?\}|\\bmod|\\mod|mod)) ?\{?([^{}()]*)\}? ?\)?")
 
 
 def measure(text: str) -> tuple[str, str]:
     """(value, unit); the unit is "" if there is none."""
-    if match := CELSIUS.fullmatch(text):
-        return match[1].strip(), "degree" + match[2]
-    if match := MODULO.fullmatch(text):
-        return match[1].strip(), "mod " + match[2].strip()
+    for pattern, unit in ((CELSIUS, "degree"), (MODULO, "mod")):
+        if match := pattern.fullmatch(text):
+            return match[1].strip(), unit + match[2].strip()
     if match := COMPOUND.fullmatch(text):  # 1 hour 30 minutes is 90 minutes
         count, rest, units = int(match[1]), int(match[3]), [read_unit(match[i], counts=False) for i in (2, 4)]
         size = None not in units and compare(*units)
         if size and rest < size and (count * size).denominator == 1:
             return str(count * size + rest), units[1]
     if (match := QUANTITY.fullmatch(text)) and match[1].strip(" +-"):
-        unit = read_unit(match[2], counts=bool(re.fullmatch(r"[+-]?[\d.]+|.*\\frac.*", match[1].strip())))
-        if unit is not None:
-            return match[1].strip(), unit
+        value = match[1].strip()
+        unit = read_unit(match[2], counts=bool(re.fullmatch(r"[+-]?[\d.]+|.*\\frac.*", value)))
+        return (text, "") if unit is None else (value, unit)
     return text, ""
 
 
@@ -291,9 +261,7 @@ def read_unit(text: str, counts: bool) -> str | None:
         if word in ("/", "per"):
             sign = -1
         elif last is not None and (word in ("squared", "cubed") or word[0] == "^"):
-            power = POWERS.get(word) or int(word.strip("^{}"))
-            powers[last] += sign * (power - 1)
-            power = 1
+            powers[last] += sign * ((POWERS.get(word) or int(word.strip("^{}"))) - 1)
         elif word in POWERS:
             power = POWERS[word]
         elif (last := known(word)) is not None:
@@ -301,10 +269,8 @@ def read_unit(text: str, counts: bool) -> str | None:
             power = 1
         else:
             return word.lower() if counts and len(words) == 1 and NOUN.fullmatch(word.lower()) else None
-    if last is None:
-        return None
-    factors = [(unit, exponent) for unit, exponent in sorted(powers.items()) if exponent]
-    return " ".join(unit if exponent == 1 else f"{unit}^{exponent}" for unit, exponent in factors)
+    factors = [unit if n == 1 else f"{unit}^{n}" for unit, n in sorted(powers.items()) if n]
+    return " ".join(factors) if last else None
 
 
 def known(word: str) -> str | None:
@@ -317,15 +283,15 @@ def known(word: str) -> str | None:
 
 def compare(unit: str, other: str) -> Fraction | None:
     """How many of the other unit one unit is: 1000 g are a kg. None if they cannot be compared, as kg and cm."""
-    generic = "unit" in (unit.partition("^")[0], other.partition("^")[0])  # 12 square units are 12 cm^2, but not 12 cm
-    if generic and unit.partition("^")[1:] == other.partition("^")[1:]:
-        return Fraction(1)
     if "mod" in (unit[:3], other[:3]):
         return None
-    sizes, dimensions = Fraction(1), Counter()
+    (name, *power), (other_name, *other_power) = unit.partition("^"), other.partition("^")
+    if "unit" in (name, other_name) and power == other_power:  # 12 square units are 12 cm^2, but not 12 cm
+        return Fraction(1)
+    size, dimensions = Fraction(1), Counter()
     for text, sign in ((unit, 1), (other, -1)):
         for name, _, exponent in (part.partition("^") for part in text.split()):
-            base, size = CONVERSIONS.get(name, (name, 1))
+            base, base_size = CONVERSIONS.get(name, (name, 1))
             dimensions[base] += sign * int(exponent or 1)
-            sizes *= Fraction(size) ** (sign * int(exponent or 1))
-    return None if any(dimensions.values()) else sizes
+            size *= Fraction(base_size) ** (sign * int(exponent or 1))
+    return None if any(dimensions.values()) else size

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 
 LONGEST = 1_000  # characters; longer texts are not read
 
@@ -97,6 +98,10 @@ def repeating(match: re.Match) -> str:
     return latex(Fraction(f"0{whole}.{once}0") + Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once)))
 
 
+def except_for(match: re.Match) -> str:
+    return r"x \ne " + match[1].replace(r"\land", ",")
+
+
 BEFORE_TOKENS = [  # in this order
     (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
     (r"[₀-₉₊₋ₙ]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}"),
@@ -121,9 +126,7 @@ BEFORE_TOKENS = [  # in this order
     (r"(?<=\d) ?x ?(?=10\^)", r"\\cdot "),
 ]
 AFTER_TOKENS = [
-    # sqrt(2) and x^(1/2) are \sqrt{2} and x^{1/2}; twice, for those inside others
-    (ARGUMENT, r"\1{\2}"),
-    (ARGUMENT, r"\1{\2}"),
+    *[(ARGUMENT, r"\1{\2}")] * 3,  # sqrt(2), x^(1/2); thrice, for those inside others
     # Spaces, and line breaks at both ends
     (r" +", " "),
     (r"(?<!\\)((?:\\\\)*)\\? *$", r"\1"),  # the space of a last `\ ` has been stripped
@@ -153,7 +156,7 @@ AFTER_TOKENS = [
         lambda m: rf"\text{{{m[m.lastindex]}}}",
     ),
     # Numerals in other bases, repeating decimals: \dot{3}, (36) and 0.1666\ldots are \overline first
-    (r"(?<=\w) *\( ?base (\d+) ?\)", r"_{\1}"),
+    (r"(?<=\w) *(?:\( ?base (\d+) ?\)|(?:\\text\{ ?(?:in )?base ?\}|base) ?(\d+))", r"_{\1\2}"),
     (r"\((\d+)\)_", r"\1_"),
     (BASED, based),
     (r"(?<!\d)(\d*)\.(\d*)\\dot ?\{?(\d)\}?(?:(\d*)\\dot ?\{?(\d)\}?)?", r"\1.\2\\overline{\3\4\5}"),
@@ -185,7 +188,7 @@ AFTER_TOKENS = [
     (rf"{TEXT_START}DNE{TEXT_END}", r"\\text{does not exist}"),
     (r"\\in(?![a-zA-Z])", "="),
     (r"\\mathbb ?([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}"),
-    (rf"(?i:{TEXT_START}all real(?:s| numbers) except(?: for)? ?\}}? ?(?:[a-z] ?= ?)?)(.+)", r"x \\ne \1"),
+    (rf"(?i:{TEXT_START}all real(?:s| numbers) except(?: for)? ?\}}? ?(?:[a-z] ?= ?)?)(.+)", except_for),
     (rf"(?i:{TEXT_START}(?:the set of )?(?:all|any) real(?:s| numbers?| values)?{TEXT_END})", r"\\mathbb{R}"),
     (r"([a-z]) ?= ?\\mathbb\{R\} ?(?:,|\\land) ?(?=\1)", ""),
     (r"^\\\{ ?([a-z])(?: ?= ?\\mathbb\{R\})? ?[|:](?=.*\1)(.*(?:[<>]|\\[lgn]e(?![a-z])).*)\\\}$", r"\2"),
@@ -242,3 +245,26 @@ def to_ascii(char: str) -> str:
 def spell(token: str) -> str:
     spelling = SPELLING.get(token, token)
     return spelling + " " if spelling != token and "\\" in spelling else spelling
+
+
+def split(text: str, *separators: str) -> list[str]:
+    """The text split at separators outside all brackets: parts and separators in turn."""
+    parts, depth = [""], 0
+    for token in TOKEN.findall(text):
+        depth += (token[-1] in "([{") - (token[-1] in ")]}")
+        if depth == 0 and token in separators:
+            parts += [token, ""]
+        else:
+            parts[-1] += token
+    return [part.strip() for part in parts]
+
+
+def depths(text: str) -> list[int]:
+    """The bracket depth after each character. Any bracket closes any other: [1, 2) is an interval."""
+    return list(accumulate((char in "([{") - (char in ")]}") for char in text))
+
+
+def enclosed(text: str) -> bool:
+    """Whether the first bracket is closed by the last."""
+    levels = depths(text)
+    return text[:1] in ("(", "[", "{") and 0 in levels and levels.index(0) == len(text) - 1

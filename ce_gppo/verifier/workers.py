@@ -22,14 +22,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from ce_gppo.messages import UserError
-from ce_gppo.verifier import custom
-from ce_gppo.verifier.answers import math_verify, same
+from ce_gppo.verifier import outside
+from ce_gppo.verifier.answers import same
 
 MAX_MEMORY = 4 * 2**30  # bytes of address space per worker
 MAX_CACHED = 100_000  # results
 PATIENCE = 10  # times its limit, at most, that a worker has on a busy machine
 STARTUP_SECONDS = 60.0  # a worker needs about 1 s on an idle machine, most of it for sympy
-MATH = "math"  # the name for math-verify; all other names are those of custom.load
+MATH = "math"  # the name for math-verify; all other names are those of outside.load
 
 Job = tuple[str, str, str]  # verifier, response (of math only its answer), true answer
 Components = dict[str, float]
@@ -177,10 +177,7 @@ def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> d
 
 
 class BackgroundScorer:
-    """`reward.score` in a thread, for groups of responses that arrive one by one.
-
-    Groups that arrive while the thread is busy are scored as one batch.
-    """
+    """`reward.score` in a thread. Groups of responses that arrive while it is busy are scored as one batch."""
 
     def __init__(self, score: Callable, problems: list, **options):
         """problems: one for each group to come, with `answer` and `verifier`. options: keyword arguments of `score`."""
@@ -221,12 +218,8 @@ class BackgroundScorer:
                 self.error = error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The worker's side
-
-
 def serve():
-    """One "ready", then a JSON reply for each JSON line [verifier, response, answer, seconds].
+    """The worker's side: one "ready", then a JSON reply for each JSON line [verifier, response, answer, seconds].
 
     Without a response it only imports the verifier. A reply is the components, or a sentence about what is wrong.
     """
@@ -255,17 +248,17 @@ def limit(seconds: float) -> None:
 
 def answer_to(verifier: str, response: str | None, answer: str) -> Components | str:
     if verifier == MATH and response is None:  # imports sympy, prepares the parser
-        math_verify(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")
+        outside.math_verify(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")
         return {}
     if verifier == MATH:
         try:
-            return {"correctness": float(same(response, answer, math_verify))}
+            return {"correctness": float(same(response, answer, outside.math_verify))}
         except Exception:  # sympy can raise any error: the answers then count as different
             return {"correctness": 0.0}
     try:
         if response is not None:
-            return custom.call(verifier, response, answer)
-        custom.load(verifier)
+            return outside.call(verifier, response, answer)
+        outside.load(verifier)
         return {}
     except UserError as error:
         return str(error)

@@ -77,7 +77,7 @@ def split(tasks: Iterable[Task], train: int, held_out: int) -> tuple[list[Task],
 
 
 def answer(numbers: tuple[int, ...], target: int) -> str:
-    """The task, in the form that ce_gppo/verifier/countdown.py reads."""
+    """The task, in the form that ce_gppo/verifier/puzzles.py reads."""
     return json.dumps({"numbers": list(numbers), "target": target})
 
 

@@ -24,7 +24,7 @@ LARGEST, LARGEST_RESULT = 9, 81
 TARGETS = range(10, LARGEST_RESULT + 1)
 WORDS = ("numbers", "target", "<answer>", "</answer>", *map(str, range(10, LARGEST_RESULT + 1)))  # one token each
 MAX_TOKENS = 32
-BATCH, EXCESS = 32, 3.3  # of the imitation, see data/base.py
+EXCESS = 3.3  # nats per response, at which the imitation stops
 
 
 def results(a: int, b: int) -> dict[str, int]:

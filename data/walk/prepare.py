@@ -23,7 +23,7 @@ from data.common import arguments, split, splitting, write
 WORDS = ("start", "target", *MOVES, *(f" ={number}\n" for number in range(LARGEST + 1)))  # one token each
 MAX_TOKENS = 2 * MAX_MOVES + 1
 HEADING = 0.7  # share of the moves that head for the target: they end nearer to it
-BATCH, EXCESS = 32, 0.35  # of the imitation, see data/base.py
+EXCESS = 0.35  # nats per response above the traces' own entropy, at which the imitation stops
 
 
 def row(start: int, target: int) -> dict:
