@@ -4,12 +4,13 @@ import contextlib
 import functools
 import math
 import os
+import re
 import secrets
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from ce_gppo import parallel
@@ -24,9 +25,15 @@ WARN_MISMATCH = {"cpu": 0.001, "cuda": 0.05}
 MAX_MISMATCH = 0.2
 CPU_CACHE_GIB = 1  # vLLM's cache without a GPU, unless vLLM's variable VLLM_CPU_KVCACHE_SPACE is set
 
+say_once = functools.cache(say)  # the same words once in a run, not at each step
+
 
 def prepare_environment() -> None:
     """Set the environment variables that vLLM and torch read. Call it first, before vLLM is imported."""
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if space is not None and not re.fullmatch("[1-9][0-9]{0,4}", space):
+        raise UserError(f"VLLM_CPU_KVCACHE_SPACE={space} in the environment: vLLM needs a whole number of GiB")
+    os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}"  # vLLM looks for ninja
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are passed in memory
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would send them to its authors
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if torch.cuda.is_available() else "ERROR")
@@ -39,9 +46,8 @@ def prepare_environment() -> None:
 class Engine:
     """A vLLM engine inside this process, holding its own copy of the weights of `model`.
 
-    model: folder or hub name. tokenizer: decodes. context: tokens of prompt and response together.
-    gpu_memory_utilization: share of the GPU's memory for vLLM. cpu_kv_cache_gib: its cache without a GPU.
-    tensor_parallel: how many neighbouring ranks share one engine; they must make the same calls.
+    model: folder or hub name. context: tokens of prompt and response together. gpu_memory_utilization: share of the
+    GPU's memory for vLLM. tensor_parallel: neighbouring ranks that share the engine, and must make the same calls.
     """
 
     def __init__(
@@ -52,31 +58,27 @@ class Engine:
         gpu_memory_utilization: float = 0.9,
         tensor_parallel: int = 1,
         seed: int = 0,
-        *,
-        cpu_kv_cache_gib: float | None = None,
         max_sequences: int = 512,
     ):
         import vllm  # takes 10 s, and the benches for GPUs run without it
 
         self.vllm, self.tokenizer, self.tensor_parallel = vllm, tokenizer, tensor_parallel
-        self.cuda = torch.cuda.is_available()
+        self.cuda, self.stop_token_ids = torch.cuda.is_available(), stop_token_ids(model, tokenizer)
         options = {"model": model, "max_model_len": context, "max_num_seqs": max_sequences, "seed": seed}
         options |= {"trust_remote_code": False, "disable_log_stats": True, "use_tqdm_on_load": False}
         options["generation_config"] = "vllm"  # otherwise the folder's generation_config.json changes the sampling
         options["logprobs_mode"] = "processed_logprobs"  # of the distribution sampled from, temperature included
         if self.cuda:
-            options |= {
-                "dtype": "bfloat16",
-                "enable_sleep_mode": True,
-                "gpu_memory_utilization": gpu_memory_utilization,
-            }
+            options |= {"dtype": "bfloat16", "enable_sleep_mode": True}
+            options["gpu_memory_utilization"] = gpu_memory_utilization
             options["hf_overrides"] = {"head_dtype": "float32"}  # logits are not rounded, like the trainer's
         else:  # here gpu_memory_utilization is the share of the RAM that must be free at the start
             options |= {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05}
-            options["kv_cache_memory_bytes"] = int((cpu_kv_cache_gib or CPU_CACHE_GIB) * 2**30)
+            options["kv_cache_memory_bytes"] = int(CPU_CACHE_GIB * 2**30)
         if parallel.world_size() > 1:  # vLLM joins the existing process group, and takes this rank's GPU
             options |= {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
-            own_shared_memory()
+            if not self.cuda:
+                own_shared_memory()
         with explained(f"vLLM cannot start with model '{model}'"), warnings.catch_warnings(action="ignore"):
             try:
                 self.llm = vllm.LLM(**options)
@@ -84,12 +86,8 @@ class Engine:
                 if "cache" not in str(error):
                     raise
                 name = "gpu_memory_utilization" if self.cuda else "VLLM_CPU_KVCACHE_SPACE, GiB in the environment,"
-                size = "large" if "Available memory" in str(error) else "small"
-                cause = " ".join(str(error).split())[:200]
-                raise UserError(
-                    f"{name} is too {size} for the cache of a response of {context} tokens ({cause})"
-                ) from None
-        self.stop_token_ids = stop_token_ids(model, tokenizer)
+                size, cause = "large" if "Available memory" in str(error) else "small", " ".join(str(error).split())
+                raise UserError(f"{name} is too {size} for a cache of {context} tokens ({cause[:200]})") from None
 
     def generate(
         self,
@@ -110,42 +108,31 @@ class Engine:
         With top_p < 1 the logprobs are renormalized over the remaining tokens: for evaluation, never for training.
         """
         torch.manual_seed(seed)  # the engine samples from this process's generator
-        params = self.vllm.SamplingParams(
-            n=group_size,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=0,
-            max_tokens=max_tokens,
-            stop_token_ids=self.stop_token_ids,
-            logprobs=0,  # only the sampled token's
-            flat_logprobs=True,  # lists of numbers, where otherwise each token has a dictionary
-            detokenize=False,
-            output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-        )
-        engine = self.llm.llm_engine
+        options = {"n": group_size, "temperature": temperature, "top_p": top_p, "top_k": 0, "max_tokens": max_tokens}
+        options |= {"stop_token_ids": self.stop_token_ids, "detokenize": False}
+        options |= {"logprobs": 0, "flat_logprobs": True}  # only the sampled token's, in lists of numbers
+        options["output_kind"] = self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        params, engine = self.vllm.SamplingParams(**options), self.llm.llm_engine
         for index, ids in enumerate(prompts):
-            if self.cuda:  # on a GPU each request has its own generator; sample i of a group gets seed + i
-                params = params.clone()
-                params.seed = seed + index * group_size
+            params = params.clone()  # on a GPU each request has its own generator; sample i of a group gets seed + i
+            params.seed = seed + index * group_size if self.cuda else None
             engine.add_request(str(index), {"prompt_token_ids": ids}, params)
         done: dict[int, list] = {}  # completions by prompt
-        texts: dict[int, list[str]] = {}
         try:
             while engine.has_unfinished_requests() and not self._any_rank_of_engine(stop()):
                 for output in engine.step():  # llm.generate would return only after the last one
-                    index = int(output.request_id)
-                    done[index] = sorted(output.outputs, key=lambda completion: completion.index)
-                    texts[index] = [decode(self.tokenizer, each.token_ids) for each in done[index]]
-                    on_group(index, texts[index])
+                    group = done[int(output.request_id)] = sorted(output.outputs, key=lambda each: each.index)
+                    for each in group:
+                        each.text = decode(self.tokenizer, each.token_ids)
+                    on_group(int(output.request_id), [each.text for each in group])
         finally:  # without this, stopped requests would continue, and the next call would get their output
             engine.abort_request([str(index) for index in range(len(prompts)) if index not in done])
         if len(done) < len(prompts):
             return None
-        responses = [completion for index in range(len(prompts)) for completion in done[index]]
-        for completion in responses:
-            if completion.finish_reason not in ("stop", "length"):
-                raise RuntimeError(f"vLLM ended a response with finish_reason '{completion.finish_reason}'")
-            assert completion.logprobs.token_ids == list(completion.token_ids)
+        responses = [each for index in range(len(prompts)) for each in done[index]]
+        for each in responses:
+            if each.finish_reason not in ("stop", "length") or each.logprobs.token_ids != list(each.token_ids):
+                raise RuntimeError(f"vLLM ended a response by '{each.finish_reason}', or has other tokens' logprobs")
         return Rollout(
             prompts=prompts,
             prompt_of=torch.arange(len(prompts)).repeat_interleave(group_size),
@@ -153,7 +140,7 @@ class Engine:
             tokens=torch.tensor([token for each in responses for token in each.token_ids], dtype=torch.long),
             rollout_logprobs=torch.tensor([logprob for each in responses for logprob in each.logprobs.logprobs]),
             truncated=torch.tensor([each.finish_reason == "length" for each in responses], dtype=torch.bool),
-            texts=[text for index in range(len(prompts)) for text in texts[index]],
+            texts=[each.text for each in responses],
         )
 
     def _any_rank_of_engine(self, flag: bool) -> bool:
@@ -166,6 +153,8 @@ class Engine:
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the trainer's weights into the engine: (name in a checkpoint, tensor) pairs, one at a time."""
+        if self.cuda:  # in the engine's precision: half the memory on the way, and no warning for each weight
+            named_weights = ((name, weight.bfloat16()) for name, weight in named_weights)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights})
         if not self.cuda:
             self.llm.apply_model(_repack_head)
@@ -204,43 +193,30 @@ def check_engine(engine: Engine, model, policy, prompt: list[int], config, devic
     limit = min(16, config.max_response_tokens)
     rollout = engine.generate([prompt], 2, max_tokens=limit, temperature=config.temperature, seed=config.seed)
     engine.sleep()
-    passes = config.temperature, config.max_micro_batch_tokens, device
-    [(logprobs, _)] = logprobs_and_entropy(policy, [rollout], *passes)
+    [(logprobs, _)] = logprobs_and_entropy(policy, [rollout], config.temperature, config.max_micro_batch_tokens, device)
     gap = (logprobs - rollout.rollout_logprobs).abs().mean().item()
     if not gap <= MAX_MISMATCH:
-        raise UserError(
-            f"model '{config.model}': the logprobs of vLLM and the trainer for the first responses differ by "
-            f"{gap:.3g} nats on average, more than {MAX_MISMATCH}: they may compute this architecture differently; "
-            "docs/models.md lists the families that train"
-        )
+        problem = f"model '{config.model}': the logprobs of vLLM and the trainer for the first responses differ by"
+        cause = "they may compute this architecture differently; docs/models.md lists the families that train"
+        raise UserError(f"{problem} {gap:.3g} nats on average, more than {MAX_MISMATCH}: {cause}")
     engine.wake(named_weights(model))  # it forgets the prompt: what follows is as it would be without this check
 
 
 def check_mismatch(metrics: dict[str, float], device: str) -> None:
     """A warning, or RunEnded, where vLLM and trainer, which have the same weights, give the tokens other logprobs."""
     gap = metrics["mismatch/mean"]
-    if not math.isfinite(metrics["entropy/mean"]) or not math.isfinite(gap):
-        raise RunEnded(
-            "the policy's logprobs are not finite: an update has made its weights too large; lower lr, and begin again "
-            "from an earlier checkpoint"
-        )
-    if not gap <= MAX_MISMATCH:
-        raise RunEnded(
-            f"the logprobs of vLLM and trainer differ by {gap:.3g} nats on average, more than {MAX_MISMATCH}: they do "
-            "not have the same weights, or not in the same precision"
-        )
+    if not math.isfinite(metrics["entropy/mean"] + gap):
+        problem = "the policy's logprobs are not finite: an update has made its weights too large; lower lr, and begin"
+        raise RunEnded(f"{problem} again from an earlier checkpoint")
+    if gap > MAX_MISMATCH:
+        problem = f"the logprobs of vLLM and trainer differ by {gap:.3g} nats on average, more than {MAX_MISMATCH}"
+        raise RunEnded(f"{problem}: they do not have the same weights, or not in the same precision")
     level = WARN_MISMATCH[device.partition(":")[0]]
     if gap > level:
-        warn_of_mismatch(level * 2 ** int(math.log2(gap / level)))
-
-
-@functools.cache  # once at each level, not at each step
-def warn_of_mismatch(level: float) -> None:
-    say(
-        f"the logprobs of vLLM and trainer differ by more than {level:g} nats on average (mismatch/mean), more than "
-        f"rounding explains; --rollout-correction tis bounds what it does, and above {MAX_MISMATCH} the run ends",
-        warning=True,
-    )
+        level *= 2 ** int(math.log2(gap / level))  # a line each time that it has doubled
+        problem = f"the logprobs of vLLM and trainer differ by more than {level:g} nats on average (mismatch/mean)"
+        cure = f"--rollout-correction tis bounds what it does, and above {MAX_MISMATCH} the run ends"
+        say_once(f"{problem}, more than rounding explains; {cure}", warning=True)
 
 
 def decode(tokenizer, token_ids: list[int]) -> str:
@@ -251,15 +227,12 @@ def decode(tokenizer, token_ids: list[int]) -> str:
 def own_shared_memory() -> None:
     """Give the shared memory of vLLM's CPU engines a name of this run's own. Call it before making them. Collective.
 
-    vLLM's name is the same in every run. An engine over several ranks could not start beside another one on this
-    machine, nor after one that was killed and left its memory in /dev/shm. So the name also goes as soon as all ranks
-    have the memory.
+    vLLM's name is the same in every run: an engine over several ranks could not start beside another one on this
+    machine, nor after one that was killed. The name also goes from /dev/shm as soon as all ranks have the memory.
     """
-    own = parallel.rank0_then_broadcast(lambda: secrets.token_hex(4))
-    if torch.cuda.is_available():
-        return
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Memory
 
+    own = parallel.rank0_then_broadcast(lambda: secrets.token_hex(4))
     name, init = Memory.make_group_name, Memory._init_cpu_shm
 
     def init_and_unlink(memory):

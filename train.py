@@ -22,14 +22,14 @@ import reward
 from ce_gppo import checkpoint, messages, metrics, parallel, run, tracking
 from ce_gppo import config as t
 from ce_gppo.advantages import ADVANTAGES, Critic, group_advantages
-from ce_gppo.advice import plan
 from ce_gppo.batch import Rollout, append, concat, gather, local_batch, micro_batches, pack, with_token_mask
 from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
-from ce_gppo.log import Log, follow
+from ce_gppo.log import Log, plan
 from ce_gppo.model import load_model, load_reference, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
 from ce_gppo.problems import Problem, check_files, evaluate_policy, load_sets, problems_of_batch, seed_of_step
+from ce_gppo.tracking import follow
 from rollout import Engine, check_engine, check_mismatch, prepare_environment
 
 
@@ -53,7 +53,7 @@ class Config:
     temperature: t.Temperature = 1.0  # sampling temperature; logprobs in training use it too
     max_prompt_tokens: t.Count = 16  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: t.Count = 16  # longer responses are cut, and are wrong unless already boxed [16384]
-    dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = None  # filter: drop equal rewards; refill: and sample more
+    dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = None  # off; filter groups of equal rewards; or refill
     max_kept_prompts: t.Count = 64  # groups trained on in a step, at most [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
@@ -288,7 +288,7 @@ def update(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    return concat(parts), metrics.Update(metrics.add(sums).cpu(), sum(losses), grad_norm, skipped, followed)
+    return concat(parts), metrics.Update(metrics.add(sums), sum(losses), grad_norm, skipped, followed)
 
 
 def report(

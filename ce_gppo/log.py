@@ -1,39 +1,60 @@
-"""What a run writes and prints: metrics, samples and tokens as JSONL, W&B, a bar or lines, the table at the end."""
+"""What a run writes and prints: its plan, JSONL files, a bar or lines, and at the end a table and advice."""
 
 import contextlib
+import itertools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ce_gppo.advice import advice, mean_accuracy
+from ce_gppo import parallel
 from ce_gppo.batch import Rollout
-from ce_gppo.entropy import entropy_velocity
+from ce_gppo.config import max_batches, updates_of_step
 from ce_gppo.messages import explained, say
 from ce_gppo.metrics import Details
-from ce_gppo.tracking import finish_wandb, log_wandb, start_wandb
+from ce_gppo.tracking import finish_wandb, log_wandb, sample_rows, start_wandb, token_rows
 
-SHOWN = 4  # responses of a step in samples.jsonl and in W&B, and updates with rows in tokens.jsonl
-MAX_TOKENS = 2000  # of a response in a row of tokens.jsonl; the middle of a longer one is left out
 FILES = ("metrics", "samples", "tokens")
 
 
+def plan(config, folder: Path, model, device: str, problems: str, step: int) -> str:
+    """The run's folder and the sizes that follow from the settings."""
+    c, world, group, batches = config, parallel.world_size(), config.responses_per_prompt, max_batches(config)
+    parameters, updates = sum(p.numel() for p in model.parameters()), updates_of_step(c)
+    betas = "no betas" if c.beta1 is None else f"beta1 {c.beta1}, beta2 {c.beta2}"
+    only_update = updates == 1 and c.old_logprobs == "trainer"
+    lines = {
+        "run": f"{folder}" + f", continued after step {step}" * bool(step),
+        "model": f"{c.model}, {parameters / 1e6:,.2f} M parameters, on {device}"
+        + (f", and a critic with learning rate {c.critic_lr:g}" if c.critic_lr else ""),
+        "data": problems,
+        "objective": f"{c.objective}, {betas}, clip interval [{1 - c.eps_low:g}, {1 + c.eps_high:g}], "
+        f"learning rate {c.lr:g}, seed {c.seed}",
+        "step": f"{c.prompts_per_step} prompts x {group} = {c.prompts_per_step * group} responses"
+        + f", up to {batches} times" * (batches > 1)
+        + f", then up to {updates} updates of {c.mini_batch_prompts * group} responses; {c.steps} steps"
+        + "; nothing is clipped, as a step's only update has ratio 1" * only_update
+        + f"; on {world} processes, {'copied' if c.shard == 'no' else 'sharded'}" * (world > 1)
+        + "; weights, gradients and optimizer in the host's memory" * (c.shard == "offload")
+        + "; shard does nothing, with one process" * (c.shard == "yes" and world == 1),
+    }
+    return "\n".join(f"{name:<12} {line}" for name, line in lines.items())
+
+
 class Log:
-    """The files of a run and its W&B run. When `step` or `evaluation` returns, all is on the disk."""
+    """The files of a run and its W&B run. When `step` or `add` returns, all is on the disk."""
 
     def __init__(self, folder: Path, config, state, tokenizer, extract: Callable[[str, str], str | None]):
         """state: of the checkpoint that the run goes on from, or a new one. extract: reward.extract_answer."""
         self.folder, self.config, self.tokenizer, self.extract = folder, config, tokenizer, extract
         with explained(f"the files in {folder} cannot be written"):
             # Without a checkpoint the evaluation before step 1 is done again, too.
-            kept = [keep_until(folder / f"{name}.jsonl", state.step or -1) for name in FILES]
-            self.files = {name: (folder / f"{name}.jsonl").open("a") for name in FILES}
-        self.history = [numbers(row) for row in kept[0]]
+            rows, *_ = [keep_until(folder / f"{name}.jsonl", state.step or -1) for name in FILES]
+        self.history = [numbers(row) for row in rows]
         self.incomplete = False  # True if a write failed, or if the last line is out of date
         self.wandb = start_wandb(folder, config, state.wandb_id)
         # A bar on a terminal, plain lines in a file.
@@ -49,9 +70,9 @@ class Log:
     def add(self, step: int, metrics: dict, samples=(), tokens=(), histograms: dict[str, Tensor] | None = None) -> None:
         """Add a step, or add metrics to the last step.
 
-        Metrics that are not finite, such as the loss of a skipped update, are left out: JSON has no NaN.
+        Metrics that are not finite, as those of a policy that an update has broken, are left out: JSON has no NaN.
         """
-        row = {"step": step, **{name: value for name, value in metrics.items() if math.isfinite(value)}}
+        row = {"step": step, **numbers(metrics)}
         if self.history and self.history[-1]["step"] == step:
             self.history[-1] |= row
             self.incomplete = True  # the last line on the disk is out of date
@@ -59,27 +80,20 @@ class Log:
             self.history.append(row)
         self._write(row, samples, tokens)
         self._show(row)
-        if self.wandb:
-            try:
-                log_wandb(self.wandb, row, samples if histograms else (), histograms or {})
-            except Exception as error:  # no error of W&B may end the run
-                say(f"W&B has failed and is off now ({error}); {self.folder}/metrics.jsonl goes on", warning=True)
-                self.wandb = None
+        if self.wandb and not log_wandb(self.wandb, row, samples if histograms else (), histograms or {}):
+            self.wandb = None
 
     def _write(self, row: dict, samples: list[dict], tokens: list[dict]) -> None:
-        path = self.folder / "metrics.jsonl"
+        rows = {"metrics": [row], "samples": samples, "tokens": tokens}
         try:
             if self.incomplete:  # write all rows again, to a new file
-                rewrite(path, self.history)
-                self.files["metrics"], self.incomplete = path.open("a"), False
-            else:
-                self.files["metrics"].write(json.dumps(row) + "\n")
-            for name, more in (("samples", samples), ("tokens", tokens)):
-                self.files[name].writelines(strict_json({"step": row["step"], **each}) + "\n" for each in more)
-            for file in self.files.values():
-                file.flush()
+                rewrite(self.folder / "metrics.jsonl", self.history)
+                rows["metrics"], self.incomplete = [], False
+            for name in FILES:
+                with (self.folder / f"{name}.jsonl").open("a") as file:
+                    file.writelines(json.dumps({"step": row["step"], **each}) + "\n" for each in rows[name])
         except OSError as error:
-            say(f"{path} is not written ({error}); trying again after the next step", warning=True)
+            say(f"{self.folder}: not written ({error}); trying again after the next step", warning=True)
             self.incomplete = True
 
     def has_evaluation(self, step: int) -> bool:
@@ -109,35 +123,27 @@ class Log:
             self.bar = None
 
     def close(self, checkpoints: list[Path], failed: bool) -> None:
-        """Print the table at the end (accuracy, entropy, speed, time, files), then the advice. Close the files."""
-        if self.bar is not None:
-            with contextlib.suppress(OSError):  # the terminal was closed
-                self.bar.close()
-        rows = [(f"accuracy, {name}", self.values(name)) for name in self.accuracy_names()]
-        rows += [("entropy, nats per token", self.values("entropy/mean"))]
-        rows = [(label, f"{values[0]:.3f} -> {values[-1]:.3f}") for label, values in rows if values]
+        """Print the table at the end (accuracy, entropy, speed, time, files), then the advice."""
+        curves = {f"accuracy, {name}": self.values(name) for name in self.accuracy_names()}
+        curves["entropy, nats per token"] = self.values("entropy/mean")
+        table = {name: f"{values[0]:.3f} -> {values[-1]:.3f}" for name, values in curves.items() if values}
         for name in ("rollout", "update"):
             if speeds := sorted(self.values(f"perf/{name}_tokens_per_s")):
-                rows.append((f"{name} tokens/s, median", f"{speeds[len(speeds) // 2]:,.0f}"))
+                table[f"{name} tokens/s, median"] = f"{speeds[len(speeds) // 2]:,.0f}"
         total = sum(self.values("time/step") + self.values("time/eval"))
         parts = ("rollout", "reward", "old_logprobs", "critic", "update", "sync", "eval", "checkpoint")
         seconds = {part: sum(self.values(f"time/{part}")) for part in parts}
-        shares = ", ".join(f"{part} {s / max(total, 1e-9):.0%}" for part, s in seconds.items() if s)
-        rows.append((f"time, {total:.0f} s", shares))
-        rows += [("checkpoint", str(checkpoints[-1]))] if checkpoints else []
-        rows.append(("curves", str(self.folder / "metrics.jsonl")))
-        if self.wandb:
-            try:
-                rows.append(finish_wandb(self.wandb, failed))
-            except Exception as error:  # everything else is on the disk already
-                say(f"W&B has failed at the end ({error})", warning=True)
-        width = max(len(name) for name, _ in rows)
-        say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+        table[f"time, {total:.0f} s"] = ", ".join(f"{part} {s / total:.0%}" for part, s in seconds.items() if s)
+        table |= {"checkpoint": checkpoints[-1]} if checkpoints else {}
+        table["curves"] = self.folder / "metrics.jsonl"
+        table |= finish_wandb(self.wandb, failed) if self.wandb else {}
+        if self.bar is not None:
+            with contextlib.suppress(OSError):  # the terminal was closed
+                self.bar.close()
+        width = max(map(len, table))
+        say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in table.items()))
         if sentences := advice(self.history, self.config):
             say("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
-        for file in self.files.values():
-            with contextlib.suppress(OSError):  # a full disk, reported before
-                file.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,13 +153,16 @@ class Log:
 def keep_until(path: Path, last_step: int) -> list[dict]:
     """Rewrite a JSONL file with only its rows up to last_step, and return them. A half-written line is dropped.
 
-    If rows go, the whole file stays beside it, as <name>.until-step-<its last step>.jsonl.
+    If rows go, the whole file stays beside it, as <name>.until-step-<its last step>.jsonl, or <...>-2.jsonl.
     """
     rows = read_rows(path) if path.exists() else []
     kept = [row for row in rows if row["step"] <= last_step]
     if len(kept) < len(rows):
-        path.replace(path.with_suffix(f".until-step-{rows[-1]['step']:06d}.jsonl"))
-    if rows:
+        endings = (
+            f".until-step-{rows[-1]['step']:06d}{again}.jsonl" for again in ("", *map("-{}".format, range(2, 99)))
+        )
+        path.replace(next(aside for ending in endings if not (aside := path.with_suffix(ending)).exists()))
+    if rows or not path.exists():
         rewrite(path, kept)
     return kept
 
@@ -179,112 +188,83 @@ def numbers(row: dict) -> dict:
     return {name: v for name, v in row.items() if type(v) in (int, float) and math.isfinite(v)}
 
 
-def strict_json(value) -> str:
-    """JSON with null for numbers that are not finite, as in the row of a token with NaN logprobs: JSON has no NaN."""
-    try:
-        return json.dumps(value, allow_nan=False)
-    except ValueError:
-        return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows of samples.jsonl and tokens.jsonl
+# What a run says before its first step, and at its end
+
+LAST = 10  # "at the end" is the mean of this many steps, or of the second half of a shorter run
+MAX_KL, MAX_MISMATCH = 0.01, 1e-3  # nats
+MAX_TRUNCATED, MAX_WITHOUT_SIGNAL, MIN_CLIPPED = 0.1, 0.9, 0.001  # shares
+CHANGED = 0.05  # of accuracy; less may be chance
 
 
-def sample_rows(rollout: Rollout, problems: list, entropies: dict[int, float], extract: Callable) -> list[dict]:
-    """The first response to each of the first problems. entropies: of measured responses, in nats."""
-    rows = []
-    firsts = rollout.by_group(torch.arange(len(rollout)))[:SHOWN, 0].tolist()
-    for problem, i in zip(problems[:SHOWN], firsts, strict=True):
-        rows.append(
-            {
-                "prompt": problem.prompt,
-                "response": rollout.texts[i],
-                "answer": problem.answer,
-                "extracted": extract(rollout.texts[i], problem.verifier),
-                "reward": rollout.rewards[i].item(),
-                **{f"reward/{name}": value for name, value in rollout.components[i].items()},
-                "entropy": entropies.get(i),
-                "tokens": int(rollout.lengths[i]),
-            }
+def advice(history: list[dict], config) -> list[str]:
+    """At most two faults with what to change, the gravest first, and a sentence on entropy and accuracy.
+
+    history: the rows of metrics.jsonl, in any of which a metric may be missing. config: train.py's, resolved.
+    """
+    steps = [row for row in history if "entropy/mean" in row]  # without the evaluation before the first step
+    return [*itertools.islice(faults(steps, config), 2), summary(history, steps)] if steps else []
+
+
+def faults(steps: list[dict], c) -> Iterator[str]:
+    def at_end(name: str, default: float = 0.0) -> float:
+        values = [row[name] for row in steps[-min(LAST, (len(steps) + 1) // 2) :] if name in row]
+        return sum(values) / len(values) if values else default
+
+    if (kl := at_end("mismatch/kl")) > MAX_MISMATCH and c.rollout_correction == "none":
+        cure = "old_logprobs to trainer and " * (c.old_logprobs == "sampler") + "rollout_correction to tis"
+        yield f"vLLM and the trainer gave tokens different probabilities (mismatch/kl {kl:.2g} nats): set {cure}."
+
+    trained = [row for row in steps if "kl/approx" in row]
+    far = [row for row in trained if row["kl/approx"] > MAX_KL]
+    highest = max((row["kl/approx"] for row in far), default=0.0)
+    if highest > 10 * MAX_KL or len(far) >= max(2, len(trained) / 20):  # one step at ten times the limit can be enough
+        names = ["lr", *["beta1"] * bool(c.spec.has_betas and c.beta1), *["epochs"] * (c.epochs > 1)]
+        cure = " or ".join(f"{name} ({getattr(c, name):g})" for name in names)
+        cure += ", or take objective ce_gppo with a lower beta1" * (c.objective == "gppo")
+        yield (
+            f"In {len(far)} of {len(trained)} steps, first in step {far[0]['step']}, the updates moved far from the "
+            f"policy that sampled (kl/approx up to {highest:.2g} nats): lower {cure}."
         )
-    return rows
+
+    if (share := at_end("response/truncated")) > MAX_TRUNCATED:
+        cure = f"raise max_response_tokens ({c.max_response_tokens})"
+        if steps[0].get("response/truncated", share) <= MAX_TRUNCATED:  # it has grown
+            cure = f"if they go on after the answer (samples.jsonl), lower lr ({c.lr:g}), otherwise {cure}"
+        yield f"At the end {share:.0%} of the responses were cut at the length limit: {cure}."
+
+    right, wrong = at_end("reward/group_solved_all"), at_end("reward/group_solved_none")
+    filtered = c.dynamic_sampling != "off"  # then groups are used whose right answers differ in another component
+    unused = right + wrong > MAX_WITHOUT_SIGNAL and not (
+        filtered and at_end("rollout/unused", 1.0) <= MAX_WITHOUT_SIGNAL
+    )
+    if unused and c.advantages != "gae":
+        cure = "train on harder problems" if right > wrong else "train on easier problems"
+        if min(right, wrong) > 0.2:
+            cure = f"the answers to one problem hardly differ, so raise temperature ({c.temperature:g})"
+        yield f"At the end {right:.0%} of the groups had only right answers, {wrong:.0%} only wrong ones: {cure}."
+
+    shares = [row["clip/low"] + row["clip/high"] for row in steps if "clip/low" in row and "clip/high" in row]
+    if c.beta1 is not None and shares and (share := sum(shares) / len(shares)) < MIN_CLIPPED:
+        cure = f"raise lr ({c.lr:g}), or lower mini_batch_prompts ({c.mini_batch_prompts}) for more updates"
+        if len(steps) <= c.warmup_steps:
+            cure = f"train for more steps, as lr still grew in all of them (warmup_steps {c.warmup_steps})"
+        yield f"The betas did almost nothing, as {share:.2%} of the tokens were outside the clip interval: {cure}."
 
 
-def follow(part: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, moment: Tensor) -> list[dict]:
-    """The effect of an update on every token of the first right and the first wrong response of a micro-batch.
-
-    info: of loss.policy_loss. logprobs, entropy, moment: [N], those of the update.
-    """
-    velocity = entropy_velocity(info["weight"], logprobs, entropy, moment).detach()
-    columns = {"old_logprobs": part.old_logprobs, "entropy": part.entropy, "advantage": part.advantages}
-    columns |= {"ratio": info["ratio"], "clipped": info["clipped_high"].float() - info["clipped_low"].float()}
-    columns |= {"weight": info["weight"], "velocity": velocity}  # [N] each
-    rows, sequence = [], part.sequence
-    for right in (True, False):
-        if (found := (part.correct == right).nonzero()[:1, 0]).numel():
-            own = {name: column[sequence == found].cpu() for name, column in columns.items()}
-            rows.append({"response": part.to("cpu")[found.cpu()], "columns": own})
-    return rows
+def summary(history: list[dict], steps: list[dict]) -> str:
+    said = f"Entropy went from {steps[0]['entropy/mean']:.3f} to {steps[-1]['entropy/mean']:.3f} nats per token"
+    accuracies = [accuracy for row in history if (accuracy := mean_accuracy(row)) is not None]
+    if len(accuracies) < 2:
+        return f"{said}."
+    first, last, best = accuracies[0], accuracies[-1], max(accuracies)
+    said += f", and held-out accuracy from {first:.3f} to {last:.3f}"
+    if last < best - CHANGED:
+        return f"{said}, after {best:.3f} at its best: the policy became worse; lower lr."
+    return f"{said}." if last > first + CHANGED else f"{said}: no gain that chance would not explain."
 
 
-def token_rows(by_rank: list[list], problems: list, tokenizer) -> list[dict]:
-    """Rows of tokens.jsonl: a right and a wrong response of the first, the last and some updates between.
-
-    by_rank: every rank's updates. The lists of a row have a number for each token that is kept, None if not finite:
-    old_logprobs, entropy    under the weights that sampled it, with old_logprobs = sampler those of the update; nats
-    advantage, ratio         of the token; ratio: pi / pi_old in this update
-    clipped                  -1 below the clip interval with A < 0, 1 above it with A > 0, 0 elsewhere
-    weight, velocity         the gradient weight, and the rate at which it raises or lowers the token's entropy
-    """
-    rows, updates = [], list(zip(*by_rank, strict=True))
-    for number in sorted({round(i * (len(updates) - 1) / (SHOWN - 1)) for i in range(SHOWN)} if updates else ()):
-        followed = [each for update in updates[number] for each in update.followed]
-        for right in (True, False):
-            if one := next((each for each in followed if bool(each["response"].correct) == right), None):
-                rows.append(
-                    {"update": number + 1, "updates": len(updates)}
-                    | token_row(**one, problems=problems, tokenizer=tokenizer)
-                )
-    return rows
-
-
-def token_row(response: Rollout, columns: dict[str, Tensor], problems: list, tokenizer) -> dict:
-    problem, length = problems[int(response.prompt_of)], int(response.lengths)
-    kept = torch.arange(length)
-    if length > MAX_TOKENS:
-        kept = torch.cat([kept[: MAX_TOKENS // 2], kept[-MAX_TOKENS // 2 :]])
-    return {
-        "prompt": problem.prompt,
-        "answer": problem.answer,
-        "correct": bool(response.correct),
-        "reward": response.rewards.item(),
-        "components": response.components[0],
-        "length": length,
-        "tokens": token_texts(tokenizer, response.tokens[kept].tolist()),
-        **{name: [float(f"{x:.5g}") for x in column[kept].tolist()] for name, column in columns.items()},
-    }
-
-
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token, special tokens included. They join to the whole text. [R] -> R strings.
-
-    If several tokens form one character, the last one has it, and the others are empty. Ids beyond the tokenizer's
-    vocabulary (padded embeddings have them) are empty as well.
-    """
-
-    def decode(some: list[int]) -> str:
-        known = [i for i in some if i < len(tokenizer)]
-        return tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    texts: list[str] = []
-    before, pending = [], []  # decoded after the token before, as some tokenizers drop a space at the start of a text
-    for token in ids:
-        pending.append(token)
-        text = decode(before + pending)[len(decode(before)) :]
-        if text.endswith("\ufffd") and len(pending) < 4:
-            texts.append("")
-        else:
-            texts.append(text)
-            before, pending = [token], []
-    return texts
+def mean_accuracy(row: dict) -> float | None:
+    """avg@k of an evaluation, over all its sources; None for a row without one."""
+    values = [value for name, value in row.items() if name.endswith("/avg_at_k")]
+    return sum(values) / len(values) if values else None

@@ -1,12 +1,12 @@
 """The metrics of a step: each is computed, divided and described in one place.
 
-A function's docstring has a row for each of its metrics: names | unit | meaning | healthy. `python -m tools.metrics`
-writes docs/metrics.md from these rows, here and in perf.py, critic.py and problems.py.
+A function's docstring has a row for each of its metrics, `Section: names | unit | meaning | healthy`. From these rows,
+here and in other files, `python -m tools.metrics` makes docs/metrics.md.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,40 +23,31 @@ EDGES = torch.logspace(-8, math.log10(32), 6000, dtype=torch.float64)  # of the 
 class Sums:
     """What can be added over micro-batches, updates and ranks. A mean travels as its total and its count."""
 
-    means: dict[str, Tensor] = field(default_factory=dict)  # [2]
-    maxima: dict[str, Tensor] = field(default_factory=dict)  # []
-    minima: dict[str, Tensor] = field(default_factory=dict)  # []
-    counts: dict[str, Tensor] = field(default_factory=dict)  # [bins]  of histograms
+    means: dict[str, Tensor]  # [2]  total and count
+    maxima: dict[str, Tensor]  # []
+    minima: dict[str, Tensor]  # []
+    counts: dict[str, Tensor]  # [bins]  of histograms
 
     def values(self) -> dict[str, float]:
         """A mean over nothing is left out: it is not 0."""
         means = {name: (total / count).item() for name, (total, count) in self.means.items() if count}
         return means | {name: v.item() for name, v in (self.maxima | self.minima).items() if v.isfinite()}
 
-    def cpu(self) -> "Sums":
-        return Sums(*({name: value.cpu() for name, value in part.items()} for part in vars(self).values()))
-
 
 def add(parts: list[Sums]) -> Sums:
-    """The sums of several parts as the sums of one whole."""
+    """The sums of several parts as the sums of one whole, on the CPU."""
 
     def merge(kind: str, merged: Callable) -> dict[str, Tensor]:
         each = [getattr(part, kind) for part in parts]
-        return {name: merged(torch.stack([values[name] for values in each]), 0) for name in each[0]}
+        return {name: merged(torch.stack([values[name] for values in each]), 0).cpu() for name in each[0]}
 
-    return Sums(
-        merge("means", torch.sum), merge("maxima", torch.amax), merge("minima", torch.amin), merge("counts", torch.sum)
-    )
+    return Sums(*map(merge, ("means", "maxima", "minima", "counts"), (torch.sum, torch.amax, torch.amin, torch.sum)))
 
 
 def mean(values: Tensor, count: Tensor | int | None = None) -> Tensor:
     """(total, count) of these values, or of their sum over another count: [2], float64."""
     count = values.numel() if count is None else count
     return torch.stack([values.double().sum(), torch.as_tensor(count, device=values.device).double()])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Of the tokens in an update
 
 
 @torch.no_grad()
@@ -67,15 +58,14 @@ def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, mo
         gradient here | 0.001 to 0.03 together, with `beta1` above 0 to 0.01; at 0 the betas do nothing
     Clipping: clip/prob_low, clip/prob_high | probability | mean of those tokens under the rollout weights; absent where
         there are none | prob_low above 0.5: sure tokens of wrong answers, such as their end, are being unlearned
-    Clipping: weight/low, weight/high, weight/inside | share | of the sum of gradient weights: the clipped tokens below,
-        above, and the tokens inside the interval | inside above 0.9
+    Clipping: weight/low, weight/high, weight/inside | share | of the gradient weight: tokens below the interval with
+        A < 0, above it with A > 0, and all others | inside above 0.9
     Clipping: ratio/mean, ratio/min, ratio/max | | pi / pi_old | mean near 1
-    Clipping: kl/approx | nats | KL of the policy that sampled to the policy now, k3 estimate | below 0.01; above, lower
-        lr or beta1
+    Clipping: kl/approx | nats | KL from the policy that sampled, k3 estimate | below 0.01; above, lower lr or beta1
     Clipping: kl/reference | nats | KL to the reference policy, k3, over the trained tokens; with kl_coef | grows slowly
-    Entropy: velocity/<quadrant>, velocity/total | rate | which way the step's updates move entropy: first order in
-        logit space, a rate for each unit of step in the logits, so sign and shares count, and not the amount; the
-        quadrants add up to the total; an entropy bonus is not in it | PA&LP and NA&HP above 0, PA&HP and NA&LP below
+    Entropy: velocity/<quadrant>, velocity/total | rate | which way the updates move entropy: first order in logit
+        space, for each unit of step in the logits, so sign and shares count, not the amount; quadrants add up to the
+        total; without an entropy bonus | PA&LP and NA&HP above 0, PA&HP and NA&LP below
     Entropy: velocity/clipped_low, velocity/clipped_high | rate | the part of the tokens that PPO-clip would have
         dropped | a positive sum: the betas raise entropy
     Entropy: entropy/<quadrant> | nats | mean entropy of a quadrant's trained tokens |
@@ -85,27 +75,18 @@ def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, mo
     weight, ratio, low, high = info["weight"], info["ratio"], info["clipped_low"], info["clipped_high"]
     velocity = entropy_velocity(weight, logprobs, entropy, moment)
     old_probs, size, log_ratio, n = batch.old_logprobs.exp(), weight.abs(), info["log_ratio"], len(logprobs)
-    means = {
-        "clip/low": mean(low),
-        "clip/high": mean(high),
-        "clip/prob_low": mean(old_probs[low]),
-        "clip/prob_high": mean(old_probs[high]),
-        "weight/low": mean(size[low], size.sum()),
-        "weight/high": mean(size[high], size.sum()),
-        "weight/inside": mean(size[~(low | high)], size.sum()),
-        "ratio/mean": mean(ratio),
-        "kl/approx": mean(log_ratio.expm1() - log_ratio),  # k3, joschu.net/blog/kl-approx.html
-        "velocity/total": mean(velocity),
-        "velocity/clipped_low": mean(velocity[low], n),
-        "velocity/clipped_high": mean(velocity[high], n),
-        "perf/padding": mean(ratio.new_tensor(places - batch.sizes.sum()), places) * (len(batch) > 0),
-    }
-    counts = {}
+    means = {"ratio/mean": mean(ratio), "velocity/total": mean(velocity)}
+    means |= {"kl/approx": mean(log_ratio.expm1() - log_ratio), "weight/inside": mean(size[~(low | high)], size.sum())}
+    for side, members in (("low", low), ("high", high)):
+        means |= {f"clip/{side}": mean(members), f"clip/prob_{side}": mean(old_probs[members])}
+        means[f"weight/{side}"] = mean(size[members], size.sum())
+        means[f"velocity/clipped_{side}"] = mean(velocity[members], n)
+    means["perf/padding"] = mean(places - batch.sizes.sum(), places) * (len(batch) > 0)
     if "kl_reference" in info:
         means["kl/reference"] = mean(info["kl_reference"])
+    counts = {}
     for name, members in quadrants(batch.old_logprobs, batch.entropy, batch.advantages).items():
-        means[f"tokens/{name}"] = mean(members)
-        means[f"entropy/{name}"] = mean(batch.entropy[members])
+        means |= {f"tokens/{name}": mean(members), f"entropy/{name}": mean(batch.entropy[members])}
         means[f"velocity/{name}"] = mean(velocity[members], n)
         counts[f"probability/{name}"] = torch.histc(old_probs[members], 64, 0, 1)
     infinite = ratio.new_tensor([torch.inf])  # for an empty micro-batch
@@ -121,7 +102,7 @@ class Update:
     loss: float
     grad_norm: float  # before clipping
     skipped: bool  # the gradient was not finite
-    followed: list[dict]  # responses for the token view, see log.py
+    followed: list[dict]  # responses for the token view, see tracking.py
 
 
 class Learned(NamedTuple):
@@ -129,7 +110,7 @@ class Learned(NamedTuple):
 
     updates: list[Update]
     measured: list[Rollout]  # mini-batches with old logprobs and entropy of the trainer's
-    others: Rollout  # responses that no update used, with their entropy
+    others: Rollout  # some responses that no update used, measured
     values: dict[str, float]  # the critic's metrics
     objective: object  # a loss.Objective
     lr: float
@@ -140,7 +121,7 @@ class Details(NamedTuple):
 
     updates: list[list[Update]]  # of each rank
     histograms: dict[str, Tensor]  # [64]  of probability in [0, 1], by quadrant
-    entropies: dict[int, float]  # the mean of measured responses, by `index`
+    entropies: dict[int, float]  # the mean of each measured response, by its `index`
 
 
 def step_metrics(
@@ -148,64 +129,52 @@ def step_metrics(
 ) -> tuple[dict[str, float], Details]:
     """All metrics of a step, over all ranks. Collective: only sums travel, and the entropy of each response.
 
-    Optimization: optim/lr, optim/beta1, optim/beta2, optim/entropy_coef | | in use; betas where the objective has them,
-        entropy_coef where it is not 0 |
+    Optimization: optim/lr, optim/beta1, optim/beta2, optim/entropy_coef | | in use, where the objective has them |
     """
-    own = learned.updates, measured_sums(learned.measured), measured_sums([learned.others])
-    own = *own, entropies_of([*learned.measured, learned.others])
+    sums = measured_sums(learned.measured), measured_sums([learned.others])
+    own = learned.updates, *sums, entropies_of([*learned.measured, learned.others])
     updates, trained, others, entropies = zip(*parallel.all_gather(own), strict=True)  # of each rank
     unused = rollout.lengths[rollout.without(mini_batches)]  # [b]
-    metrics = rollout_metrics(rollout, [problem.source for problem in problems], len(unused))
     tokens = [len(rollout.tokens) - int(unused.sum()), int(unused.sum())]
-    metrics |= entropy_metrics(add(trained), add(others), tokens, previous_entropy)
     of_updates, histograms = update_metrics(updates)
-    moved = {name: getattr(learned.objective, name) for name in ("beta1", "beta2", "entropy_coef")}
-    metrics |= of_updates | learned.values | {"optim/lr": learned.lr}
-    metrics |= {f"optim/{name}": value for name, value in moved.items() if value or (value == 0 and "beta" in name)}
+    metrics = rollout_metrics(rollout, [problem.source for problem in problems], len(unused)) | of_updates
+    metrics |= entropy_metrics(add(trained), add(others), tokens, previous_entropy) | learned.values
+    used = {"lr": learned.lr} | {name: getattr(learned.objective, name) for name in ("beta1", "beta2", "entropy_coef")}
+    metrics |= {f"optim/{name}": v for name, v in used.items() if v is not None and (v or name != "entropy_coef")}
     return metrics, Details(updates, histograms, {i: H for part in entropies for i, H in part.items()})
 
 
 def entropies_of(parts: list[Rollout]) -> dict[int, float]:
     """The mean entropy of each response, by its index."""
-    means = {}
-    for part in parts:
-        of_responses = part.entropy.split(part.lengths.tolist())
-        means |= {i: H.mean().item() for i, H in zip(part.index.tolist(), of_responses, strict=True)}
-    return means
+    pairs = [(i, H) for p in parts for i, H in zip(p.index.tolist(), p.entropy.split(p.lengths.tolist()), strict=True)]
+    return {i: H.mean().item() for i, H in pairs}
 
 
 BY_UPDATE = ("clip/low", "clip/high", "weight/low", "weight/high", "ratio/min", "ratio/max", "kl/approx")
 
 
 def update_metrics(by_rank: list[list[Update]]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """A step's updates as one: means over all their tokens, then some of them by update; and histograms by name.
+    """A step's updates that were not skipped, as one, and some metrics of each by itself; and histograms by name.
 
-    Optimization: optim/loss, optim/grad_norm | | mean over the step's updates that were not skipped; the norm before
-        clipping | grad_norm steady
-    Optimization: optim/updates, optim/skipped | | updates of the step, and those skipped because their gradient was not
-        finite | skipped 0; updates 0 where no group had unequal rewards
+    Optimization: optim/updates, optim/skipped | | updates of the step; those skipped, as their gradient was not finite,
+        are in no other metric of the step's | skipped 0; updates 0 where no group had unequal rewards
+    Optimization: optim/loss, optim/grad_norm | | mean over the updates; the norm before clipping | grad_norm steady
     Clipping: update_<k>/clip_low, update_<k>/clip_high, update_<k>/weight_low, update_<k>/weight_high,
         update_<k>/ratio_min, update_<k>/ratio_max, update_<k>/kl_approx | | by update within the step; the first one is
         at ratio 1 |
     """
-    own = by_rank[0]
-    metrics = {"optim/updates": len(own), "optim/skipped": sum(u.skipped for u in own)}
-    if not own:  # no group had unequal rewards
+    same = list(zip(*by_rank, strict=True))  # each update's parts, one of each rank
+    metrics = {"optim/updates": len(same), "optim/skipped": sum(parts[0].skipped for parts in same)}
+    sums = {k: add([part.sums for part in parts]) for k, parts in enumerate(same, 1) if not parts[0].skipped}
+    if not sums:  # also where no group had unequal rewards
         return metrics, {}
-    by_update = [add([u.sums for u in same]) for same in zip(*by_rank, strict=True)]
-    whole = add(by_update)
-    metrics |= whole.values()
-    if done := [i for i, u in enumerate(own) if not u.skipped]:
-        metrics["optim/loss"] = sum(rank[i].loss for rank in by_rank for i in done) / len(done)
-        metrics["optim/grad_norm"] = sum(own[i].grad_norm for i in done) / len(done)
-    for k, sums in enumerate(by_update, start=1):
-        values = sums.values()
+    whole, done = add(list(sums.values())), [part for k in sums for part in same[k - 1]]
+    metrics |= whole.values() | {"optim/loss": sum(part.loss for part in done) / len(sums)}
+    metrics["optim/grad_norm"] = sum(part.grad_norm for part in done) / len(done)
+    for k, of_update in sums.items():
+        values = of_update.values()
         metrics |= {f"update_{k}/{name.replace('/', '_')}": values[name] for name in BY_UPDATE if name in values}
     return metrics, whole.counts
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Of the rollout
 
 
 def rollout_metrics(rollout: Rollout, sources: list[str], unused: int) -> dict[str, float]:
@@ -224,7 +193,6 @@ def rollout_metrics(rollout: Rollout, sources: list[str], unused: int) -> dict[s
     Rollout: response/truncated | share | responses cut at the length limit | below 0.1
     """
     rewards, correct = rollout.by_group(rollout.rewards), rollout.by_group(rollout.correct)  # [P, G]
-    lengths = rollout.lengths.double()
     metrics = {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(1).mean().item() if rewards.shape[1] > 1 else 0.0,
@@ -233,8 +201,8 @@ def rollout_metrics(rollout: Rollout, sources: list[str], unused: int) -> dict[s
         "reward/group_solved_none": (~correct.any(1)).double().mean().item(),
         "rollout/prompts": len(rewards),
         "rollout/unused": unused / len(rollout),
-        "response/length_mean": lengths.mean().item(),
-        "response/length_max": lengths.max().item(),
+        "response/length_mean": rollout.lengths.double().mean().item(),
+        "response/length_max": int(rollout.lengths.max()),
         "response/truncated": rollout.truncated.double().mean().item(),
     }
     source_of = [sources[prompt] for prompt in rollout.prompt_of.tolist()]
@@ -251,9 +219,10 @@ def measured_sums(parts: list[Rollout]) -> Sums:
     none = torch.zeros(0)
     entropy = torch.cat([none, *(part.entropy for part in parts)])  # [N]
     gap = torch.cat([none, *(p.old_logprobs - p.rollout_logprobs for p in parts)])  # [N]  log(pi_old / pi_vllm)
-    means = {"entropy": mean(entropy), "gap": mean(gap.abs()), "kl": mean(gap.expm1() - gap)}
+    means = {"entropy/mean": mean(entropy), "mismatch/mean": mean(gap.abs()), "mismatch/kl": mean(gap.expm1() - gap)}
+    highest = torch.cat([gap.abs(), torch.zeros(1)]).max().exp()  # []
     counts = {"entropy": histogram(entropy), "gap": histogram(gap.abs())}
-    return Sums(means, {"gap": torch.cat([gap.abs(), torch.zeros(1)]).max()}, {}, counts)
+    return Sums(means, {"mismatch/ratio_max": highest}, {}, counts)
 
 
 def entropy_metrics(trained: Sums, others: Sums, tokens: list[int], previous: float | None) -> dict[str, float]:
@@ -271,21 +240,13 @@ def entropy_metrics(trained: Sums, others: Sums, tokens: list[int], previous: fl
         (without a GPU 0.001); above 0.2 the run ends
     vLLM against trainer: mismatch/ratio_p99, mismatch/ratio_max | | the larger probability over the smaller | near 1
     """
-    parts = [trained, others]
-    measured = [part.means["entropy"][1].item() for part in parts]
-    scale = [n / max(1.0, m) for n, m in zip(tokens, measured, strict=True)]
-    total = sum(w * part.means["entropy"] for w, part in zip(scale, parts, strict=True))  # [2]
-    counts = sum(w * part.counts["entropy"] for w, part in zip(scale, parts, strict=True))  # [bins]
-    both = add(parts)
-    metrics = {
-        "entropy/mean": (total[0] / total[1]).item(),
-        "entropy/p10": quantile(counts, 0.1),
-        "entropy/p90": quantile(counts, 0.9),
-        "mismatch/mean": (both.means["gap"][0] / both.means["gap"][1]).item(),
-        "mismatch/kl": (both.means["kl"][0] / both.means["kl"][1]).item(),
-        "mismatch/ratio_max": both.maxima["gap"].exp().item(),
-        "mismatch/ratio_p99": math.exp(quantile(both.counts["gap"], 0.99)),
-    }
+    both, of_all, counts = add([trained, others]), torch.zeros(2), torch.zeros(len(EDGES) + 1)
+    for n, part in zip(tokens, (trained, others), strict=True):
+        scale = n / max(1.0, part.means["entropy/mean"][1].item())  # tokens for each one that was measured
+        of_all, counts = of_all + scale * part.means["entropy/mean"], counts + scale * part.counts["entropy"]
+    metrics = both.values() | {"entropy/mean": (of_all[0] / of_all[1]).item()}
+    metrics |= {"entropy/p10": quantile(counts, 0.1), "entropy/p90": quantile(counts, 0.9)}
+    metrics["mismatch/ratio_p99"] = math.exp(quantile(both.counts["gap"], 0.99))
     return metrics if previous is None else metrics | {"entropy/delta": metrics["entropy/mean"] - previous}
 
 

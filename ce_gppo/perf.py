@@ -2,6 +2,7 @@
 
 import resource
 import time
+import timeit
 from contextlib import contextmanager
 
 import torch
@@ -16,37 +17,26 @@ class Meter:
 
     def __init__(self, model, device: str):
         self.model, self.device = model, device
-        self.matrix_rate = matrix_rate(device)
+        self.matrix_rate, self.start = matrix_rate(device), now(device)
         self.seconds: dict[str, float] = {}
-        self.start = self._now()
-
-    def _now(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     @contextmanager
     def __call__(self, part: str):
-        start = self._now()
+        start = now(self.device)
         yield
-        self.seconds[f"time/{part}"] = self.seconds.get(f"time/{part}", 0.0) + self._now() - start
+        self.seconds[f"time/{part}"] = self.seconds.get(f"time/{part}", 0.0) + now(self.device) - start
 
     def take(self, rollout: Rollout, mini_batches: list[Tensor], epochs: int) -> dict[str, float]:
-        """time/* and perf/* of the step, that is since the last `take`. mini_batches: the responses of its updates.
+        """time/* and perf/* of the step, that is since the last `take`. mini_batches: that were trained on.
 
-        Speed: time/rollout, time/reward, time/old_logprobs, time/update, time/sync, time/step | s | parts of a step,
-            and all of it; old_logprobs: with kl_coef the reference policy's, too |
-        Speed: time/critic, time/checkpoint, time/eval | s | values and the critic's updates; the checkpoint before this
-            step; the evaluation after it, which is not in time/step |
-        Speed: perf/rollout_tokens_per_s | tokens/s | sampled |
-        Speed: perf/update_tokens_per_s | tokens/s | prompt and response tokens trained on, without padding |
-        Speed: perf/matmul_utilization | share | necessary operations of the updates (a shared prompt once, no
-            recomputation) over the measured rate of a large matrix product |
+        Speed: time/rollout, time/reward, time/old_logprobs, time/critic, time/update, time/sync | s | parts of a step |
+        Speed: time/step, time/checkpoint, time/eval | s | a step, with the checkpoint before it, without evaluation |
+        Speed: perf/rollout_tokens_per_s, perf/update_tokens_per_s | tokens/s | sampled; trained on, prompts included |
+        Speed: perf/matmul_utilization | share | operations that the updates need, over the device's measured rate |
         Speed: perf/peak_memory_gib | GiB | of this process; on a GPU without vLLM's |
         """
-        now = self._now()
-        metrics = self.seconds | {"time/step": now - self.start}
-        self.seconds, self.start = {}, now
+        metrics = self.seconds | {"time/step": now(self.device) - self.start}
+        self.seconds, self.start = {}, self.start + metrics["time/step"]
         metrics["perf/rollout_tokens_per_s"] = len(rollout.tokens) / metrics["time/rollout"]
         metrics["perf/peak_memory_gib"] = peak_memory_gib()
         if mini_batches:
@@ -58,49 +48,42 @@ class Meter:
 
     def take_part(self, part: str) -> dict[str, float]:
         """The seconds of a part that belongs to no step."""
-        seconds = self.seconds.pop(f"time/{part}")
-        self.start += seconds
+        self.start += (seconds := self.seconds.pop(f"time/{part}"))
         return {f"time/{part}": seconds}
 
 
-def flops(model, batch: Rollout) -> float:
-    """Floating-point operations of forward and backward (6 a weight and token; arXiv 2204.02311, appendix B).
+def now(device: str) -> float:
+    """Seconds, when the device has done all that it was asked to."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    Causal attention sees half of each squared sequence length. A group's prompt goes through the blocks once, response
-    tokens through the head.
+
+def flops(model, batch: Rollout) -> float:
+    """Floating-point operations of forward and backward: 6 a weight and token (arXiv 2204.02311, appendix B).
+
+    A group's prompt counts once, and not in the head. Causal attention sees half of each squared length.
     """
-    config = model.config
+    c, N = model.config, len(batch.tokens)
     head, embedding = model.get_output_embeddings().weight.numel(), model.get_input_embeddings().weight.numel()
-    blocks = sum(p.numel() for p in model.parameters()) - embedding - (0 if config.tie_word_embeddings else head)
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    blocks = sum(p.numel() for p in model.parameters()) - embedding - (0 if c.tie_word_embeddings else head)
+    width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     prompts = sum(len(batch.prompts[i]) for i in batch.prompt_of.unique_consecutive().tolist())
-    attention = 6 * config.num_hidden_layers * width * int(batch.sizes.square().sum())
-    return 6.0 * (blocks * (prompts + len(batch.tokens)) + head * len(batch.tokens)) + attention
+    attention = c.num_hidden_layers * width * int(batch.sizes.square().sum())
+    return 6.0 * (blocks * (prompts + N) + head * N + attention)
 
 
 def matrix_rate(device: str) -> float:
-    """Measured floating-point operations per second of one large matrix product."""
+    """Floating-point operations per second of one large matrix product, the best of five."""
     size, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
     a = torch.randn(size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return 2 * size**3 / min(timeit.repeat(lambda: (a @ a, now(device)), repeat=5, number=1))
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process: resident on a CPU; allocated by torch on a GPU, without vLLM's.
-
-    vLLM's weights, cache and graphs are in pools of their own, all of one size since the start. torch counts them also
-    while vLLM sleeps and the memory is the trainer's.
-    """
-    if torch.cuda.is_available():
-        segments = torch.cuda.memory_snapshot(include_traces=False)
-        pools = sum(s["allocated_size"] for s in segments if s["segment_pool_id"] != (0, 0))
-        return (torch.cuda.max_memory_allocated() - pools) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Peak memory of this process; on a GPU torch's, without vLLM's pools, which torch counts also in vLLM's sleep."""
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    segments = torch.cuda.memory_snapshot(include_traces=False)
+    pools = sum(s["allocated_size"] for s in segments if s["segment_pool_id"] != (0, 0))
+    return (torch.cuda.max_memory_allocated() - pools) / 2**30

@@ -1,21 +1,28 @@
-"""W&B: starting a run there, online or offline, and the environment variables for it."""
+"""W&B, online or offline, and its environment variables; rows of samples.jsonl and tokens.jsonl."""
 
 import dataclasses
 import hashlib
 import json
+import math
 import netrc
 import os
 import secrets
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import torch
 from torch import Tensor
 
+from ce_gppo.batch import Rollout
+from ce_gppo.entropy import entropy_velocity
 from ce_gppo.messages import UserError, say
 
 PROJECT = "ce-gppo"
+SHOWN = 4  # responses of a step in samples.jsonl and in W&B, and updates with rows in tokens.jsonl
+MAX_TOKENS = 2000  # of a response in a row of tokens.jsonl; the middle of a longer one is left out
 
 
 def new_id() -> str:
@@ -26,68 +33,72 @@ def new_id() -> str:
 def start_wandb(folder: Path, config, run_id: str):
     """A W&B run; None if WANDB_MODE=disabled, or if W&B fails. Without a key it is offline: no account is needed.
 
-    It belongs to the project WANDB_PROJECT, by default ce-gppo, of WANDB_ENTITY, by default the key's owner.
-
-    A resumed run has the same run_id as before, and continues the same W&B run.
+    It is in the project WANDB_PROJECT of WANDB_ENTITY, by default ce-gppo of the key's owner. A resumed run has the
+    same run_id as before, and continues the same W&B run.
     """
-    mode = wandb_mode()
-    if mode == "disabled":
+    if (mode := wandb_mode()) == "disabled":
         return None
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
     options = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "group": group_of(config), "name": folder.name}
-    options |= {"dir": folder, "id": run_id, "mode": mode}
-    if mode != "offline":
-        options |= {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
-    try:
-        run = wandb.init(**options, config=dataclasses.asdict(config))
-    except Exception as error:  # no network, or a key that is not valid
-        say(f"W&B cannot be reached, logging offline ({error})", warning=True)
-        wandb.teardown()  # otherwise W&B refuses the run's id as taken
+    options |= {"dir": folder, "id": run_id, "config": dataclasses.asdict(config)}
+    for attempt in dict.fromkeys((mode, "offline")):
+        online = {} if attempt == "offline" else {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
         try:
-            run = wandb.init(**options | {"mode": "offline", "resume": None}, config=dataclasses.asdict(config))
-        except Exception as again:  # a full disk, an environment variable that it cannot read
-            say(f"W&B fails and is off, metrics.jsonl goes on ({again})", warning=True)
-            return None
+            run = wandb.init(mode=attempt, **options, **online)
+            break
+        except Exception as error:  # no network, a key that is not valid; a full disk
+            then = "logging offline" if online else "it is off, metrics.jsonl goes on"
+            say(f"W&B cannot be reached, {then} ({error})", warning=True)
+            wandb.teardown()  # otherwise W&B refuses the run's id as taken
+    else:
+        return None
     run.define_metric("step", hidden=True)
     run.define_metric("update_*", step_metric="step", hidden=True)  # logged, without charts of their own
     run.define_metric("*", step_metric="step")
     return run
 
 
-def log_wandb(run, row: dict, samples: list[dict], histograms: dict[str, Tensor]) -> None:
-    """A row of metrics.jsonl, with a table of samples and histograms of probabilities, counts [bins] over [0, 1]."""
+def log_wandb(run, row: dict, samples: list[dict], histograms: dict[str, Tensor]) -> bool:
+    """A row of metrics.jsonl, with a table of samples and histograms of probabilities, counts [64] over [0, 1].
+
+    False if W&B has failed, which never ends a run.
+    """
     import wandb
 
-    media = {}
-    for name, counts in histograms.items():
-        edges = [i / len(counts) for i in range(len(counts) + 1)]
-        media[name] = wandb.Histogram(np_histogram=(counts.tolist(), edges))
-    if samples:  # each table is an artifact of its own
-        columns = list(dict.fromkeys(name for sample in samples for name in sample))  # components differ by source
-        data = [[sample.get(name) for name in columns] for sample in samples]
-        media["samples"] = wandb.Table(columns=columns, data=data)
-    run.log(row | media, step=row["step"])
+    try:
+        edges = [i / 64 for i in range(65)]
+        media = {k: wandb.Histogram(np_histogram=(counts.tolist(), edges)) for k, counts in histograms.items()}
+        if samples:  # each table is an artifact of its own
+            columns = list(dict.fromkeys(name for sample in samples for name in sample))  # components differ by source
+            data = [[sample.get(name) for name in columns] for sample in samples]
+            media["samples"] = wandb.Table(columns=columns, data=data)
+        run.log(row | media, step=row["step"])
+    except Exception as error:
+        say(f"W&B has failed and is off now ({error}); metrics.jsonl goes on", warning=True)
+        return False
+    return True
 
 
-def finish_wandb(run, failed: bool) -> tuple[str, str]:
+def finish_wandb(run, failed: bool) -> dict[str, str]:
     """End the run. Returns a row of the table at the end: a label, and the run's address or its upload command."""
-    offline = run.settings.mode == "offline"
-    run.finish(exit_code=int(failed))
+    try:
+        offline = run.settings.mode == "offline"
+        run.finish(exit_code=int(failed))
+    except Exception as error:  # everything else is on the disk already
+        return {"W&B has failed": str(error)}
     if not offline:
-        return "W&B", run.url
+        return {"W&B": run.url}
     command = os.path.relpath(Path(sys.executable).with_name("wandb"))
     # Each start of a resumed run has left a folder. All folders, in order, make up the run.
     parts = sorted(Path(run.dir).parents[1].glob("offline-run-*"))
-    return "W&B, offline; upload with", f"{command} sync --id {run.id} {shlex.join(map(str, parts))}"
+    return {"W&B, offline; upload with": f"{command} sync --id {run.id} {shlex.join(map(str, parts))}"}
 
 
 def group_of(config) -> str:
     """The W&B group: the same for runs that differ only in their seed, name and folder."""
-    settings = dataclasses.asdict(config)
-    for name in ("seed", "run_name", "out"):
-        del settings[name]
+    settings = dataclasses.asdict(config) | dict.fromkeys(("seed", "run_name", "out"))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return f"{config.objective}-{digest[:6]}"
 
@@ -122,3 +133,85 @@ def _has_wandb_key() -> bool:
         return host in netrc.netrc(file and os.path.expanduser(file)).hosts
     except (OSError, ValueError, netrc.NetrcParseError):  # the last one also where others may read the file
         return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows of samples.jsonl and tokens.jsonl
+
+
+def sample_rows(rollout: Rollout, problems: list, entropies: dict[int, float], extract: Callable) -> list[dict]:
+    """The first response to each of the first problems. entropies: of measured responses, in nats."""
+    rows = []
+    for problem, i in zip(problems[:SHOWN], rollout.by_group(torch.arange(len(rollout)))[:, 0].tolist(), strict=False):
+        row = {"prompt": problem.prompt, "response": rollout.texts[i], "answer": problem.answer}
+        row |= {"extracted": extract(rollout.texts[i], problem.verifier), "reward": rollout.rewards[i].item()}
+        row |= {f"reward/{name}": value for name, value in rollout.components[i].items()}
+        rows.append(row | {"entropy": rounded(entropies.get(i, math.nan)), "tokens": int(rollout.lengths[i])})
+    return rows
+
+
+def follow(part: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, moment: Tensor) -> list[dict]:
+    """The effect of an update on every token of the first right and the first wrong response of a micro-batch.
+
+    info: of loss.policy_loss. logprobs, entropy, moment: [N], those of the update.
+    """
+    columns = {"old_logprobs": part.old_logprobs, "entropy": part.entropy, "advantage": part.advantages}
+    columns |= {"ratio": info["ratio"], "clipped": info["clipped_high"].float() - info["clipped_low"].float()}
+    columns["weight"] = info["weight"]
+    columns["velocity"] = entropy_velocity(info["weight"], logprobs, entropy, moment).detach()  # [N] each
+    firsts = [i for right in (True, False) for i in (part.correct == right).nonzero()[:1, 0].tolist()]
+    own = [{name: column[part.sequence == i].cpu() for name, column in columns.items()} for i in firsts]
+    return [{"response": part.to("cpu")[[i]], "columns": each} for i, each in zip(firsts, own, strict=True)]
+
+
+def token_rows(by_rank: list[list], problems: list, tokenizer) -> list[dict]:
+    """Rows of tokens.jsonl: a right and a wrong response of the first, the last and some updates between.
+
+    by_rank: every rank's updates. The lists of a row have a number for each token that is kept, None if not finite:
+    old_logprobs, entropy    under the weights that sampled it, with old_logprobs = sampler those of the update; nats
+    advantage, ratio         of the token; ratio: pi / pi_old in this update
+    clipped                  -1 below the clip interval with A < 0, 1 above it with A > 0, 0 elsewhere
+    weight, velocity         the gradient weight, and the rate at which it raises or lowers the token's entropy
+    """
+    rows, updates = [], list(zip(*by_rank, strict=True))
+    for number in sorted({round(i * (len(updates) - 1) / (SHOWN - 1)) for i in range(SHOWN)} if updates else ()):
+        followed = [each for update in updates[number] for each in update.followed]
+        for right in (True, False):
+            for one in [each for each in followed if bool(each["response"].correct) == right][:1]:
+                rows.append({"update": number + 1, "updates": len(updates)} | token_row(**one, problems=problems))
+                rows[-1]["tokens"] = token_texts(tokenizer, rows[-1]["tokens"])
+    return rows
+
+
+def token_row(response: Rollout, columns: dict[str, Tensor], problems: list) -> dict:
+    problem, length = problems[int(response.prompt_of)], len(response.tokens)
+    ends = torch.tensor([i for i in range(length) if min(i, length - 1 - i) < MAX_TOKENS // 2])  # the tokens kept
+    row = {"prompt": problem.prompt, "answer": problem.answer, "correct": bool(response.correct)}
+    row |= {"reward": response.rewards.item(), "components": response.components[0], "length": length}
+    row["tokens"] = response.tokens[ends].tolist()
+    return row | {name: [rounded(x) for x in column[ends].tolist()] for name, column in columns.items()}
+
+
+def rounded(x: float) -> float | None:
+    """To five digits; None for what is not finite, as JSON has no NaN."""
+    return float(f"{x:.5g}") if math.isfinite(x) else None
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """The text of each token, special tokens included. They join to the whole text. [R] -> R strings.
+
+    Of several tokens that form one character, the last one has it. Ids beyond the vocabulary have empty texts.
+    """
+
+    def decode(some: list[int]) -> str:
+        known = [i for i in some if i < len(tokenizer)]
+        return tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    texts, before, pending = [], [], []  # decoded after the token before: some tokenizers drop a space at the start
+    for token in ids:
+        pending.append(token)
+        text = decode(before + pending)[len(decode(before)) :]
+        whole = not text.endswith("\ufffd") or len(pending) == 4
+        texts.append(text if whole else "")
+        before, pending = ([token], []) if whole else (before, pending)
+    return texts

@@ -1,133 +1,160 @@
-"""The sentences at the end of a run, on stored runs of every kind."""
+"""The sentences at the end of a run: each at its limit, with the settings to change."""
 
-import json
 import re
 
 import pytest
 
 import loss
-from ce_gppo import metrics
-from ce_gppo.advice import CALM, advice
+from ce_gppo import log
 from helpers import ROOT, resolved
 
-CASES = [json.loads(line) for line in (ROOT / "tests/cases/advice.jsonl").read_text().splitlines()]
-EXPECTED = {  # a pattern for each sentence, in order
-    "calm": ["No metric", "Entropy fell by 60%, from 0.225 to 0.090 .* 0.303 to 0.912"],
-    "calm, betas (0, 1)": [
-        "No metric",
-        "Entropy fell by 59%",
-        r"entropy up: .*\. For more entropy raise entropy_coef \(0\); lower beta2 \(1\) for less\.",
-    ],
-    "unlearning": [
-        r"In 4 of 40 steps, first in step 5, sure .* 0\.50 .* 0\.079 nats; lower lr \(0\.0002\) or beta1 \(0\.75\)",
-        r"from 0\.303 to 0\.237: the policy became worse; lower lr",
-        r"entropy down: .* -5\.9e-4 .* \+1\.0e-4, of -20\.6e-4 in all\. For more entropy lower beta1 \(0\.75\) or",
-    ],
-    "unlearning at once": [r"In 1 of 7 steps, first in step 1, .* 0\.56 nats", "rose by 218%.* worse", "entropy down"],
-    "far updates": [r"In 7 of 40 steps .* reached 0\.025; lower lr \(0\.0002\)", "Entropy fell by 60%"],
-    "truncation": ["100% .* raise max_response_tokens", "100% only wrong ones; train on easier", "Entropy fell by 4%"],
-    "no signal": [
-        r"40% of all groups had only right answers, 54% only wrong .* raise temperature \(0\.01\)",
-        "with one update",
-        "worse",
-    ],
-    "idle betas": [r"almost nothing: 0\.00% .* or raise lr \(1e-07\)", "Entropy fell by 3%"],
-    "one update": [r"with one update per rollout .* lower mini_batch_prompts \(32\)", "Entropy"],
-    "mismatch": [r"mismatch/kl 0\.004 nats .* set rollout_correction to tis", "Entropy fell by 60%"],
-    "entropy spent for nothing": [r"fell by 59%, .* without a gain; raise entropy_coef \(0\)", "entropy up"],
-    "missed target": [
-        r"0\.081 nats .* entropy_target is 0\.11: .* end of their range, \(0, 1\)\. Lower eps_low \(0\.2\)",
-        "Entropy fell by",
-        r"entropy down: .*; entropy_target moved the betas\.",
-    ],
-    "useless critic": [r"\(value/explained_variance -0\.20\): change critic_lr \(0\.0003\)", "Entropy fell by 60%"],
-}
+CALM = {"kl/approx": 0.001, "clip/low": 0.002, "clip/high": 0.002, "mismatch/kl": 1e-5, "response/truncated": 0.0}
+CALM |= {"reward/group_solved_all": 0.2, "reward/group_solved_none": 0.2, "rollout/unused": 0.4}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_a_stored_run_gets_its_sentences(case):
-    sentences = advice(case["history"], resolved(**case["settings"]))
-    expected = EXPECTED[case["name"]]
-    assert len(sentences) == len(expected) <= 4, sentences
-    for sentence, pattern in zip(sentences, expected, strict=True):
-        assert re.search(pattern, sentence), sentence
-    assert (CALM in sentences) == case["name"].startswith("calm")
+def run(steps: int = 20, accuracies=(), last: int = 20, **changed: float) -> list[dict]:
+    """The history of a run whose entropy falls from 1 to 0.5. changed: metrics of the last steps, `kl_approx=1`."""
+    named = {name.replace("_", "/", 1): value for name, value in changed.items()}
+    rows = [{"step": 0}] + [
+        {"step": i, "entropy/mean": 1 - 0.5 * (i - 1) / (steps - 1), **CALM} for i in range(1, steps + 1)
+    ]
+    for row in rows[-last:]:
+        row |= named
+    for row, accuracy in zip(rows[:: max(1, steps // max(1, len(accuracies) - 1))], accuracies, strict=False):
+        row |= {"eval/a/avg_at_k": accuracy - 0.1, "eval/b/avg_at_k": accuracy + 0.1}
+    return rows
 
 
-def test_groups_without_a_signal_are_named_only_if_nothing_is_learned_from_them():
-    """A critic learns from every response. If right answers differ in other parts of the reward, most are used."""
-    case = next(case for case in CASES if case["name"] == "no signal")
-    used = [row | {"rollout/unused": 0.2} for row in case["history"]]
-    for history, settings in ((used, {}), (case["history"], {"advantages": "gae", "filter_groups": "on"})):
-        assert not [s for s in advice(history, resolved(**case["settings"] | settings)) if "had a signal" in s]
-    unused = [row | {"rollout/unused": 0.95} for row in case["history"]]
-    assert "had a signal" in advice(unused, resolved(**case["settings"]))[0]
+def faults(history: list[dict], **settings) -> list[str]:
+    return log.advice(history, resolved(**settings))[:-1]
+
+
+def test_a_calm_run_has_one_sentence():
+    assert log.advice(run(), resolved()) == ["Entropy went from 1.000 to 0.500 nats per token."]
+    assert log.advice([], resolved()) == [] == log.advice([{"step": 0, "eval/a/avg_at_k": 0.5}], resolved())
+
+
+@pytest.mark.parametrize(
+    "accuracies, said",
+    [
+        ((0.3, 0.9), r"held-out accuracy from 0\.300 to 0\.900\.$"),
+        ((0.3, 0.34), r"from 0\.300 to 0\.340: no gain that chance would not explain\.$"),
+        ((0.3, 0.36), r"from 0\.300 to 0\.360\.$"),
+        ((0.3, 0.5, 0.44), r"to 0\.440, after 0\.500 at its best: the policy became worse; lower lr\.$"),
+        ((0.3, 0.5, 0.46), r"from 0\.300 to 0\.460\.$"),
+        ((0.3,), r"nats per token\.$"),
+    ],
+)
+def test_the_last_sentence_is_on_entropy_and_accuracy(accuracies, said):
+    (sentence,) = log.advice(run(accuracies=accuracies), resolved())
+    assert sentence.startswith("Entropy went from 1.000 to 0.500") and re.search(said, sentence), sentence
+
+
+@pytest.mark.parametrize(
+    "below, above, pattern",
+    [  # metrics of the last ten steps; below the limit there is no fault
+        (
+            {"mismatch_kl": 9.9e-4},
+            {"mismatch_kl": 1.1e-3},
+            r"mismatch/kl 0\.0011 nats.: set rollout_correction to tis\.$",
+        ),
+        (
+            {"response_truncated": 0.099},
+            {"response_truncated": 0.11},
+            r"At the end 11% .* \(samples\.jsonl\), lower lr",
+        ),
+        ({"reward_group_solved_all": 0.69}, {"reward_group_solved_all": 0.71}, r"71% .* right answers, 20% .* harder"),
+        ({"reward_group_solved_none": 0.69}, {"reward_group_solved_none": 0.71}, r"20% .* answers, 71% .* easier"),
+    ],
+)
+def test_the_mean_of_the_last_ten_steps_is_held_against_a_limit(below, above, pattern):
+    more = {"rollout_unused": 0.95}
+    assert faults(run(last=10, **below | more)) == faults(run(last=9, **above | more)) == []
+    (sentence,) = faults(run(last=10, **above | more))
+    assert re.search(pattern, sentence), sentence
+    (sentence,) = faults(run(steps=4, last=2, **above | more))  # of a short run, the second half
+    assert re.search(pattern, sentence), sentence
+    assert faults(run(steps=4, last=1, **above | more)) == []
+
+
+@pytest.mark.parametrize(
+    "steps, last, kl, told",
+    [
+        (20, 1, 0.1, False),  # one step
+        (20, 1, 0.101, True),  # at ten times the limit
+        (20, 2, 0.01, False),
+        (20, 2, 0.011, True),
+        (60, 2, 0.011, False),  # fewer than one step in twenty
+        (60, 3, 0.011, True),
+    ],
+)
+def test_updates_that_moved_far(steps, last, kl, told):
+    found = faults(run(steps, last=last, kl_approx=kl))
+    assert bool(found) == told
+    if told:
+        said = rf"In {last} of {steps} steps, first in step {steps - last + 1}, .* up to {kl:.2g} nats.: lower lr "
+        assert re.search(said + r"\(0\.0001\) or beta1 \(0\.75\)\.$", found[0])
+
+
+def test_the_betas_did_nothing_where_nothing_is_clipped():
+    idle = {"clip_low": 0.0002, "clip_high": 0.0007}
+    assert faults(run(clip_low=0.0003, clip_high=0.0007)) == []
+    (sentence,) = faults(run(**idle))
+    assert re.search(r"0\.09% .*: raise lr \(0\.0001\), or lower mini_batch_prompts \(8\)", sentence)
+    assert "lr still grew in all of them (warmup_steps 20)" in faults(run(**idle), warmup_steps=20)[0]
+    assert "raise lr" in faults(run(**idle), warmup_steps=19)[0]
+    assert faults(run(**idle), objective="grpo") == [], "it has no betas"
+
+
+def test_at_most_two_faults_the_gravest_first():
+    everything = {"mismatch_kl": 0.1, "kl_approx": 1, "response_truncated": 1, "clip_low": 0, "clip_high": 0}
+    found = log.advice(run(**everything), resolved())
+    assert len(found) == 3 and "mismatch/kl" in found[0] and "kl/approx" in found[1] and "Entropy" in found[2]
+
+
+def test_sentences_that_depend_on_other_settings():
+    assert "set old_logprobs to trainer and rollout_correction" in faults(run(mismatch_kl=1), old_logprobs="sampler")[0]
+    assert faults(run(mismatch_kl=1), rollout_correction="tis") == []
+    assert "lower lr (0.0001) or beta1 (0.75) or epochs (3)." in faults(run(kl_approx=1), epochs=3)[0]
+    assert "lower lr (0.0001)." in faults(run(kl_approx=1), objective="grpo")[0]
+    assert "or take objective ce_gppo with a lower beta1." in faults(run(kl_approx=1), objective="gppo")[0]
+    assert faults(run(response_truncated=0.2))[0].endswith("length limit: raise max_response_tokens (16).")
+    equal = {"reward_group_solved_all": 0.5, "reward_group_solved_none": 0.45}
+    assert "raise temperature (1)" in faults(run(**equal, rollout_unused=0.95))[0]
+    assert faults(run(**equal, rollout_unused=0.89)) == [], "their right answers differ in other components"
+    assert faults(run(**equal, rollout_unused=0.89), dynamic_sampling="off") != []
+    assert faults(run(**equal), advantages="gae", dynamic_sampling="filter") == [], "a critic needs no groups"
 
 
 @pytest.mark.parametrize("objective", loss.OBJECTIVES)
 def test_the_settings_that_it_names_can_be_changed(objective):
     """Every `name (value)` is a setting with its value that the objective does not ignore."""
-    named = set()
-    for case in CASES[: len(CASES) if objective == "ppo" else -1]:  # the last one is a critic's
-        settings = case["settings"] | {"objective": objective}
-        settings |= {name: None for name in ("beta1", "beta2") if not loss.OBJECTIVES[objective].has_betas}
-        config = resolved(**settings)
-        for sentence in advice(case["history"], config):
+    several = (
+        run(mismatch_kl=1, reward_group_solved_none=0.9),
+        run(kl_approx=1, response_truncated=1, last=10),
+        run(clip_low=-1),
+    )
+    for history in several:
+        config = resolved(objective=objective)
+        for sentence in log.advice(history, config):
             for name, told in re.findall(r"\b([a-z][a-z_0-9]+) \(([-+.e\d]+)\)", sentence):
                 value = getattr(config, name)
                 assert float(told) == pytest.approx(value, rel=1e-4), sentence
-                less = {"beta1": value / 2, "beta2": value / 2, "mini_batch_prompts": value // 2}
-                other = less.get(name, 2 * value or 0.01)
-                assert getattr(resolved(**settings | {name: other}), name) == other
-                named.add(name)
-    assert {"lr", "max_response_tokens"} <= named and ("temperature" in named) == (objective != "ppo")
-    assert ("beta1" in named) == loss.OBJECTIVES[objective].has_betas and ("critic_lr" in named) == (objective == "ppo")
+                other = value // 2 if name == "mini_batch_prompts" else value / 2 if name == "beta1" else 2 * value
+                assert getattr(resolved(objective=objective, **{name: other}), name) == other
 
 
-def test_sentences_that_depend_on_other_settings():
-    by_name = {case["name"]: case for case in CASES}
-
-    def first(name: str, **settings) -> str:
-        return advice(by_name[name]["history"], resolved(**by_name[name]["settings"] | settings))[0]
-
-    assert "set old_logprobs to trainer and rollout_correction to tis" in first("mismatch", old_logprobs="sampler")
-    assert "lower lr (0.0002) or beta1 (0.75) or epochs (3)" in first("unlearning", epochs=3)
-    assert "take objective ce_gppo, whose" in first("unlearning", objective="gppo", beta1=None, beta2=None)
-    assert "in all 5 steps lr still grew (warmup_steps 8)" in first("idle betas", warmup_steps=8)
-    assert "entropy_coef was still growing" in first("missed target", objective="grpo")
-    assert first("missed target", objective="grpo", entropy_target=0.05) == CALM  # a bonus cannot lower entropy
-    assert "the betas were still moving; raise steps (80)" in first("missed target", entropy_target=0.05)
-
-
-def test_beta2_is_lowered_for_less_entropy_only_where_it_raised_it():
-    case = next(case for case in CASES if case["name"] == "calm, betas (0, 1)")
-    for sign, said in ((1, True), (-1, False)):
-        history = [
-            row | {"velocity/clipped_high": sign * row["velocity/clipped_high"]}
-            if "velocity/clipped_high" in row
-            else row
-            for row in case["history"]
-        ]
-        assert ("lower beta2" in advice(history, resolved(**case["settings"]))[-1]) == said
-
-
-def test_every_kind_of_run_is_stored():
-    assert [case["name"] for case in CASES] == list(EXPECTED)
-
-
-def test_a_history_with_holes_gets_sentences_or_none():
+def test_a_history_with_holes_gets_sentences():
     """Missing metrics, and runs of two steps, must not raise an error at the end of a run."""
-    assert advice([], resolved()) == [] == advice([{"step": 0, "eval/x/avg_at_k": 0.5}], resolved())
-    for case in CASES:
-        config = resolved(**case["settings"])
-        for name in {name for row in case["history"] for name in row} - {"step"}:
-            history = [{key: value for key, value in row.items() if key != name} for row in case["history"]]
-            assert (advice(history, config) == []) == (name == "entropy/mean")
-        assert 1 <= len(advice(case["history"][:2], config)) <= 4
+    history = run(accuracies=(0.3, 0.5), mismatch_kl=1, kl_approx=1, response_truncated=1, clip_low=-1)
+    for name in CALM:
+        assert 1 <= len(log.advice([{k: v for k, v in row.items() if k != name} for row in history], resolved())) <= 3
+    assert 1 <= len(log.advice(history[:2], resolved())) <= 3
 
 
 def test_the_names_that_it_reads_are_metrics():
-    read = re.findall(r'"([a-z]+/[a-z_{}]+)"', (ROOT / "ce_gppo/advice.py").read_text())
-    patterns = [metric.pattern() for metric in metrics.ALL]
-    assert len(read) > 8
-    assert all(any(p.fullmatch(name.replace("{name}", "all")) for p in patterns) for name in read), read
+    from tools.metrics import rows
+
+    source = (ROOT / "ce_gppo/log.py").read_text()
+    read = set(re.findall(r'"((?:kl|clip|mismatch|response|reward|rollout)/[a-z_]+)"', source))
+    assert len(read) >= 9 and read <= {name for row in rows() for name in row[1].split(", ")}
