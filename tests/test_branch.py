@@ -41,7 +41,7 @@ def step(tiny_model, given, tmp_path):
     """The tenth step of a run: the optimizer has moments, and tokens differ in entropy."""
     tiny_model.get_input_embeddings().weight.data *= 3
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3, **train.ADAMW)
-    one = Step(train.Learner(Policy(tiny_model), optimizer), (tmp_path, Meter(tiny_model, "cpu")), given)
+    one = Step((Policy(tiny_model), optimizer, None, None), (tmp_path, Meter(tiny_model, "cpu")), given)
     one.learn()
     return one
 
