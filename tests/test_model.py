@@ -275,9 +275,14 @@ def test_only_the_layers_are_compiled(tiny_model, monkeypatch):
     assert len(compiled) == 1
 
 
-def test_the_reference_is_the_base_policy_if_it_is_needed(tiny_model, tiny_folder):
+def test_the_reference_is_the_base_policy_if_it_is_needed(tiny_model, tiny_folder, monkeypatch):
     assert load_reference(resolved(model="no/such/model"), "cpu") is None
+    sharded = []
+    monkeypatch.setattr(parallel, "distribute", lambda policy, *options: sharded.append(options) or policy)
+    load_reference(resolved(model=str(tiny_folder), kl_coef=0.1, shard="offload"), "cpu")
+    assert sharded == [("offload", ["Qwen2DecoderLayer"])]
     reference = load_reference(resolved(model=str(tiny_folder), kl_coef=0.1), "cpu")
+    assert len(sharded) == 1, "it has no gradients for DDP"
     packed = pack(rollout_of([(4, 9), (3, 5)]))
     torch.testing.assert_close(reference(packed, 1.0), Policy(tiny_model)(packed, 1.0), atol=1e-6, rtol=1e-6)
 
