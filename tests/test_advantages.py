@@ -108,10 +108,6 @@ def test_whitening_is_numpys():
     assert len(whitened(torch.zeros(0))) == 0 and whitened(torch.ones(1)).tolist() == [0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In a step
-
-
 def critic_of(folder, **settings) -> Critic:
     """A critic with the body of the model there, and values that are not 0."""
     made = Critic(resolved(objective="ppo", **settings), str(folder), "cpu")
