@@ -16,7 +16,6 @@ from ce_gppo.batch import pack
 from ce_gppo.messages import UserError
 from ce_gppo.model import check_config, compile_layers, load_model, load_reference, named_weights, stop_token_ids
 from ce_gppo.policy import Policy
-from data.base import make_model
 from helpers import resolved, rollout_of
 from test_models import build
 
@@ -29,10 +28,6 @@ def refused(path, message: str) -> None:
 
 def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Refused by their files
 
 
 @pytest.mark.parametrize("path", ["nowhere", "a/b/c", "./a", "/a"])
@@ -124,10 +119,6 @@ def test_damaged_weights_are_refused(tiny_folder, factor, shown):
     refused(tiny_folder, f"its logprobs are {shown} for every token, so its weights are damaged or quantized")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Refused by their architecture
-
-
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -173,10 +164,6 @@ def test_names_in_the_files_may_lack_the_prefix_and_a_tied_head(tiny_folder, pre
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The end of a response
-
-
 def test_end_of_sequence_tokens_are_those_of_all_files(tiny_folder, tokenizer):
     """The tokenizer's, the configuration's and generation_config.json's, which may be missing."""
     eos, file = tokenizer.eos_token_id, tiny_folder / "generation_config.json"
@@ -211,10 +198,6 @@ def test_a_chat_template_without_an_end_of_sequence_token_is_a_warning(tiny_fold
     assert (told in capsys.readouterr().err) == (template == "{{ m['content'] }}!")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is loaded
-
-
 def test_weights_are_float32_and_packed_and_take_small_steps(tiny_model, tiny_folder):
     """At the paper's learning rate a bfloat16 weight would not move at all."""
     tiny_model.bfloat16().save_pretrained(tiny_folder)
@@ -231,13 +214,12 @@ def test_weights_are_float32_and_packed_and_take_small_steps(tiny_model, tiny_fo
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropout_is_off_and_recomputing_trains(tmp_path, tokenizer, checkpointing):
-    given = make_model(tokenizer, 64, 1)
-    given.config.attention_dropout = 0.5
-    given.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+def test_dropout_is_off_and_recomputing_trains(tmp_path, checkpointing):
+    build(str(tmp_path), "Phi3")
+    edit(tmp_path / "config.json", resid_pdrop=0.5)
     loaded, _ = load_model(str(tmp_path), gradient_checkpointing=checkpointing)
     assert loaded.training == loaded.is_gradient_checkpointing == checkpointing
+    assert {module.p for module in loaded.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -275,9 +257,14 @@ def test_only_the_layers_are_compiled(tiny_model, monkeypatch):
     assert len(compiled) == 1
 
 
-def test_the_reference_is_the_base_policy_if_it_is_needed(tiny_model, tiny_folder):
+def test_the_reference_is_the_base_policy_if_it_is_needed(tiny_model, tiny_folder, monkeypatch):
     assert load_reference(resolved(model="no/such/model"), "cpu") is None
+    sharded = []
+    monkeypatch.setattr(parallel, "distribute", lambda policy, *options: sharded.append(options) or policy)
+    load_reference(resolved(model=str(tiny_folder), kl_coef=0.1, shard="offload"), "cpu")
+    assert sharded == [("offload", ["Qwen2DecoderLayer"])]
     reference = load_reference(resolved(model=str(tiny_folder), kl_coef=0.1), "cpu")
+    assert len(sharded) == 1, "it has no gradients for DDP"
     packed = pack(rollout_of([(4, 9), (3, 5)]))
     torch.testing.assert_close(reference(packed, 1.0), Policy(tiny_model)(packed, 1.0), atol=1e-6, rtol=1e-6)
 
