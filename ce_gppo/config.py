@@ -109,9 +109,9 @@ def check_ranges(config) -> None:
 
 
 def command(main: Callable, Config: type | None = None, description: str | None = None) -> None:
-    """The main block of every script. A UserError is printed as one sentence, with exit code 2; a RunEnded with 1.
+    """The main block of every script: a UserError is one sentence and exit code 2, a RunEnded 1, a fault a traceback.
 
-    Any other error is a fault of this program, with a traceback. Config: a dataclass, which main gets, or None.
+    Config: a dataclass of the settings on the command line, which main gets, or None.
     """
 
     def tell(error: Exception | str) -> None:

@@ -228,9 +228,8 @@ def test_text_left_in_a_closed_pipe_does_not_change_the_exit_code(monkeypatch):
     """Python flushes its streams at the end, and exits with 120 if that fails."""
     reader, writer = os.pipe()
     os.close(reader)
-    stream = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", stream := os.fdopen(writer, "w"))
     stream.write("from a library")
-    monkeypatch.setattr(sys, "stdout", stream)
     messages.flush_streams()
     stream.flush()
 
@@ -255,11 +254,8 @@ def test_a_wandb_project_that_is_none_is_refused_and_a_failing_wandb_is_off(tmp_
     monkeypatch.setenv("WANDB_PROJECT", "me/ce-gppo")
     with pytest.raises(UserError, match="WANDB_PROJECT=me/ce-gppo: Invalid project name"):
         tracking.check_wandb()
-
-    def init(**_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(wandb, "init", init)
+    full = OSError("No space left on device")
+    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(full))
     monkeypatch.setattr(wandb, "teardown", lambda: None)
     assert tracking.start_wandb(tmp_path, resolved(), "abc") is None
     assert "W&B fails and is off" in capsys.readouterr().err

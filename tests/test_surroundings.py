@@ -133,18 +133,13 @@ def test_what_has_changed_since_a_run_began_is_named(begun, capsys):
         locate(config, files=scorers)
 
 
-def test_only_the_end_of_a_large_file_is_compared(begun, monkeypatch):
+def test_of_a_large_file_only_size_and_end_are_compared_and_unknown_marks_count_as_changed(begun, monkeypatch):
     config, folder, files, scorers = begun
     monkeypatch.setattr(run, "HASHED", 1000)
     claim(folder, config, 0, scorers)
-    rows = Path(config.train_data)
     for text, same in (("x" + "r" * 4999, True), ("r" * 4998 + "xr", False), ("r" * 5001, False)):
-        rows.write_text(text)
+        Path(config.train_data).write_text(text)
         assert (run.changes(folder, config, scorers) == []) == same
-
-
-def test_inputs_that_cannot_be_compared_count_as_changed(begun):
-    config, folder, _, scorers = begun
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"inputs": ["a.jsonl"]}))
     with pytest.raises(UserError, match="changed since the run began: inputs in config.json, which cannot be compared"):
@@ -357,27 +352,23 @@ def test_skipped_updates_are_kept_and_counted_and_end_the_run_after_it_is_saved(
 
 
 def test_a_pipe_that_closes_ends_a_command_without_a_traceback(monkeypatch, tmp_path):
+    """Output's, that is: another pipe that breaks is a fault."""
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(settings_of.sys, "stdout", os.fdopen(writer, "w"))
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
     with pytest.raises(SystemExit) as end:
         settings_of.command(lambda: print("x" * 1_000_000))
     assert end.value.code == 1
-
-    def other():
-        raise BrokenPipeError
-
     with (tmp_path / "output").open("w") as file, pytest.raises(BrokenPipeError):
-        monkeypatch.setattr(settings_of.sys, "stdout", file)
-        settings_of.command(other)
+        monkeypatch.setattr(sys, "stdout", file)
+        settings_of.command(lambda: (_ for _ in ()).throw(BrokenPipeError()))
 
 
-def test_messages_in_a_signal_handler_and_into_a_closed_stream_raise_nothing(monkeypatch):
-    class Busy:
-        def write(self, text):
-            raise RuntimeError("reentrant call")
+def test_messages_in_a_signal_handler_raise_nothing(monkeypatch):
+    def busy(text):
+        raise RuntimeError("reentrant call")
 
-    monkeypatch.setattr(messages.sys, "stdout", Busy())
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=busy))
     messages.say("x")
 
 
@@ -386,12 +377,8 @@ def test_data_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     written = (tmp_path / "train.jsonl").read_text()
     with pytest.raises(UserError, match="--out .*train.jsonl/x: cannot be written"):
         convert.write([ROW], tmp_path / "train.jsonl" / "x" / "eval.jsonl")
-
-    def full(path, text):
-        path.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", lambda path, text: path.touch() or (_ for _ in ()).throw(full))
     with pytest.raises(UserError, match="No space left"):
         convert.write([ROW, ROW], tmp_path / "train.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
