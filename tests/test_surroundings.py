@@ -20,7 +20,7 @@ from ce_gppo import config as settings_of
 from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.problems import Problem
 from ce_gppo.verifier.answers import can_be_given
-from data import convert
+from data import common, convert
 from data.words import prepare as words
 from helpers import in_a_fork, resolved
 from tools import figures
@@ -373,14 +373,14 @@ def test_messages_in_a_signal_handler_raise_nothing(monkeypatch):
 
 
 def test_data_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    convert.write([ROW], tmp_path / "train.jsonl")
+    common.write([ROW], tmp_path / "train.jsonl")
     written = (tmp_path / "train.jsonl").read_text()
     with pytest.raises(UserError, match="--out .*train.jsonl/x: cannot be written"):
-        convert.write([ROW], tmp_path / "train.jsonl" / "x" / "eval.jsonl")
+        common.write([ROW], tmp_path / "train.jsonl" / "x" / "eval.jsonl")
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(Path, "write_bytes", lambda path, text: path.touch() or (_ for _ in ()).throw(full))
     with pytest.raises(UserError, match="No space left"):
-        convert.write([ROW, ROW], tmp_path / "train.jsonl")
+        common.write([ROW, ROW], tmp_path / "train.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
     assert (tmp_path / "train.jsonl").read_text() == written
 
