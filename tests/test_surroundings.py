@@ -77,6 +77,46 @@ def test_more_processes_than_gpus_and_processes_without_torchrun(monkeypatch, ca
         parallel.init()
 
 
+@pytest.mark.parametrize("size, rank, own", [(1, 0, range(10)), (4, 3, [1, 3, 5, 7, 9]), (4, 1, [0, 2, 4, 6, 8])])
+def test_what_a_rank_knows_of_itself(monkeypatch, capsys, size, rank, own):
+    """Two ranks share an engine. Without torchrun the variables say nothing."""
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.setenv("RANK", str(rank))
+    assert (parallel.world_size(), parallel.rank()) == (1, 0) and parallel.all_gather(5) == [5]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert (parallel.world_size(), parallel.rank(), parallel.is_main()) == (size, rank, rank == 0)
+    assert parallel.round_robin(10, min(2, size)) == list(own)
+    messages.say("from rank 0")
+    assert bool(capsys.readouterr().out) == (rank == 0)
+
+
+def test_the_largest_goes_to_the_rank_with_the_least_load():
+    assert parallel.largest_first([3, 9, 5, 4, 1], 2) == [0, 0, 1, 1, 1] and parallel.largest_first([], 2) == []
+
+
+def test_what_several_ranks_say_together(monkeypatch):
+    values = [(1, 2.5), (3, 4.0)]
+    monkeypatch.setattr(parallel, "all_gather", lambda value: values)
+    assert parallel.all_sum(1, 2.5) == [4, 6.5]
+    for flags in ([False, True], [False, False]):
+        monkeypatch.setattr(parallel, "all_gather", lambda value, flags=flags: flags)
+        assert parallel.any_rank(False) == any(flags)
+    monkeypatch.setattr(parallel, "all_gather", lambda value: [value])
+    assert parallel.rank0_then_broadcast(lambda: 7) == 7
+    with pytest.raises(ValueError, match="mine"):
+        parallel.rank0_then_broadcast(lambda: (_ for _ in ()).throw(ValueError("mine")))
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_trainer_has_all_threads_on_a_gpu_where_vllm_leaves_it_one(monkeypatch, cuda):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(parallel, "THREADS", 3)
+    before = torch.get_num_threads()
+    with parallel.host_threads():
+        assert torch.get_num_threads() == (3 if cuda else before)
+    assert torch.get_num_threads() == before
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Other processes and signals
 
