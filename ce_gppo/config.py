@@ -109,9 +109,9 @@ def check_ranges(config) -> None:
 
 
 def command(main: Callable, Config: type | None = None, description: str | None = None) -> None:
-    """The main block of every script. A UserError is printed as one sentence, with exit code 2; a RunEnded with 1.
+    """The main block of every script: a UserError is one sentence and exit code 2, a RunEnded 1, a fault a traceback.
 
-    Any other error is a fault of this program, with a traceback. Config: a dataclass, which main gets, or None.
+    Config: a dataclass of the settings on the command line, which main gets, or None.
     """
 
     def tell(error: Exception | str) -> None:
@@ -221,10 +221,8 @@ def conflicts(given, c) -> Iterator[str]:
         yield f"critic_lr = {c.critic_lr}: advantages = {c.advantages} have no critic, those of gae have one"
     if c.eval_temperature == 0 and c.eval_samples > 1:
         yield f"eval_temperature = 0 gives {c.eval_samples} equal samples; eval_samples = 1 is enough"
-    if c.entropy_target is not None and c.beta_schedule:
-        yield "entropy_target moves the betas: it cannot go with beta_schedule"
-    if c.entropy_target is not None and c.beta1 == c.beta2 == 0:
-        yield "entropy_target moves the betas between 0 and their values, and both are 0"
+    if c.entropy_target is not None and (c.beta_schedule or c.beta1 == c.beta2 == 0):
+        yield "entropy_target moves the betas up to their values: it cannot go with beta_schedule, or where both are 0"
     if gae and c.steps <= c.warmup_steps:
         only = f"with advantages = gae only the critic learns in the first warmup_steps = {c.warmup_steps}"
         yield f"steps = {c.steps}: {only}, and the policy would stay as it is"

@@ -77,9 +77,9 @@ def changes(folder: Path, config, files: list[Path]) -> list[str]:
 
 
 def fingerprints(config, files: list[Path]) -> dict[str, str]:
-    """Size and checksum of each source, and of each file of data, base model and `files` that is there. See HASHED.
+    """Size and checksum of each source, and each file of data, base model and `files` that is there. See HASHED.
 
-    A base model that was deleted is thus no change: the checkpoint has the weights.
+    A base model that was deleted is no change: the checkpoint has the weights, and only kl_coef needs it.
     """
     paths = [*map(Path, f"{config.train_data},{config.eval_data}".split(",")), *files]
     paths += [path for level in ("*", "*/*") for path in sorted(Path(config.model).glob(level))]
@@ -163,10 +163,10 @@ def open_to_append(path: Path, option: str) -> typing.TextIO:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM, a closed terminal, a scheduler's warning: the current rollout is lost, and the run is saved.
+    """Ctrl-C, SIGTERM, a closed terminal, a scheduler's warning: calling it then returns True, and the run is saved.
 
-    Calling it returns True after a request. A second one ends the program at once; warnings do not count there, as the
-    scheduler sends SIGTERM after them. What the shell had the process ignore, as nohup does, stays ignored.
+    A second one ends the program at once; warnings do not count, as the scheduler sends SIGTERM after them. What the
+    shell had the process ignore, as nohup does, stays ignored.
     """
 
     WARNINGS = (signal.SIGUSR1, signal.SIGXCPU)  # Slurm's, and every second that of a limit on CPU time

@@ -3,14 +3,26 @@
 import copy
 import itertools
 import types
+from dataclasses import replace
+from unittest import mock
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
 import reward
 from ce_gppo.messages import UserError
-from ce_gppo.problems import Problem, check_tokens, load_problems, load_rows, load_sets, problems_of_batch, seed_of_step
-from helpers import resolved
+from ce_gppo.problems import (
+    Problem,
+    check_tokens,
+    evaluate_policy,
+    load_problems,
+    load_rows,
+    load_sets,
+    problems_of_batch,
+    seed_of_step,
+)
+from helpers import resolved, rollout_of
 
 GOOD = {"prompt": [{"role": "user", "content": "1+2=?"}], "answer": "3", "source": "test"}
 
@@ -180,3 +192,26 @@ def test_seeds_differ_by_run_step_and_engine_and_never_change():
     seeds = {seed_of_step(*case) for case in cases}
     assert len(seeds) == len(cases) and all(0 <= seed < 2**32 for seed in seeds)
     assert (seed_of_step(0, 1), seed_of_step(0, 1, 2)) == (1436992348, 3146191027)  # of sha256
+
+
+def test_the_policy_is_evaluated_when_that_is_due_and_not_done_yet():
+    config = resolved(steps=7, eval_every=3, eval_samples=2, eval_response_tokens=5, eval_top_p=0.9, seed=4)
+    problems, rows, calls = [Problem("", [i], str(i), "sums", verifier="math") for i in range(3)], [], []
+
+    def generate(prompts, k, **options):
+        calls.append((prompts, k, options))
+        texts = [rf"\boxed{{{ids[0] if right else 9}}}" for ids in prompts for right in (True, ids[0] == 0)]
+        places = torch.arange(len(prompts)).repeat_interleave(k)
+        rollout = replace(rollout_of([(1, 2)] * len(texts)), prompts=prompts, prompt_of=places, texts=texts)
+        return None if options["stop"]() else rollout
+
+    log = types.SimpleNamespace(has_evaluation=lambda step: step == 3, add=lambda *row: rows.append(row))
+    meter = mock.MagicMock(take_part=lambda part: {"time/eval": 1.0})
+    for stopped, steps in ((True, [0]), (False, range(8))):
+        for step in steps:
+            engine, stop = types.SimpleNamespace(generate=generate), lambda stopped=stopped: stopped
+            evaluate_policy(engine, problems, config, reward.score, log, meter, stop, step)
+    row = {"eval/sums/avg_at_k": 4 / 6, "eval/sums/pass_at_k": 1.0, "time/eval": 1.0}
+    assert rows == [(step, row) for step in (0, 6, 7)]
+    options = {"max_tokens": 5, "temperature": 1.0, "top_p": 0.9, "seed": seed_of_step(4, 0)}
+    assert calls[1][:2] == ([[0], [1], [2]], 2) and calls[1][2].items() >= options.items() and len(calls) == 4

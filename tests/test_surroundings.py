@@ -20,7 +20,7 @@ from ce_gppo import config as settings_of
 from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.problems import Problem
 from ce_gppo.verifier.answers import can_be_given
-from data import convert
+from data import common, convert
 from data.words import prepare as words
 from helpers import in_a_fork, resolved
 from tools import figures
@@ -75,6 +75,46 @@ def test_more_processes_than_gpus_and_processes_without_torchrun(monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="more processes are started here than the 2 GPUs"):
         parallel.init()
+
+
+@pytest.mark.parametrize("size, rank, own", [(1, 0, range(10)), (4, 3, [1, 3, 5, 7, 9]), (4, 1, [0, 2, 4, 6, 8])])
+def test_what_a_rank_knows_of_itself(monkeypatch, capsys, size, rank, own):
+    """Two ranks share an engine. Without torchrun the variables say nothing."""
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.setenv("RANK", str(rank))
+    assert (parallel.world_size(), parallel.rank()) == (1, 0) and parallel.all_gather(5) == [5]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert (parallel.world_size(), parallel.rank(), parallel.is_main()) == (size, rank, rank == 0)
+    assert parallel.round_robin(10, min(2, size)) == list(own)
+    messages.say("from rank 0")
+    assert bool(capsys.readouterr().out) == (rank == 0)
+
+
+def test_the_largest_goes_to_the_rank_with_the_least_load():
+    assert parallel.largest_first([3, 9, 5, 4, 1], 2) == [0, 0, 1, 1, 1] and parallel.largest_first([], 2) == []
+
+
+def test_what_several_ranks_say_together(monkeypatch):
+    values = [(1, 2.5), (3, 4.0)]
+    monkeypatch.setattr(parallel, "all_gather", lambda value: values)
+    assert parallel.all_sum(1, 2.5) == [4, 6.5]
+    for flags in ([False, True], [False, False]):
+        monkeypatch.setattr(parallel, "all_gather", lambda value, flags=flags: flags)
+        assert parallel.any_rank(False) == any(flags)
+    monkeypatch.setattr(parallel, "all_gather", lambda value: [value])
+    assert parallel.rank0_then_broadcast(lambda: 7) == 7
+    with pytest.raises(ValueError, match="mine"):
+        parallel.rank0_then_broadcast(lambda: (_ for _ in ()).throw(ValueError("mine")))
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_trainer_has_all_threads_on_a_gpu_where_vllm_leaves_it_one(monkeypatch, cuda):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(parallel, "THREADS", 3)
+    before = torch.get_num_threads()
+    with parallel.host_threads():
+        assert torch.get_num_threads() == (3 if cuda else before)
+    assert torch.get_num_threads() == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,18 +173,13 @@ def test_what_has_changed_since_a_run_began_is_named(begun, capsys):
         locate(config, files=scorers)
 
 
-def test_only_the_end_of_a_large_file_is_compared(begun, monkeypatch):
+def test_of_a_large_file_only_size_and_end_are_compared_and_unknown_marks_count_as_changed(begun, monkeypatch):
     config, folder, files, scorers = begun
     monkeypatch.setattr(run, "HASHED", 1000)
     claim(folder, config, 0, scorers)
-    rows = Path(config.train_data)
     for text, same in (("x" + "r" * 4999, True), ("r" * 4998 + "xr", False), ("r" * 5001, False)):
-        rows.write_text(text)
+        Path(config.train_data).write_text(text)
         assert (run.changes(folder, config, scorers) == []) == same
-
-
-def test_inputs_that_cannot_be_compared_count_as_changed(begun):
-    config, folder, _, scorers = begun
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"inputs": ["a.jsonl"]}))
     with pytest.raises(UserError, match="changed since the run began: inputs in config.json, which cannot be compared"):
@@ -357,43 +392,35 @@ def test_skipped_updates_are_kept_and_counted_and_end_the_run_after_it_is_saved(
 
 
 def test_a_pipe_that_closes_ends_a_command_without_a_traceback(monkeypatch, tmp_path):
+    """Output's, that is: another pipe that breaks is a fault."""
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(settings_of.sys, "stdout", os.fdopen(writer, "w"))
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
     with pytest.raises(SystemExit) as end:
         settings_of.command(lambda: print("x" * 1_000_000))
     assert end.value.code == 1
-
-    def other():
-        raise BrokenPipeError
-
     with (tmp_path / "output").open("w") as file, pytest.raises(BrokenPipeError):
-        monkeypatch.setattr(settings_of.sys, "stdout", file)
-        settings_of.command(other)
+        monkeypatch.setattr(sys, "stdout", file)
+        settings_of.command(lambda: (_ for _ in ()).throw(BrokenPipeError()))
 
 
-def test_messages_in_a_signal_handler_and_into_a_closed_stream_raise_nothing(monkeypatch):
-    class Busy:
-        def write(self, text):
-            raise RuntimeError("reentrant call")
+def test_messages_in_a_signal_handler_raise_nothing(monkeypatch):
+    def busy(text):
+        raise RuntimeError("reentrant call")
 
-    monkeypatch.setattr(messages.sys, "stdout", Busy())
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=busy))
     messages.say("x")
 
 
 def test_data_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    convert.write([ROW], tmp_path / "train.jsonl")
+    common.write([ROW], tmp_path / "train.jsonl")
     written = (tmp_path / "train.jsonl").read_text()
     with pytest.raises(UserError, match="--out .*train.jsonl/x: cannot be written"):
-        convert.write([ROW], tmp_path / "train.jsonl" / "x" / "eval.jsonl")
-
-    def full(path, text):
-        path.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+        common.write([ROW], tmp_path / "train.jsonl" / "x" / "eval.jsonl")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", lambda path, text: path.touch() or (_ for _ in ()).throw(full))
     with pytest.raises(UserError, match="No space left"):
-        convert.write([ROW, ROW], tmp_path / "train.jsonl")
+        common.write([ROW, ROW], tmp_path / "train.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
     assert (tmp_path / "train.jsonl").read_text() == written
 
