@@ -177,7 +177,7 @@ def rounded(x: float) -> float | None:
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token, special ones too; the last of several that form one character has it. [R] -> R strings."""
+    """Each token's text, special tokens too; the last of several that form one character has it. [R] -> R strings."""
     decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     texts, before, pending = [], [], []  # decoded after the token before: some tokenizers drop a space at the start
     for token in ids:
