@@ -19,8 +19,7 @@ from ce_gppo.messages import RunEnded, UserError, explained, say
 from ce_gppo.model import named_weights, stop_token_ids
 from ce_gppo.policy import logprobs_and_entropy
 
-# Of mismatch/mean, nats. In float32 it is 1e-6. bfloat16 made 0.002 of it for a small policy (bench/bfloat16.py), and
-# others report 0.03 for larger models.
+# Of mismatch/mean, nats: 1e-6 in float32; in bfloat16 0.002 for a small policy (bench/bfloat16.py), others report 0.03
 WARN_MISMATCH = {"cpu": 0.001, "cuda": 0.05}
 MAX_MISMATCH = 0.2
 CPU_CACHE_GIB = 1  # vLLM's cache without a GPU, unless vLLM's variable VLLM_CPU_KVCACHE_SPACE is set
@@ -129,7 +128,7 @@ class Engine:
             engine.abort_request([str(index) for index in range(len(prompts)) if index not in done])
         if len(done) < len(prompts):
             return None
-        responses = [each for index in range(len(prompts)) for each in done[index]]
+        responses = [each for _, group in sorted(done.items()) for each in group]
         for each in responses:
             if each.finish_reason not in ("stop", "length") or each.logprobs.token_ids != list(each.token_ids):
                 raise RuntimeError(f"vLLM ended a response by '{each.finish_reason}', or has other tokens' logprobs")
@@ -185,13 +184,13 @@ def _repack_head(model) -> None:
 def check_engine(engine: Engine, model, policy, prompt: list[int], config, device: str) -> None:
     """UserError if engine and trainer, with the same weights, give two short responses different logprobs.
 
-    Called before training: with such a model no update could be right. As in every step, the engine has slept and got
-    the weights of `model` before it samples, and sleeps while the trainer computes. It ends awake. Collective.
+    With such a model no update could be right. As in every step, the engine has slept and got the weights of `model`
+    before it samples, and sleeps while the trainer computes. It ends awake. Collective.
     """
     engine.sleep()
     engine.wake(named_weights(model))
-    limit = min(16, config.max_response_tokens)
-    rollout = engine.generate([prompt], 2, max_tokens=limit, temperature=config.temperature, seed=config.seed)
+    options = {"max_tokens": min(16, config.max_response_tokens), "temperature": config.temperature}
+    rollout = engine.generate([prompt], 2, seed=config.seed, **options)
     engine.sleep()
     [(logprobs, _)] = logprobs_and_entropy(policy, [rollout], config.temperature, config.max_micro_batch_tokens, device)
     gap = (logprobs - rollout.rollout_logprobs).abs().mean().item()

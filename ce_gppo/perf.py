@@ -41,9 +41,9 @@ class Meter:
         metrics["perf/peak_memory_gib"] = peak_memory_gib()
         if mini_batches:
             batches, seconds = [rollout[rows] for rows in mini_batches], metrics["time/update"] / epochs
-            rate = self.matrix_rate * parallel.world_size()
             metrics["perf/update_tokens_per_s"] = sum(int(batch.sizes.sum()) for batch in batches) / seconds
-            metrics["perf/matmul_utilization"] = sum(flops(self.model, batch) for batch in batches) / seconds / rate
+            rate = sum(flops(self.model, batch) for batch in batches) / seconds
+            metrics["perf/matmul_utilization"] = rate / self.matrix_rate / parallel.world_size()
         return metrics
 
     def take_part(self, part: str) -> dict[str, float]:
@@ -60,10 +60,7 @@ def now(device: str) -> float:
 
 
 def flops(model, batch: Rollout) -> float:
-    """Floating-point operations of forward and backward: 6 a weight and token (arXiv 2204.02311, appendix B).
-
-    A group's prompt counts once, and not in the head. Causal attention sees half of each squared length.
-    """
+    """Operations of forward and backward: 6 a weight and token (arXiv 2204.02311, appendix B); a prompt counts once."""
     c, N = model.config, len(batch.tokens)
     head, embedding = model.get_output_embeddings().weight.numel(), model.get_input_embeddings().weight.numel()
     blocks = sum(p.numel() for p in model.parameters()) - embedding - (0 if c.tie_word_embeddings else head)

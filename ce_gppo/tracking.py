@@ -1,5 +1,6 @@
 """W&B, online or offline, and its environment variables; rows of samples.jsonl and tokens.jsonl."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,6 +11,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,7 +22,6 @@ from ce_gppo.batch import Rollout
 from ce_gppo.entropy import entropy_velocity
 from ce_gppo.messages import UserError, say
 
-PROJECT = "ce-gppo"
 SHOWN = 4  # responses of a step in samples.jsonl and in W&B, and updates with rows in tokens.jsonl
 MAX_TOKENS = 2000  # of a response in a row of tokens.jsonl; the middle of a longer one is left out
 
@@ -31,17 +32,16 @@ def new_id() -> str:
 
 
 def start_wandb(folder: Path, config, run_id: str):
-    """A W&B run; None if WANDB_MODE=disabled, or if W&B fails. Without a key it is offline: no account is needed.
+    """A W&B run in WANDB_PROJECT (default ce-gppo); None if WANDB_MODE=disabled, or if W&B fails.
 
-    It is in the project WANDB_PROJECT of WANDB_ENTITY, by default ce-gppo of the key's owner. A resumed run has the
-    same run_id as before, and continues the same W&B run.
+    Without a key it is offline: no account is needed. A resumed run continues the one with the same run_id.
     """
     if (mode := wandb_mode()) == "disabled":
         return None
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    options = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "group": group_of(config), "name": folder.name}
+    options = {"project": os.environ.get("WANDB_PROJECT", "ce-gppo"), "group": group_of(config), "name": folder.name}
     options |= {"dir": folder, "id": run_id, "config": dataclasses.asdict(config)}
     for attempt in dict.fromkeys((mode, "offline")):
         online = {} if attempt == "offline" else {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
@@ -61,10 +61,7 @@ def start_wandb(folder: Path, config, run_id: str):
 
 
 def log_wandb(run, row: dict, samples: list[dict], histograms: dict[str, Tensor]) -> bool:
-    """A row of metrics.jsonl, with a table of samples and histograms of probabilities, counts [64] over [0, 1].
-
-    False if W&B has failed, which never ends a run.
-    """
+    """Log a row, samples, and histograms: counts [64] over [0, 1]. False if W&B has failed, which ends no run."""
     import wandb
 
     try:
@@ -84,11 +81,10 @@ def log_wandb(run, row: dict, samples: list[dict], histograms: dict[str, Tensor]
 def finish_wandb(run, failed: bool) -> dict[str, str]:
     """End the run. Returns a row of the table at the end: a label, and the run's address or its upload command."""
     try:
-        offline = run.settings.mode == "offline"
         run.finish(exit_code=int(failed))
     except Exception as error:  # everything else is on the disk already
         return {"W&B has failed": str(error)}
-    if not offline:
+    if run.settings.mode != "offline":
         return {"W&B": run.url}
     command = os.path.relpath(Path(sys.executable).with_name("wandb"))
     # Each start of a resumed run has left a folder. All folders, in order, make up the run.
@@ -110,7 +106,11 @@ def wandb_mode() -> str | None:
     mode = os.environ.get("WANDB_MODE")
     if mode not in (None, "online", "offline", "shared", "disabled"):
         raise UserError(f"WANDB_MODE={mode}: online, offline, shared or disabled is needed, or none")
-    return mode if mode or _has_wandb_key() else "offline"
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    file, key = os.environ.get("NETRC"), os.environ.get("WANDB_API_KEY")
+    with contextlib.suppress(OSError, ValueError, netrc.NetrcParseError):  # the last one: others may read the file
+        key = key or host in netrc.netrc(file and os.path.expanduser(file)).hosts
+    return mode if mode or key else "offline"
 
 
 def check_wandb() -> None:
@@ -122,21 +122,6 @@ def check_wandb() -> None:
             wandb.Settings(project=project)
         except Exception as error:
             raise UserError(f"WANDB_PROJECT={project}: {error}; WANDB_ENTITY names its owner") from None
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    file = os.environ.get("NETRC")
-    try:
-        return host in netrc.netrc(file and os.path.expanduser(file)).hosts
-    except (OSError, ValueError, netrc.NetrcParseError):  # the last one also where others may read the file
-        return False
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows of samples.jsonl and tokens.jsonl
 
 
 def sample_rows(rollout: Rollout, problems: list, entropies: dict[int, float], extract: Callable) -> list[dict]:
@@ -151,10 +136,7 @@ def sample_rows(rollout: Rollout, problems: list, entropies: dict[int, float], e
 
 
 def follow(part: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, moment: Tensor) -> list[dict]:
-    """The effect of an update on every token of the first right and the first wrong response of a micro-batch.
-
-    info: of loss.policy_loss. logprobs, entropy, moment: [N], those of the update.
-    """
+    """An update's effect on each token of the first right and the first wrong response; arguments as token_sums."""
     columns = {"old_logprobs": part.old_logprobs, "entropy": part.entropy, "advantage": part.advantages}
     columns |= {"ratio": info["ratio"], "clipped": info["clipped_high"].float() - info["clipped_low"].float()}
     columns["weight"] = info["weight"]
@@ -167,19 +149,16 @@ def follow(part: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, moment:
 def token_rows(by_rank: list[list], problems: list, tokenizer) -> list[dict]:
     """Rows of tokens.jsonl: a right and a wrong response of the first, the last and some updates between.
 
-    by_rank: every rank's updates. The lists of a row have a number for each token that is kept, None if not finite:
-    old_logprobs, entropy    under the weights that sampled it, with old_logprobs = sampler those of the update; nats
-    advantage, ratio         of the token; ratio: pi / pi_old in this update
-    clipped                  -1 below the clip interval with A < 0, 1 above it with A > 0, 0 elsewhere
-    weight, velocity         the gradient weight, and the rate at which it raises or lowers the token's entropy
+    by_rank: every rank's updates. A row has lists with a number for each token that is kept, None if not finite:
+    old_logprobs, entropy (of the weights that sampled it; with old_logprobs = sampler the entropy is the update's),
+    advantage, ratio, clipped (-1 below the interval with A < 0, 1 above it with A > 0), weight, velocity.
     """
     rows, updates = [], list(zip(*by_rank, strict=True))
     for number in sorted({round(i * (len(updates) - 1) / (SHOWN - 1)) for i in range(SHOWN)} if updates else ()):
-        followed = [each for update in updates[number] for each in update.followed]
-        for right in (True, False):
-            for one in [each for each in followed if bool(each["response"].correct) == right][:1]:
-                rows.append({"update": number + 1, "updates": len(updates)} | token_row(**one, problems=problems))
-                rows[-1]["tokens"] = token_texts(tokenizer, rows[-1]["tokens"])
+        found = {bool(each["response"].correct): each for part in updates[number][::-1] for each in part.followed[::-1]}
+        for one in [found[right] for right in (True, False) if right in found]:
+            rows.append({"update": number + 1, "updates": len(updates)} | token_row(**one, problems=problems))
+            rows[-1]["tokens"] = token_texts(tokenizer, rows[-1]["tokens"])
     return rows
 
 
@@ -198,20 +177,13 @@ def rounded(x: float) -> float | None:
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token, special tokens included. They join to the whole text. [R] -> R strings.
-
-    Of several tokens that form one character, the last one has it. Ids beyond the vocabulary have empty texts.
-    """
-
-    def decode(some: list[int]) -> str:
-        known = [i for i in some if i < len(tokenizer)]
-        return tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
+    """Each token's text, special tokens too; the last of several that form one character has it. [R] -> R strings."""
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     texts, before, pending = [], [], []  # decoded after the token before: some tokenizers drop a space at the start
     for token in ids:
-        pending.append(token)
+        pending += [token] * (token < len(tokenizer))
         text = decode(before + pending)[len(decode(before)) :]
         whole = not text.endswith("\ufffd") or len(pending) == 4
         texts.append(text if whole else "")
-        before, pending = ([token], []) if whole else (before, pending)
+        before, pending = (pending[-1:] or before, []) if whole else (before, pending)
     return texts

@@ -1,5 +1,6 @@
 """Two processes against one: gradients, shards, checkpoints, metrics, and one that fails. Gloo, real vLLM."""
 
+import dataclasses
 import json
 import math
 import time
@@ -11,10 +12,9 @@ from safetensors.torch import load_file
 
 from ce_gppo import checkpoint, parallel
 from ce_gppo.entropy import QUADRANTS
+from ce_gppo.metrics import Sums, Update
 from ce_gppo.model import load_model
-from ce_gppo.types import Update
-from helpers import by_ranks, group_of, metrics_of, outputs_of, quick, ranks, run, torchrun, without_timings
-from tools import view
+from helpers import by_ranks, metrics_of, outputs_of, quick, ranks, rollout_of, run, torchrun, without_timings
 
 pytestmark = pytest.mark.slow
 
@@ -23,32 +23,33 @@ ONE_UPDATE = """
 import json, sys, torch, train
 from ce_gppo import checkpoint, parallel
 checkpoint.KEEP = 9
-from ce_gppo.forward import Policy
+from ce_gppo.policy import Policy
 from ce_gppo.model import load_model
 from helpers import resolved
 from pathlib import Path
-from test_ranks import responses_of_shares
+from test_ranks import groups
 folder, shard, shares, name = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
 parallel.init()
 model, tokenizer = load_model(str(folder / "tiny"), shard=shard)
 policy = parallel.distribute(Policy(model), shard, model._no_split_modules)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
 config = resolved(max_micro_batch_tokens=24, entropy_coef=0.01, positive_nll_coef=0.1)
-objective = train.objective_of_step(config, 1, (0.5, 0.0))
-responses = responses_of_shares(shares)[parallel.rank()]
-done = train.update(policy, optimizer, responses, objective, 1e-3, config, "cpu")
+objective = train.objective_of_step(config, checkpoint.State(""))
+own = torch.tensor([4 * i + j for i in shares[parallel.rank()] for j in range(4)], dtype=torch.long)
+_, done = train.update(policy, optimizer, groups()[own], objective, 1e-3, config, "cpu")
+merged = train.metrics.update_metrics(parallel.all_gather([done]))[0]
 gradients = {name: parallel.full_tensor(parameter.grad).clone() for name, parameter in model.named_parameters()}
 checkpoint.Saver(folder, model, tokenizer, optimizer).finish(checkpoint.State("id", int(name)))
-done = {"loss": parallel.all_sum(done.loss)[0], "grad_norm": done.grad_norm, "skipped": done.skipped}
+done = {"loss": parallel.all_sum(done.loss)[0], "skipped": done.skipped, "metrics": merged}
 if parallel.is_main():
     torch.save({"gradients": gradients, "done": done}, folder / f"result-{name}.pt")
 """
 
 
-def responses_of_shares(shares: list[list[int]]) -> list[list]:
-    """The responses of each rank: group i of six, in the order that the shares say."""
-    groups = [group_of(5, [(3 * i + j) % 11 + 1 for j in range(4)], seed=i) for i in range(6)]
-    return [[response for i in share for response in groups[i]] for share in shares]
+def groups():
+    """Six groups of four responses."""
+    part = rollout_of([(5, (3 * i + j) % 11 + 1) for i in range(6) for j in range(4)])
+    return dataclasses.replace(part, prompts=part.prompts[::4], prompt_of=torch.arange(6).repeat_interleave(4))
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,11 @@ def test_the_gradient_of_two_ranks_is_that_of_one(updates, case):
     assert max(gradient.abs().max() for gradient in one["gradients"].values()) > 1e-2
     for name, gradient in one["gradients"].items():
         torch.testing.assert_close(two["gradients"][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
-    assert two["done"]["loss"] == pytest.approx(one["done"]["loss"], abs=1e-6)
-    assert two["done"]["grad_norm"] == pytest.approx(one["done"]["grad_norm"], rel=1e-5)
-    assert not two["done"]["skipped"]
+    assert two["done"]["loss"] == pytest.approx(one["done"]["loss"], abs=1e-6) and not two["done"]["skipped"]
+    ours, expected = (case["done"]["metrics"] for case in (two, one))  # the sums of all ranks and micro-batches
+    assert ours.keys() == expected.keys() and len(ours) > 25
+    ours["perf/padding"] = expected["perf/padding"]  # that of other blocks
+    assert ours == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("case", ["000003", "000005", "000006"])
@@ -106,7 +109,7 @@ SMALL = [
 
 def test_two_ranks_train_and_one_goes_on(tmp_path):
     """Uneven shares of the prompts, and shards; then one process resumes the run of two. Metrics are over all ranks."""
-    process = torchrun(2, "train.py", *quick(tmp_path), *SMALL, "--run-name", "two", "--shard")
+    process = torchrun(2, "train.py", *quick(tmp_path), *SMALL, "--run-name", "two", "--shard", "yes")
     while process.poll() is None and not (tmp_path / "two" / "checkpoint-000001").exists():
         time.sleep(0.05)
     process.terminate()  # torchrun passes it on
@@ -134,7 +137,9 @@ def test_an_engine_over_two_ranks(tmp_path):
     rows = metrics_of(tmp_path / "tp")[1:]
     assert len(rows) == 3 and all(math.log(row["mismatch/ratio_max"]) < 1e-4 for row in rows)
     assert all(row["reward/mean"] * 120 == pytest.approx(round(row["reward/mean"] * 120)) for row in rows)
-    assert {1, 3} <= view.load(tmp_path / "tp").keys(), "tokens are those of the first rank's share"
+    samples = [json.loads(line) for line in (tmp_path / "tp" / "samples.jsonl").read_text().splitlines()]
+    assert sum(row["entropy"] is None for row in samples) < len(samples), "the entropies of all ranks"
+    assert (tmp_path / "tp" / "tokens.jsonl").read_text().count('"step": 3') >= 1
 
 
 def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path, request):
@@ -172,12 +177,12 @@ def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path, request):
 def test_a_rank_that_fails_ends_all_ranks_with_its_message(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
-        "import train\nfrom ce_gppo import parallel, statistics\nfrom ce_gppo.config import command\n"
-        "own_values = statistics.own_values\n"
-        "def fail(groups):\n"
+        "import train\nfrom ce_gppo import metrics, parallel\nfrom ce_gppo.config import command\n"
+        "measured_sums = metrics.measured_sums\n"
+        "def fail(parts):\n"
         "    if parallel.rank() == 1: raise RuntimeError('the disk of rank 1 is on fire')\n"
-        "    return own_values(groups)\n"
-        "statistics.own_values = fail\n"
+        "    return measured_sums(parts)\n"
+        "metrics.measured_sums = fail\n"
         "command(train.main)\n"
     )
     process = torchrun(2, str(script), *quick(tmp_path), *SMALL)
@@ -187,8 +192,8 @@ def test_a_rank_that_fails_ends_all_ranks_with_its_message(tmp_path):
 
 def test_only_tensors_on_the_cpu_are_gathered():
     """A tensor on a GPU would come back on that GPU on every rank: it is refused, also deep inside other objects."""
-    update = Update({"tokens": torch.ones(1)}, [0.0], 1.0, False, 0.0)
+    update = Update(Sums({"tokens": torch.ones(1)}, {}, {}, {}), 0.0, 1.0, False, [])
     assert parallel.all_gather([update]) == [[update]]
-    update.sums["clip/low"] = torch.ones(1, device="meta")
+    update.sums.means["clip/low"] = torch.ones(1, device="meta")
     with pytest.raises(ValueError, match="a tensor is not on the CPU"):
         parallel.all_gather((1, [update]))

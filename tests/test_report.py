@@ -465,7 +465,7 @@ def test_a_bar_on_a_terminal(tmp_path, quiet, monkeypatch):
     ],
 )  # fmt: skip
 def test_the_plan_before_the_first_step(tiny_model, tmp_path, settings, said):
-    text = log.plan(resolved(**settings), tmp_path, tiny_model, "cpu", "7 problems", 3)
+    text = log.plan(resolved(lr=1e-4, **settings), tmp_path, tiny_model, "cpu", "7 problems", 3)
     millions = sum(p.numel() for p in tiny_model.parameters()) / 1e6
     assert said in text and f"{tmp_path}, continued after step 3\n" in text and f"{millions:.2f} M parameters" in text
     plain = log.plan(resolved(), tmp_path, tiny_model, "cpu", "7 problems", 0)
@@ -500,7 +500,7 @@ def test_without_a_network_it_logs_offline_into_the_same_run(monkeypatch, tmp_pa
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert tracking.start_wandb(tmp_path, resolved(), "abc")
+    assert tracking.start_wandb(tmp_path, resolved(lr=1e-4), "abc")
     assert [(c["mode"], c["id"], c.get("resume")) for c in calls] == [
         ("online", "abc", "allow"),
         ("offline", "abc", None),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from ce_gppo import log, metrics
+from ce_gppo import metrics, tracking
 from ce_gppo.messages import UserError
 from ce_gppo.policy import Policy
 from ce_gppo.problems import Problem
@@ -21,7 +21,7 @@ SCRIPT = ["</script><script>alert(1)</script>", "</script x", "<!--<script ", "<
 HOSTILE = [*SCRIPT, '"', "\\", "\u2028", "\x00", "\n", "", "é"]
 
 
-def updated(model, rollout, max_tokens: int) -> train.Update:
+def updated(model, rollout, max_tokens: int) -> metrics.Update:
     """The record of an update on these responses, which changes no weight."""
     config = resolved(max_micro_batch_tokens=max_tokens)
     optimizer = torch.optim.SGD(model.parameters())
@@ -61,7 +61,7 @@ def test_texts_of_tokens_are_the_text(tokenizer):
     """Characters of several tokens, special ones, and ids beyond the vocabulary."""
     text = "-3 + 4\n= é∑🙂 \\boxed{1}<|end|>"
     ids = tokenizer.encode(text)
-    texts = log.token_texts(tokenizer, [*ids, len(tokenizer) + 7])
+    texts = tracking.token_texts(tokenizer, [*ids, len(tokenizer) + 7])
     assert len(texts) == len(ids) + 1 and "".join(texts) == text
     assert {"\\boxed{", "<|end|>", "é", "∑", "🙂"} <= set(texts) and len(ids) > len(text.replace("<|end|>", "")) - 6
 
@@ -76,16 +76,16 @@ def test_rows_of_a_step(tokenizer):
         columns = {name: torch.arange(int(rollout.lengths[p])).float() for name in view.VALUES}
         columns["ratio"][0] = torch.nan
         followed = [{"response": rollout[[p]], "columns": columns}]
-        updates.append(metrics.Update(None, 0.0, 0.0, False, 0.0, followed))
-    rows = log.token_rows([updates], problems, tokenizer)
+        updates.append(metrics.Update(None, 0.0, 0.0, False, followed))
+    rows = tracking.token_rows([updates], problems, tokenizer)
     assert [(row["update"], row["answer"]) for row in rows] == [(1, "0"), (5, "4"), (8, "7"), (12, "11")]
     assert [row["correct"] for row in rows] == [True, True, False, False]
-    text = [log.strict_json(row) for row in rows]
+    text = [json.dumps(row, allow_nan=False) for row in rows]
     assert json.loads(text[0], parse_constant=pytest.fail)["ratio"] == [None, 1, 2]
     assert [row["components"]["format"] for row in rows] == [0, 0.5, 0.875, 1.375]
     long = rows[-1]
     assert long["length"] == 2001 and len(long["tokens"]) == 2000 and long["velocity"][999:1001] == [999, 1001]
-    assert log.token_rows([[]], problems, tokenizer) == []
+    assert tracking.token_rows([[]], problems, tokenizer) == []
 
 
 @pytest.mark.slow
