@@ -1,15 +1,15 @@
 """The advantage of every token: from its response's group, or from a critic (PPO), which is trained here.
 
 The critic's value of a token is the reward that it predicts for the response, from the prompt and the tokens before it.
-It is a separate model: a copy of the body that the run began with, and a scalar head of zeros. With gradients and
-optimizer it takes 16 bytes a parameter on each device, in addition to the policy's (with shard: over all devices, or in
-the host's memory).
+It is a second model: the body that the run began with, and a scalar head of zeros. It takes 16 bytes a parameter.
 """
 
 import contextlib
+import itertools
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ce_gppo import parallel
@@ -49,41 +49,34 @@ def group_advantages(rewards: Tensor, kind: str = "group") -> Tensor:
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float = GAMMA, lam: float = LAMBDA) -> Tensor:
     """Generalized advantage estimation, arXiv 1506.02438, eq. 16: [N], [N], responses' lengths [B] -> [N].
 
-    A_t = sum over l >= 0 of (gamma lam)^l delta_(t + l), with delta_t = r_t + gamma V_(t + 1) - V_t. A response ends
-    with its last token, whether it was cut or not, and has no value after it.
+    A_t = delta_t + gamma lam A_(t + 1), with delta_t = r_t + gamma V_(t + 1) - V_t. A and V are 0 behind the last token
+    of a response, also of one that was cut.
     """
-    advantages, last = torch.zeros_like(values), lengths.cumsum(0) - 1  # [N], [B]
-    next_value = next_advantage = values.new_zeros(len(lengths))  # [B]
-    for back in range(int(lengths.max()) if len(lengths) else 0):
-        inside = lengths > back  # [B]
-        t = (last - back).clamp(min=0)  # [B]
-        delta = rewards[t] + gamma * next_value - values[t]
-        next_advantage = torch.where(inside, delta + gamma * lam * next_advantage, next_advantage)
-        next_value = torch.where(inside, values[t], next_value)
-        advantages[t[inside]] = next_advantage[inside]
-    return advantages
+    advantages = []
+    for r, V in zip(*(column.split(lengths.tolist()) for column in (rewards, values)), strict=True):
+        deltas = (r + gamma * F.pad(V[1:], (0, 1)) - V).tolist()
+        sums = itertools.accumulate(reversed(deltas), lambda later, delta: delta + gamma * lam * later)
+        advantages += reversed(list(sums))
+    return values.new_tensor(advantages)
 
 
 def whitened(advantages: Tensor) -> Tensor:
-    """Advantages of mean 0 and variance 1 over all tokens of a rollout, as in TRL, verl and OpenRLHF: [N] -> [N]."""
+    """Advantages of mean 0 and variance 1 over all tokens of a rollout, as in verl and TRL: [N] -> [N]."""
     deviation = advantages.double() - advantages.double().mean()
-    return (deviation / (deviation.square().mean() + 1e-8).sqrt()).to(advantages.dtype)
+    variance = deviation.square().sum() / max(1, len(advantages) - 1)
+    return (deviation / (variance + 1e-8).sqrt()).to(advantages.dtype)
 
 
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
     """The clipped loss of each token's value, and whether the clip removed its gradient: [N] each -> [N], bool [N].
 
-    l = 1/2 max((V - R)^2, (V_clip - R)^2) with V_clip = V_old + clip(V - V_old, -c, c). A value that has moved more
-    than c towards its return gets no more gradient in this rollout (OpenAI's baselines, ppo2; TRL; verl).
+    l = 1/2 max((V - R)^2, (V_clip - R)^2) with V_clip = V_old + clip(V - V_old, -c, c), as in ppo2, TRL and verl. A
+    value that has moved more than c towards its return gets no more gradient in this rollout.
     """
     near = old_values + (values - old_values).clamp(-VALUE_CLIP, VALUE_CLIP)
     loss, loss_near = (values - returns).square() / 2, (near - returns).square() / 2
     clipped = ((values - old_values).abs() > VALUE_CLIP) & (loss_near > loss)
     return torch.maximum(loss, loss_near), clipped
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The critic
 
 
 class ValueModel(torch.nn.Module):
@@ -116,12 +109,11 @@ class Critic:
     def learn(self, batches: list[Rollout]) -> tuple[list[Rollout], dict[str, float]]:
         """(the mini-batches with the tokens' advantages, metrics), after the critic was trained on their returns.
 
-        batches: this rank's shares. Advantages and returns are computed with the critic before its updates. The updates
-        take the policy's mini-batches, in the same order and for the same epochs. Collective.
+        batches: this rank's shares of the policy's mini-batches, which the critic takes in the same order and for the
+        same epochs. Advantages and returns are computed before its updates. Collective.
 
-        Critic: value/explained_variance | share | 1 - Var(return - value) / Var(return), over the tokens trained on,
-            before the critic's updates; 1 is a perfect critic, 0 one that says the same everywhere | rises in the
-            critic's warm-up, then stays above 0
+        Critic: value/explained_variance | share | 1 - Var(return - value) / Var(return), before the critic's updates; 1
+            is a perfect critic, 0 one that says the same everywhere | rises in its warm-up, then stays above 0
         Critic: value/mean | | of these values | near reward/mean
         Critic: value/loss | | half the squared error, clipped; mean over the step's updates | falls
         Critic: value/clipped | share | values that the clip gives no gradient | below 0.1
@@ -132,7 +124,7 @@ class Critic:
             return [], {}
         whole = with_advantages(self.estimate(concat(batches)), self.config.kl_coef)
         ends = torch.tensor([0, *(len(batch) for batch in batches)]).cumsum(0).tolist()
-        batches = [whole[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        batches = [whole[a:b] for a, b in itertools.pairwise(ends)]
         metrics = value_metrics(whole, self.config.kl_coef)
         updates = [self.update(batch) for batch in batches * self.config.epochs]
         parallel.zero_gradients(self.wrapped, self.optimizer)  # no memory for gradients while vLLM samples
@@ -151,8 +143,8 @@ class Critic:
     def update(self, batch: Rollout) -> tuple[float, float, float, bool]:
         """One optimizer step on a mini-batch, of which `batch` is this rank's share, perhaps empty. Collective.
 
-        Returns, over all ranks: mean loss, share of clipped values, norm of the gradient, and whether the step was
-        skipped because that is not finite. The loss is the mean over the tokens of the whole mini-batch.
+        Returns, over all tokens and ranks: mean loss, share of clipped values, norm of the gradient, and whether the
+        step was skipped because that is not finite.
         """
         parallel.zero_gradients(self.wrapped, self.optimizer)
         tokens = max(1.0, parallel.all_sum(len(batch.tokens))[0])
@@ -195,10 +187,7 @@ def value_metrics(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     reference = rollout.reference_logprobs if kl_coef else rollout.rollout_logprobs  # [N]
     own = torch.stack([rollout.values, rollout.returns, reference - rollout.rollout_logprobs])  # [3, n]
     values, returns, gap = torch.cat(parallel.all_gather(own), 1).double()  # [N] each
-    metrics = {"value/explained_variance": explained_variance(values, returns), "value/mean": values.mean().item()}
+    variance = returns.var()  # 0 if all returns are equal, and then the share is NaN
+    explained = 1 - (returns - values).var() / variance.where(variance > 0, torch.nan)
+    metrics = {"value/explained_variance": explained.item(), "value/mean": values.mean().item()}
     return metrics | ({"kl/reference": (gap.expm1() - gap).mean().item()} if kl_coef else {})
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): [N], [N] -> 1 for a perfect critic, 0 for a constant; NaN if all returns are equal."""
-    return (1 - (returns - values).var() / returns.var()).item() if returns.var() > 0 else float("nan")
