@@ -8,21 +8,14 @@ import torch
 import torch._dynamo
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from ce_gppo import parallel
 from ce_gppo.batch import Rollout, pack
 from ce_gppo.checkpoint import try_saving
-from ce_gppo.messages import UserError, explained, first_line, say
+from ce_gppo.messages import UserError, explained, say
 from ce_gppo.policy import Policy, register_attention
 
 # Final transformations of the logits in some architectures (Gemma 2, Granite, Cohere). token_statistics has none.
@@ -30,9 +23,7 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale", 
 JSON = ("config", "generation_config", "tokenizer_config", "tokenizer", "special_tokens_map", "model.safetensors.index")
 
 
-def load_model(
-    path: str, device: str = "cpu", gradient_checkpointing: bool = False, shard: str = "no"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(path: str, device: str = "cpu", gradient_checkpointing: bool = False, shard: str = "no") -> tuple:
     """A causal language model in float32 (the master weights) and its tokenizer, from a folder or a hub name.
 
     gradient_checkpointing: keep only the input of each layer for backward, which computes the rest again.
@@ -47,17 +38,7 @@ def load_model(
         register_attention()
         options = {"attn_implementation": "packed", "use_safetensors": True, "trust_remote_code": False}
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # check_loaded refuses them
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-            if not model._supports_attention_backend:
-                raise KeyError("packed")
-        except KeyError as error:  # Falcon's class raises this
-            if error.args != ("packed",):
-                raise
-            raise UserError(
-                f"model '{path}': transformers cannot replace the attention of this architecture; docs/models.md lists "
-                "the families that train"
-            ) from None
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         check_loaded(info, path)
         head = model.get_output_embeddings()
@@ -120,23 +101,25 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 # Checks: what the libraries do not report, or not by the name of the file
 
 
-def check_config(path: str) -> PretrainedConfig:
+def check_config(path: str):
     """The model's configuration. UserError if `path` is no model that can be trained, as far as its config tells."""
-    folder = Path(path)
-    if folder.is_dir():
-        check_files(folder)
+    if Path(path).is_dir():
+        check_files(Path(path))
     elif path.count("/") != 1 or path.startswith((".", "/")):
         raise UserError(f"model '{path}': no such folder, and not a hub name like 'Qwen/Qwen2.5-1.5B'")
-    try:
+    with explained(f"model '{path}': cannot read its config"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of transformers and of huggingface_hub
-        raise UserError(f"model '{path}': cannot read its config: {first_line(error)}") from None
     for name in LOGIT_TRANSFORMS:
         if getattr(config, name, None) not in (None, 1.0):
             raise UserError(f"model '{path}': {name} = {getattr(config, name)} changes its logits; not supported")
-    if (quantized := getattr(config, "quantization_config", None)) is not None:
-        kind = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
-        raise UserError(f"model '{path}': its weights are quantized ({kind}), and only floating-point ones train")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"model '{path}': its weights are quantized, and only floating-point ones train")
+    architecture = AutoModelForCausalLM._model_mapping.get(type(config))
+    if architecture and not architecture._supports_attention_backend:
+        raise UserError(
+            f"model '{path}': transformers cannot replace the attention of a {architecture.__name__}; docs/models.md "
+            "lists the families that train"
+        )
     return config
 
 
@@ -144,26 +127,20 @@ def check_files(folder: Path) -> None:
     """UserError for a file of the model that is missing, cut or no JSON. The libraries' errors do not name the file."""
     if not (folder / "config.json").is_file():
         raise UserError(f"model '{folder}': the folder has no config.json, so it is not a Hugging Face model")
-    for path in (folder / f"{name}.json" for name in JSON):
-        try:
-            content = json.loads(path.read_bytes()) if path.is_file() else {}
-            if not isinstance(content, dict):
-                raise ValueError("it is not a JSON object")
-            named = content.get("weight_map", {}).values() if path.name.endswith(".index.json") else ()
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"model '{folder}': {path.name} cannot be read: {error}") from None
-        if missing := sorted(name for name in set(map(str, named)) if not (folder / name).is_file()):
-            raise UserError(f"model '{folder}': {path.name} names {missing[0]}, which is not there")
     weights = list(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"model '{folder}': the folder has no .safetensors weights (pickled ones are not read)")
-    for path in weights:
+    for path in filter(Path.is_file, [*(folder / f"{name}.json" for name in JSON), *weights]):
         try:
-            with safe_open(path, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            why = f"SafetensorError: {error}" if path.stat().st_size > 1000 else "it is a pointer of git-lfs, or cut"
-            raise UserError(f"model '{folder}': {path.name} cannot be read: {why}; copy it again") from None
+            if path in weights:
+                with safe_open(path, "pt"):
+                    continue
+            content = json.loads(path.read_bytes())
+            named = content.get("weight_map", {}).values()
+        except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+            raise UserError(f"model '{folder}': {path.name} cannot be read: {error}; copy it again") from None
+        if missing := sorted(name for name in set(map(str, named)) if not (folder / name).is_file()):
+            raise UserError(f"model '{folder}': {path.name} names {missing[0]}, which is not there")
 
 
 def check_loaded(info: dict, path: str) -> None:
@@ -173,21 +150,14 @@ def check_loaded(info: dict, path: str) -> None:
     """
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"])
-        raise UserError(
-            f"model '{path}': config.json does not fit the weights: {name} has the shape {list(stored)} in the files, "
-            f"and {list(wanted)} by config.json"
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"model '{path}': {len(missing)} of its weights, such as {missing[0]}, are not in its files, though "
-            "config.json asks for them"
-        )
-    if unused := sorted(info["unexpected_keys"]):
-        say(
-            f"model '{path}': {len(unused)} weights in its files, such as {unused[0]}, have no place in a model of its "
-            "config.json: they are left out, and checkpoints will lack them",
-            warning=True,
-        )
+        shapes = f"{list(stored)} in the files, and {list(wanted)} by config.json"
+        raise UserError(f"model '{path}': config.json does not fit the weights: {name} has the shape {shapes}")
+    for kind, problem in (("missing", "are not in its files"), ("unexpected", "have no place in the model")):
+        if names := sorted(info[f"{kind}_keys"]):
+            message = f"model '{path}': {len(names)} weights, such as {names[0]}, {problem} that config.json describes"
+            if kind == "missing":
+                raise UserError(message)
+            say(f"{message}: they are left out, and checkpoints will lack them", warning=True)
 
 
 def check_names(model: PreTrainedModel, path: str) -> None:
@@ -196,7 +166,7 @@ def check_names(model: PreTrainedModel, path: str) -> None:
     vLLM gets new weights by their names in the files. transformers may leave out or add the body's prefix.
     """
     stored = set()
-    for file in Path(path).glob("*.safetensors"):  # not checked for a hub name, which is no local folder
+    for file in Path(cached_file(path, "config.json")).parent.glob("*.safetensors"):  # also of a hub name
         with safe_open(file, "pt") as opened:
             stored.update(opened.keys())
     prefix = model.base_model_prefix + "."
@@ -217,15 +187,7 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
     no_values, cut = torch.zeros(len(tokens)), torch.zeros(2, dtype=torch.bool)
     rollout = Rollout([[1, 2], [3, 4]], torch.tensor([0, 1]), lengths, tokens, no_values, cut, ["", ""])
     policy = Policy(model)
-    try:
-        together = policy(pack(rollout), 1.0)[0]  # [N]
-    except TypeError as error:
-        if "packing" not in str(error):
-            raise
-        raise UserError(
-            f"model '{path}': a {type(model).__name__} does not pass the starts of sequences on to its attention; "
-            "docs/models.md lists the families that train"
-        ) from None
+    together = policy(pack(rollout), 1.0)[0]  # [N]
     alone = torch.cat([policy(pack(rollout[[i]]), 1.0)[0] for i in range(2)])  # [N]
     if not alone.std() > 0:  # NaN, or the same everywhere
         raise UserError(
@@ -240,26 +202,24 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
         )
 
 
-def stop_token_ids(model: str, tokenizer) -> list[int]:
+def stop_token_ids(path: str, tokenizer) -> list[int]:
     """Every end-of-sequence id that the tokenizer, the configuration or the generation configuration names."""
-    named = [tokenizer.eos_token_id, AutoConfig.from_pretrained(model, trust_remote_code=False).eos_token_id]
+    named = [tokenizer.eos_token_id, AutoConfig.from_pretrained(path, trust_remote_code=False).eos_token_id]
     try:
-        named.append(GenerationConfig.from_pretrained(model).eos_token_id)
+        named.append(GenerationConfig.from_pretrained(path).eos_token_id)
     except OSError as error:  # a missing file is fine, but an unreadable one may name another end token
-        if (Path(model) / "generation_config.json").exists():
-            raise UserError(f"model '{model}': generation_config.json cannot be read: {error}") from None
-    ids: set[int] = set()
-    for entry in named:
-        ids.update(entry if isinstance(entry, list) else [] if entry is None else [entry])
-    if wrong := [entry for entry in ids if type(entry) is not int]:
-        raise UserError(f"model '{model}': eos_token_id {wrong[0]!r} in generation_config.json is no number of a token")
+        if (Path(path) / "generation_config.json").exists():
+            raise UserError(f"model '{path}': generation_config.json cannot be read: {error}") from None
+    ids = {i for entry in named for i in (entry if isinstance(entry, list) else [entry]) if i is not None}
+    if wrong := [i for i in ids if type(i) is not int]:
+        raise UserError(f"model '{path}': eos_token_id {wrong[0]!r} in generation_config.json is no number of a token")
     return sorted(ids)
 
 
 def check_end(tokenizer, path: str, vocabulary: int) -> None:
-    """Warn if the chat template ends an answer with a token that is no end-of-sequence token.
+    """UserError for an end-of-sequence token beyond the vocabulary.
 
-    Responses would then run to the length limit. UserError for an end-of-sequence token beyond the vocabulary.
+    A warning if the chat template ends an answer with another token: responses would run to the length limit.
     """
     ends = stop_token_ids(path, tokenizer)
     if beyond := [i for i in ends if not 0 <= i < vocabulary]:
@@ -267,13 +227,12 @@ def check_end(tokenizer, path: str, vocabulary: int) -> None:
             f"model '{path}': its end-of-sequence token {beyond[0]} is beyond its vocabulary of {vocabulary} tokens; "
             "correct eos_token_id in config.json, generation_config.json or the tokenizer's files"
         )
-    answer = "The answer."
+    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": "The answer."}]
     try:
-        turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # no template, or one that refuses these turns; load_problems reports it
         return
-    end = tokenizer.encode(text.rpartition(answer)[2], add_special_tokens=False)
+    end = tokenizer.encode(text.rpartition("The answer.")[2], add_special_tokens=False)
     if end and not set(end) & set(ends):
         say(
             f"model '{path}': its chat template ends an answer with {tokenizer.convert_ids_to_tokens(end[0])!r}, which "
