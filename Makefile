@@ -12,19 +12,20 @@ CHECK_PYTHON = test -n "$(PYTHON)" || \
 CHECK_GPU = .venv/bin/python -c 'import torch; torch.cuda.is_available() or exit("make: torch cannot use the GPU; CUDA 13.0 of requirements/cuda.txt needs driver 580 or newer, and nvidia-smi shows yours")'
 # Puts the repository root on Python's path: `.venv/bin/python tools/evaluate.py` then works like `-m tools.evaluate`.
 FIND_PROJECT = echo "$(CURDIR)" > "$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/this-project.pth"
-DEFAULT_DATA := data/arithmetic/train.jsonl data/arithmetic/eval.jsonl
-DEFAULT_BASE := data/arithmetic/base/model.safetensors
 WALK_DATA := data/walk/train.jsonl data/walk/eval.jsonl
 WALK_BASE := data/walk/base/model.safetensors
+COUNTDOWN_DATA := data/countdown/small-train.jsonl data/countdown/small-eval.jsonl
 COUNTDOWN_BASE := data/countdown/base/model.safetensors
+# What a run needs: with a recipe of published settings nothing of this, with another one its small policy.
+RUN_DATA = $(if $(filter countdown,$(RECIPE)),countdown,$(if $(filter-out walk,$(RECIPE)),,data))
 
-.PHONY: help setup data walk countdown train eval figures view branch workspace doctor bench reproduce test test-fast torture lint clean
+.PHONY: help setup data countdown train eval figures view branch doctor bench reproduce test test-fast torture lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
 
-train: setup $(if $(RECIPE),$(filter walk countdown,$(RECIPE)),data)  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), or RECIPE=<name>; GPUS=8
+train: setup $(RUN_DATA)  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), or RECIPE=<name>; GPUS=8
 	@.venv/bin/$(if $(GPUS),torchrun --standalone --nproc_per_node $(GPUS),python) train.py $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)
 
 eval: setup $(if $(and $(MODEL),$(BENCH)),,data)  ## evaluate: MODEL=out/<run>/checkpoint-000040 BENCH=aime24,aime25 K=32
@@ -36,26 +37,21 @@ figures: setup  ## draw curves of runs: RUNS="out/a out/b"
 view: setup  ## write an HTML page that shows a run's effect on single tokens: RUN=out/<run>
 	@.venv/bin/python -m tools.view $(RUN) $(ARGS)
 
-branch: setup $(if $(RUN),,$(if $(RECIPE),$(filter walk countdown,$(RECIPE)),data))  ## measure how each setting changes entropy in one step: RUN=out/<run> BRANCHES=10 EVERY=5
+branch: setup $(if $(RUN),,$(RUN_DATA))  ## measure how each setting changes entropy in one step: RUN=out/<run> BRANCHES=10 EVERY=5
 	@.venv/bin/python -m tools.branch $(if $(RUN),--run $(RUN)) $(if $(RECIPE),--recipe $(RECIPE)) $(if $(BRANCHES),--branches $(BRANCHES)) \
 		$(if $(EVERY),--every $(EVERY)) $(ARGS)
-
-workspace: setup  ## save a W&B view with entropy first: PROJECT=my-name/ce-gppo
-	@.venv/bin/python -m tools.workspace --project $(PROJECT)
 
 doctor: setup data  ## check the machine, the setup and a model: MODEL=<folder or hub name>
 	@.venv/bin/python -m tools.doctor $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-bench: setup data  ## measure updates, rollouts, rewards and the entropy accounting: ten minutes on two cores
+bench: setup data  ## measure updates and rollouts: minutes on two cores
 	@.venv/bin/python -m bench.update
 	@.venv/bin/python -m bench.update --equal
 	@.venv/bin/python -m bench.update --equal --shared-prompt
 	@.venv/bin/python -m bench.rollout
-	@.venv/bin/python -m bench.reward
-	@.venv/bin/python -m bench.attribution --repeats 7
 
 reproduce: RESULTS = results/$(if $(QUICK),quick,reproduction-walk).jsonl
-reproduce: setup walk  ## the sweep of docs/evidence.md, 55 runs: 1:40 to three hours on two cores; QUICK=1: a few minutes; RESULTS=<file>
+reproduce: setup data  ## the sweep of docs/evidence.md, 55 runs: 1:40 to three hours on two cores; QUICK=1: a few minutes; RESULTS=<file>
 	@.venv/bin/python -m results.sweep --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
 	@.venv/bin/python -m results.claims $(RESULTS)
 
@@ -71,26 +67,21 @@ torture: setup data  ## kill a run of twelve steps twenty times, and compare it 
 lint: setup  ## check style
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
-data: setup $(DEFAULT_DATA) $(DEFAULT_BASE)  ## make the default data set and its base policy
+data: setup $(WALK_DATA) $(WALK_BASE)  ## make the default task, walk, and its base policy: a minute on two cores
 
-data/arithmetic/train.jsonl data/arithmetic/eval.jsonl &: data/arithmetic/prepare.py | setup
-	@.venv/bin/python -m data.arithmetic.prepare
-
-$(DEFAULT_BASE): data/arithmetic/base.py data/arithmetic/prepare.py data/base.py | setup
-	@.venv/bin/python -m data.arithmetic.base
-
-walk: setup $(WALK_DATA) $(WALK_BASE)  ## make the data set `walk` and its base policy, for make train RECIPE=walk
-
-data/walk/train.jsonl data/walk/eval.jsonl &: data/walk/prepare.py ce_gppo/verifier/walk.py | setup
+$(WALK_DATA) &: data/walk/prepare.py data/common.py | setup
 	@.venv/bin/python -m data.walk.prepare
 
-$(WALK_BASE): data/walk/base.py data/walk/prepare.py ce_gppo/verifier/walk.py data/base.py | setup
-	@.venv/bin/python -m data.walk.base
+$(WALK_BASE): data/walk/prepare.py data/base.py | setup
+	@.venv/bin/python -m data.base
 
-countdown: setup $(COUNTDOWN_BASE)  ## make a small base policy for `countdown` and its tasks, for make train RECIPE=countdown
+countdown: setup $(COUNTDOWN_DATA) $(COUNTDOWN_BASE)  ## make small tasks of countdown and their base policy, for make train RECIPE=countdown
 
-$(COUNTDOWN_BASE): data/countdown/base.py data/base.py | setup
-	@.venv/bin/python -m data.countdown.base
+$(COUNTDOWN_DATA) &: data/countdown/small.py data/common.py | setup
+	@.venv/bin/python -m data.countdown.small
+
+$(COUNTDOWN_BASE): data/countdown/small.py data/base.py | setup
+	@.venv/bin/python -m data.base countdown
 
 setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 
@@ -117,5 +108,5 @@ setup: .venv/installed-$(PLATFORM)  ## make .venv with the pinned dependencies
 	@touch $@
 
 clean:  ## remove .venv, the small data sets and base policies, and caches; runs in out/ are kept
-	rm -rf .venv bench/.venv-trl .pytest_cache .ruff_cache data/arithmetic/base $(DEFAULT_DATA) data/walk/base $(WALK_DATA) data/countdown/base data/countdown/small-*.jsonl
+	rm -rf .venv bench/.venv-trl .pytest_cache .ruff_cache data/walk/base data/countdown/base $(WALK_DATA) $(COUNTDOWN_DATA)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -211,15 +211,10 @@ def full_name(name: str, source: str) -> str:
     return f"{path.resolve()}:{name.rpartition(':')[2]}"
 
 
-def check_names(rewards: str) -> None:
-    """UserError for what is wrong with `rewards` whatever the data are."""
-    for source, name in read_setting(rewards).items():
-        full_name(name, source)
-
-
 def files(rewards: str) -> list[Path]:
-    """The files of the user's own functions."""
-    return sorted({path for verifier in read_setting(rewards).values() if (path := custom.file_of(verifier))})
+    """The files of the user's own functions. UserError for what is wrong with `rewards` whatever the data are."""
+    names = [full_name(name, source) for source, name in read_setting(rewards).items()]
+    return sorted({path for name in names if (path := custom.file_of(name))})
 
 
 def assign(rewards: str, *sets: list) -> tuple[str, list[list]]:

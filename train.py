@@ -1,6 +1,6 @@
 """CE-GPPO (arXiv 2509.20712): reinforcement learning with verifiable rewards that controls the policy's entropy.
 
-python train.py                                   the default: a small policy learns sums, on any machine
+python train.py                                   the default: a small policy learns a puzzle, on any machine
 python train.py --objective grpo --seed 1         every setting below can be given on the command line
 python train.py --recipe r1-distill-1.5b          published settings from recipes/; the command line wins over them
 python train.py --resume out/<run>                continue a run from its newest checkpoint, with its own settings
@@ -8,13 +8,11 @@ torchrun --nproc_per_node 8 train.py              the same on eight GPUs; docs/s
 """
 
 import contextlib
-import itertools
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,15 +24,13 @@ from ce_gppo import config as t
 from ce_gppo.advantages import ADVANTAGES, Critic, group_advantages
 from ce_gppo.advice import plan
 from ce_gppo.batch import Rollout, append, concat, gather, local_batch, micro_batches, pack, with_token_mask
-from ce_gppo.checkpoint import State
 from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
 from ce_gppo.evaluation import evaluate_policy
 from ce_gppo.log import Log, follow
-from ce_gppo.metrics import Learned, Update
 from ce_gppo.model import load_model, load_reference, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
-from ce_gppo.problems import Problem, load_sets, problems_of_batch, seed_of_step
+from ce_gppo.problems import Problem, check_files, load_sets, problems_of_batch, seed_of_step
 from rollout import Engine, check_engine, check_mismatch, prepare_environment
 
 
@@ -43,25 +39,23 @@ class Config:
     """Hyperparameters. In brackets: the paper's value for 7B models, where it differs."""
 
     # What to train, on what, and where the results go.
-    model: t.Name = "data/arithmetic/base"  # folder or hub name of the base policy [DeepSeek-R1-Distill-Qwen-7B]
-    train_data: t.Name = "data/arithmetic/train.jsonl"  # problems, JSONL; or several, "a,b" [KlearReasoner-MathSub-30K]
-    eval_data: t.Name = "data/arithmetic/eval.jsonl"  # held-out problems, JSONL; or several [AIME24, AIME25]
+    model: t.Name = "data/walk/base"  # folder or hub name of the base policy [DeepSeek-R1-Distill-Qwen-7B]
+    train_data: t.Name = "data/walk/train.jsonl"  # problems, JSONL; or several, "a,b" [KlearReasoner-MathSub-30K]
+    eval_data: t.Name = "data/walk/eval.jsonl"  # held-out problems, JSONL; or several [AIME24, AIME25]
     out: t.Name = "out"  # folder of the runs
-    run_name: t.NameOrEmpty = ""  # its folder in `out`; empty: objective, seed and time, or an interrupted run's
+    run_name: t.NameOrEmpty = ""  # its folder in `out`, which the same name continues; empty: objective, seed and time
     rewards: str = ""  # verifiers, "source=verifier,source2=mine.py:score"; empty: by the source's name, else math
     seed: t.Seed = 0  # for the samples and the order of the problems
 
     # Rollouts.
-    steps: t.Count = 50  # rollouts, each followed by several updates
-    prompts_per_step: t.Count = 48  # problems per batch of a rollout [256]
+    steps: t.Count = 60  # rollouts, each followed by several updates
+    prompts_per_step: t.Count = 64  # problems per batch of a rollout [256]
     responses_per_prompt: t.Count = 8  # responses to each problem, one group; 1 is enough for gae
     temperature: t.Temperature = 1.0  # sampling temperature; logprobs in training use it too
-    max_prompt_tokens: t.Count = 64  # problems with longer prompts are dropped, and counted [4096]
-    max_response_tokens: t.Count = 64  # longer responses are cut, and are wrong unless already boxed [16384]
-    dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = (
-        None  # filter: drop groups of equal rewards; refill: and sample more; off
-    )
-    max_kept_prompts: t.Count = 48  # groups trained on in a step, at most [128]
+    max_prompt_tokens: t.Count = 16  # problems with longer prompts are dropped, and counted [4096]
+    max_response_tokens: t.Count = 16  # longer responses are cut, and are wrong unless already boxed [16384]
+    dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = None  # filter: drop equal rewards; refill: and sample more
+    max_kept_prompts: t.Count = 64  # groups trained on in a step, at most [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
@@ -77,7 +71,7 @@ class Config:
     entropy_target: t.Positive | None = None  # in nats; a controller moves the betas, or without betas entropy_coef
     dual_clip: t.AboveOne | None = None  # bound on the ratio of negative-advantage tokens; None: off [10 in the script]
     aggregation: t.one_of(loss.AGGREGATIONS) | None = None  # token-mean, seq-mean-token-mean or others of loss.py
-    advantages: t.one_of(ADVANTAGES) | None = None  # of groups, see loss.py; gae: a critic's, by token
+    advantages: t.one_of(ADVANTAGES) | None = None  # of groups, see advantages.py; gae: of tokens, by a critic
     kl_coef: t.NonNegative = 0.0  # KL from the model that the run began with, in the loss; gae: in the reward; 0: off
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
@@ -85,9 +79,9 @@ class Config:
 
     # Updates.
     old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios are less exact
-    mini_batch_prompts: t.Count = 6  # groups per update; max_kept_prompts / mini_batch_prompts updates an epoch [16]
+    mini_batch_prompts: t.Count = 8  # groups per update; max_kept_prompts / mini_batch_prompts updates an epoch [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
-    lr: t.Rate = 5e-5  # AdamW learning rate [1e-6]
+    lr: t.Rate = 8e-5  # AdamW learning rate [1e-6]
     critic_lr: t.Rate | None = None  # AdamW learning rate of gae's critic, constant; None: 3 lr
     warmup_steps: t.CountOrZero = 5  # rollouts over which lr grows to its value [10]; gae: after as many for the critic
     max_micro_batch_tokens: t.Count = 16384  # tokens in one pass through the model; bounds the memory
@@ -117,35 +111,31 @@ REWARD_SECONDS = 60.0  # of a batch of responses in the verifiers' processes
 MEASURED = 3  # entropy is measured on every third response that is not trained on
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) -> None:
     """The whole run, new or continued. Once `stop()` is true on any rank it saves and returns."""
     with messages.explained("the run cannot start"):
         device = parallel.init()
         files = reward.files(config.rewards)
         folder, last = parallel.rank0_then_broadcast(lambda: run.locate(config, resume, files))
+        check_files(config.train_data, config.eval_data)  # before a large model is downloaded
         source = str(last or config.model)
-        reward.check_names(config.rewards)  # before a large model is downloaded
         model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
-        problems, held_out, sizes = load_sets(config, tokenizer, model.config)
-        verifiers, (problems, held_out) = reward.assign(config.rewards, problems, held_out)
+        problems, held_out, about = load_sets(config, tokenizer, model.config, reward.assign)
         policy = parallel.distribute(Policy(model), config.shard, model._no_split_modules or [])
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
         critic = Critic(config, source, device) if config.advantages == "gae" else None
-        new = State(parallel.rank0_then_broadcast(tracking.new_id), control=first_control(config))
+        new = checkpoint.State(parallel.rank0_then_broadcast(tracking.new_id), control=first_control(config))
         state = checkpoint.load(last, model, optimizer, critic) if last else new
         parallel.rank0_then_broadcast(lambda: run.claim(folder, config, recipe, state.step, files))
-        messages.say(plan(config, folder, model, device, f"{sizes}\nrewards      {verifiers}", state.step))
-        learner = Learner(policy, optimizer, load_reference(config, device), critic)
+        models = policy, optimizer, load_reference(config, device), critic
+        messages.say(plan(config, folder, model, device, about, state.step))
         context = config.max_prompt_tokens + max(config.max_response_tokens, config.eval_response_tokens)
         engine = Engine(source, tokenizer, context, config.gpu_memory_utilization, config.rollout_tp, config.seed)
         check_engine(engine, model, policy, problems[0].prompt_ids, config, device)
         extract = partial(reward.extract_answer, thinking=config.thinking)
         log = Log(folder, config, state, tokenizer, extract) if parallel.is_main() else None
     meter = Meter(model, device)
-    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic)
+    saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic, log.accuracies if log else dict)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
 
     try:
@@ -156,14 +146,15 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
                 break  # stopped: the rollout is lost, and the resumed run samples it again
             rollout, mini_batches = select(rollout, config)
             objective, lr = objective_of_step(config, state), lr_of_step(config, state.step + 1)
-            learned = learn(learner, rollout, mini_batches, objective, lr, state, config, folder, meter)
+            learned = learn(*models, rollout, mini_batches, objective, lr, state, config, folder, meter)
             with meter("sync"):
                 engine.wake(named_weights(model))
             report(log, chosen, rollout, mini_batches, learned, state, config, meter)
-            is_last = state.step == config.steps
-            if state.step % config.checkpoint_every == 0 or is_last or parallel.any_rank(stop()):
+            if state.step % config.checkpoint_every == 0 or state.step == config.steps or parallel.any_rank(stop()):
                 with meter("checkpoint"):
                     saver.save(state)
+            if state.step == config.steps:
+                saver.finish(state)  # before its evaluation, whose row says that the run is finished
             run.check_end(state, saver, lr)
             evaluate(state.step)  # after saving, as it may take long; a run that is resumed here evaluates first
         saver.finish(state)
@@ -183,10 +174,10 @@ def sample(
 ) -> tuple[list[Problem], Rollout | None]:
     """(problems, responses to each of them with their rewards), over all ranks. No rollout once `stop` is true.
 
-    A batch of prompts is sampled, or with `refill` several, until max_kept_prompts groups have unequal rewards (DAPO's
-    dynamic sampling). batches: how many were sampled in earlier steps; the problems and seeds follow from it.
+    A batch of prompts, or with `refill` several, until max_kept_prompts groups have unequal rewards (DAPO's dynamic
+    sampling). batches: how many were sampled in earlier steps; the problems and seeds follow from it.
     """
-    chosen, rollout, engine_rank = [], None, parallel.rank() // config.rollout_tp
+    chosen, rollout = [], None
     for batch in range(batches + 1, batches + 1 + t.max_batches(config)):
         with meter("rollout"):
             new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
@@ -197,7 +188,7 @@ def sample(
                 config.responses_per_prompt,
                 max_tokens=config.max_response_tokens,
                 temperature=config.temperature,
-                seed=seed_of_step(config.seed, batch, engine_rank),
+                seed=seed_of_step(config.seed, batch, parallel.rank() // config.rollout_tp),
                 on_group=scorer.add,  # the verifier starts on the first complete group
                 stop=stop,
             )
@@ -224,71 +215,55 @@ def select(rollout: Rollout, config: Config) -> tuple[Rollout, list[Tensor]]:
         used &= ~rollout.truncated
     kept = rollout.prompt_of[used].unique()[: config.max_kept_prompts]  # prompts
     parts = math.ceil(len(kept) / config.mini_batch_prompts)
-    cuts = [len(kept) * i // max(1, parts) for i in range(parts + 1)]  # the sizes differ by one group at most
-    return rollout, [
-        (used & torch.isin(rollout.prompt_of, kept[a:b])).nonzero()[:, 0] for a, b in itertools.pairwise(cuts)
-    ]
-
-
-class Learner(NamedTuple):
-    policy: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    reference: torch.nn.Module | None = None
-    critic: Critic | None = None
+    groups = kept.tensor_split(parts) if parts else []  # prompts of each mini-batch; sizes differ by one at most
+    return rollout, [(used & torch.isin(rollout.prompt_of, prompts)).nonzero()[:, 0] for prompts in groups]
 
 
 def learn(
-    learner: Learner, rollout: Rollout, mini_batches: list[Tensor], objective, lr: float, state, config, folder, meter
-) -> Learned:
-    """An update per mini-batch and epoch. Each rank does its share of every mini-batch."""
-    policy, optimizer, reference, critic = learner
+    policy, optimizer, reference, critic, rollout, mini_batches, objective, lr, state, config: Config, folder, meter
+) -> metrics.Learned:
+    """An update per mini-batch, which has indices of responses, and epoch. Each rank does its share of every one."""
     passes = config.temperature, config.max_micro_batch_tokens, meter.device
     critic_warmup = config.advantages == "gae" and state.step < config.warmup_steps  # the policy stays as it is
     batches = [local_batch(rollout[rows]) for rows in mini_batches]
     others = local_batch(rollout[rollout.without(mini_batches)[::MEASURED]])  # only for entropy/mean
     with meter("old_logprobs"):
-        if reference:
-            batches = with_reference_logprobs(reference, batches, *passes)
+        batches = with_reference_logprobs(reference, batches, *passes) if reference else batches
+    with meter("critic") if critic else contextlib.nullcontext():
+        batches, values = critic.learn(batches) if critic else (batches, {})
+    with meter("old_logprobs"):
         origins = origins_of_old_logprobs(config, len(batches), critic_warmup)
-        ahead = [i for i, origin in enumerate(origins) if origin == "pass"]
-        *measured, others = with_old_logprobs(policy, [*(batches[i] for i in ahead), others], *passes)
-        for i, batch in zip(ahead, measured, strict=True):
-            batches[i] = batch
-    values = {}
-    if critic:
-        with meter("critic"):
-            batches, values = critic.learn(batches)
+        ahead = [batch for batch, origin in zip(batches, origins, strict=True) if origin == "pass"]
+        *ahead, others = with_old_logprobs(policy, [*ahead, others], *passes)
+        for i, origin in enumerate(origins):
+            if origin == "pass":
+                batches[i] = ahead.pop(0)
+            if origin == "sampler":
+                batches[i] = replace(batches[i], old_logprobs=batches[i].rollout_logprobs)
     updates, follows = [], state.step == 0 or (state.step + 1) % config.eval_every == 0
     with meter("update"), parallel.host_threads():
         for number in range(0 if critic_warmup else len(batches) * config.epochs):
             i = number % len(batches)
-            batch = batches[i]
-            if origins[i] == "sampler":
-                batch = replace(batch, old_logprobs=batch.rollout_logprobs)
-            batch, done = update(policy, optimizer, batch, objective, lr, config, meter.device, follows)
-            if origins[i] == "update":
-                batches[i] = batch
+            batches[i], done = update(policy, optimizer, batches[i], objective, lr, config, meter.device, follows)
             updates.append(done)
-            run.watch_skipped(folder / "skipped", state, number + 1, batch, done, lr)
+            if run.watch_skipped(folder / "skipped", state, number + 1, batches[i], done, lr):
+                break
     parallel.zero_gradients(policy, optimizer)  # no memory for gradients while vLLM samples
-    return Learned(updates, batches, others, values, objective, lr)
+    measured = [batch for batch, origin in zip(batches, origins, strict=True) if origin != "sampler"]
+    return metrics.Learned(updates, measured, others, values, objective, lr)
 
 
 def origins_of_old_logprobs(config: Config, count: int, critic_warmup: bool) -> list[str]:
-    """Where each of `count` mini-batches gets its old logprobs:
-
-    pass      from a forward pass before the updates
-    update    from the forward pass of its own update: the rollout's first one has ratio 1
-    sampler   from vLLM
-    """
+    """Of each of `count` mini-batches: a pass before the updates, vLLM, or its own update, if that is the first one."""
     if critic_warmup or config.spec.token_filter:  # no update; or one that picks tokens before it begins
         return ["pass"] * count
-    return ["update", *["sampler" if config.old_logprobs == "sampler" else "pass"] * (count - 1)][:count]
+    later = "sampler" if config.old_logprobs == "sampler" else "pass"
+    return ["update", *[later] * (count - 1)][:count]  # in the first update the ratio is 1: its pass gives them
 
 
 def update(
     policy, optimizer, batch: Rollout, objective, lr: float, config: Config, device: str, follows: bool = False
-) -> tuple[Rollout, Update]:
+) -> tuple[Rollout, metrics.Update]:
     """One optimizer step on a mini-batch, of which `batch` is this rank's share, perhaps empty. Collective.
 
     Without old logprobs (or old entropy) the batch gets those of this pass, and is returned with them.
@@ -296,7 +271,7 @@ def update(
     parallel.zero_gradients(policy, optimizer)
     batch = with_token_mask(batch, config.spec.token_filter)
     totals = loss.Totals(*parallel.all_sum(*loss.totals_of(batch)))  # of the whole mini-batch
-    parts, losses, sums, places, followed = micro_batches(batch, config.max_micro_batch_tokens), [], [], 0, []
+    parts, losses, sums, followed = micro_batches(batch, config.max_micro_batch_tokens), [], [], []
     for i, part in enumerate(parts):
         packed, part = pack(part, device), part.to(device)
         with parallel.no_sync(policy) if i + 1 < len(parts) else contextlib.nullcontext():
@@ -305,8 +280,7 @@ def update(
             part_loss, info = loss.policy_loss(part, logprobs, entropy, objective, totals)
             (part_loss * parallel.world_size()).backward()  # DDP and FSDP2 divide by it
         losses.append(part_loss.item())
-        sums.append(metrics.token_sums(part, info, logprobs, entropy, moment))
-        places += len(packed.packing.order)
+        sums.append(metrics.token_sums(part, info, logprobs, entropy, moment, len(packed.packing.order)))
         followed += follow(part, info, logprobs, entropy, moment) if follows else []
         parts[i] = part.to("cpu")
     grad_norm = parallel.clip_gradients(policy, MAX_GRAD_NORM)
@@ -315,11 +289,12 @@ def update(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    padding = 1 - int(batch.sizes.sum()) / places
-    return concat(parts), Update(metrics.add(sums).cpu(), sum(losses), grad_norm, skipped, padding, followed)
+    return concat(parts), metrics.Update(metrics.add(sums).cpu(), sum(losses), grad_norm, skipped, followed)
 
 
-def report(log: Log | None, problems, rollout, mini_batches, learned: Learned, state: State, config, meter) -> None:
+def report(
+    log: Log | None, problems, rollout, mini_batches, learned: metrics.Learned, state: checkpoint.State, config, meter
+) -> None:
     """Update the state, and log the step's metrics over all ranks. Collective."""
     row, details = metrics.step_metrics(rollout, problems, mini_batches, learned, state.entropy)
     state.batches += len(problems) // config.prompts_per_step
@@ -327,19 +302,18 @@ def report(log: Log | None, problems, rollout, mini_batches, learned: Learned, s
     state.no_signal = 0 if mini_batches else state.no_signal + 1
     if config.entropy_target and learned.updates:
         state.control = next_control(config, state.control, state.entropy)
-    trained = [rollout[rows] for rows in mini_batches * config.epochs]
-    row |= meter.take(rollout, trained[: len(learned.updates)])
+    row |= meter.take(rollout, mini_batches * bool(learned.updates), config.epochs)
     if log:
         log.step(state.step, row, rollout, problems, details)
     check_mismatch(row, meter.device)  # only now, so that the step that ends a run is seen
 
 
-def objective_of_step(config: Config, state: State) -> loss.Objective:
+def objective_of_step(config: Config, state: checkpoint.State) -> loss.Objective:
     beta1, beta2 = betas_of_step(config, state.step + 1, state.control)
-    fields = {name: getattr(config, name) for name in loss.Objective.__dataclass_fields__ if name != "name"}
     moved = {"beta1": beta1, "beta2": beta2, "entropy_coef": bonus_of_step(config, state.control)}
     if config.advantages == "gae":
         moved["kl_coef"] = 0.0  # the critic has it in the reward, see advantages.py
+    fields = {name: getattr(config, name) for name in loss.Objective.__dataclass_fields__ if name != "name"}
     return loss.Objective(config.objective, **fields | moved)
 
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 
 import train
+from ce_gppo import config as t
 from ce_gppo import parallel
-from ce_gppo import types as t
 from ce_gppo.config import RECIPES, command, parse
-from ce_gppo.entropy import TILE_LOGITS
+from ce_gppo.policy import TILE_LOGITS
 from rollout import Engine
 
 # Rates of one GPU.

@@ -54,7 +54,7 @@ class Rollout:
     @property
     def sizes(self) -> Tensor:
         """Tokens of prompt and response together, [B]."""
-        return torch.tensor([len(ids) for ids in self.prompts])[self.prompt_of] + self.lengths
+        return self.lengths.new_tensor([len(ids) for ids in self.prompts])[self.prompt_of] + self.lengths
 
     def by_group(self, values: Tensor) -> Tensor:
         """[B] -> [P, G], where all prompts have equally many responses."""
@@ -91,11 +91,11 @@ class Rollout:
 
 
 def concat(parts: list[Rollout]) -> Rollout:
-    """Parts of one rollout, which have the same prompts and columns, one after another."""
+    """Parts of one rollout, which have the same prompts, one after another, with the columns that all of them have."""
 
     def join(name: str, columns: list):
-        if columns[0] is None or name == "prompts":
-            return columns[0]
+        if name == "prompts" or any(column is None for column in columns):
+            return columns[0] if name == "prompts" else None
         return torch.cat(columns) if isinstance(columns[0], Tensor) else list(itertools.chain(*columns))
 
     return Rollout(**{name: join(name, [getattr(part, name) for part in parts]) for name in vars(parts[0])})

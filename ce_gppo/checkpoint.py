@@ -46,16 +46,19 @@ class State:
 class Saver:
     """Saves a run's checkpoints in a thread. Each is a folder that vLLM and transformers can load.
 
-    It also has trainer.pt (optimizer, `State`, and a critic with its optimizer) and checksums. A checkpoint is written
-    to a temporary folder, flushed to the disk and renamed, so a folder named checkpoint-<step> is whole. All but the
-    newest KEEP and the one of the best `accuracies` are then removed.
+    It also has trainer.pt (optimizer, `State`, and a critic with its optimizer) and checksums. It is written aside,
+    flushed and renamed, so checkpoint-<step> is whole. All but the newest KEEP and the best are then removed.
     """
 
-    def __init__(self, run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int = 0, critic=None):
-        """step: of the checkpoint that the run resumes from, 0 for a new run. critic: a critic.Critic, or None."""
+    def __init__(
+        self, run: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int = 0, critic=None, accuracies=dict
+    ):
+        """step: of the checkpoint that the run resumes from, 0 for a new run. critic: an advantages.Critic, or None.
+
+        accuracies: a function that gives the accuracy on held-out problems by step.
+        """
         self.run, self.model, self.tokenizer, self.optimizer = run, model, tokenizer, optimizer
-        self.critic = critic
-        self.accuracies: dict[int, float] = {}  # on held-out problems, by step; set by train.py on rank 0
+        self.critic, self.accuracies = critic, accuracies
         self.saved, self.saving = step, step  # steps of the last checkpoint that was written, and of the last begun
         self.thread: threading.Thread | None = None
         self.error = ""  # from the thread
@@ -114,7 +117,7 @@ class Saver:
         folder = self.run / f"checkpoint-{self.saving:06d}"
         try:
             _write(folder, self.model, weights, self.tokenizer, record)
-            prune(self.run, KEEP, self.accuracies)
+            prune(self.run, KEEP, self.accuracies())
         except Exception as failure:  # of any kind: without this the checkpoint would seem to be written
             self.error = f"{folder}: {failure}"
 
@@ -169,15 +172,9 @@ def try_saving(model, tokenizer) -> None:
     parts = {"config": model.config, "generation config": model.generation_config, "tokenizer": tokenizer}
     with tempfile.TemporaryDirectory() as scratch:
         for name, part in parts.items():
-            try:
+            told = f"model '{model.name_or_path}': its {name} can be loaded but not saved; correct its file"
+            with messages.explained(told):
                 part.save_pretrained(scratch)
-            except OSError:  # the folder for scratch files is full, or is not there
-                raise
-            except Exception as error:  # each class has its own errors
-                raise UserError(
-                    f"model '{model.name_or_path}': its {name} can be loaded but not saved, so there would be no "
-                    f"checkpoint; correct its file: {' '.join(str(error).split())[:300]}"
-                ) from None
 
 
 def load(folder: Path, model, optimizer: torch.optim.Optimizer, critic=None) -> State:

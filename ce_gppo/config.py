@@ -74,7 +74,6 @@ class Named:
             (not value.strip(), "is blank; a name is needed"),
             (not value.isprintable(), "has a character that cannot be printed; choose another name"),
             (not all(map(str.strip, value.split(","))), "has no name beside a comma"),
-            # The shell replaces ~ only at the start of a word.
             (re.search("(^|,)~", value), "begins with ~, which the shell has not replaced; $HOME works everywhere"),
             (re.search(b"[^/,]{256}|[^,]{4001}", value.encode(errors="replace")), "is too long for a file's name"),
         ):

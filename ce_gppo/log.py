@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ce_gppo.advice import advice
+from ce_gppo.advice import advice, mean_accuracy
 from ce_gppo.batch import Rollout
 from ce_gppo.entropy import entropy_velocity
 from ce_gppo.messages import explained, say
@@ -88,11 +88,16 @@ class Log:
     def values(self, name: str) -> list[float]:
         return [row[name] for row in self.history if name in row]
 
-    def accuracies(self) -> list[str]:
+    def accuracies(self) -> dict[int, float]:
+        """The mean accuracy on held-out problems by step."""
+        means = {row["step"]: mean_accuracy(row) for row in self.history}
+        return {step: value for step, value in means.items() if value is not None}
+
+    def accuracy_names(self) -> list[str]:
         return sorted({name for row in self.history for name in row if name.endswith("/avg_at_k")})
 
     def _show(self, row: dict) -> None:
-        accuracy = next((self.values(name)[-1] for name in self.accuracies()), None)
+        accuracy = next((self.values(name)[-1] for name in self.accuracy_names()), None)
         shown = {"reward": row.get("reward/mean"), "entropy": row.get("entropy/mean"), "accuracy": accuracy}
         text = {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
         if self.bar is None:
@@ -108,7 +113,7 @@ class Log:
         if self.bar is not None:
             with contextlib.suppress(OSError):  # the terminal was closed
                 self.bar.close()
-        rows = [(f"accuracy, {name}", self.values(name)) for name in self.accuracies()]
+        rows = [(f"accuracy, {name}", self.values(name)) for name in self.accuracy_names()]
         rows += [("entropy, nats per token", self.values("entropy/mean"))]
         rows = [(label, f"{values[0]:.3f} -> {values[-1]:.3f}") for label, values in rows if values]
         for name in ("rollout", "update"):

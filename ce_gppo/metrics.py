@@ -60,8 +60,8 @@ def mean(values: Tensor, count: Tensor | int | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, moment: Tensor) -> Sums:
-    """Of a micro-batch's response tokens, [N] each; `info` is policy_loss's.
+def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, moment: Tensor, places: int = 0) -> Sums:
+    """Of a micro-batch's response tokens, [N] each; `info` is policy_loss's. places: of attention's blocks.
 
     Clipping: clip/low, clip/high | share | tokens below the interval with A < 0, above it with A > 0; they keep a
         gradient here | 0.001 to 0.03 together, with `beta1` above 0 to 0.01; at 0 the betas do nothing
@@ -80,6 +80,7 @@ def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, mo
         dropped | a positive sum: the betas raise entropy
     Entropy: entropy/<quadrant> | nats | mean entropy of a quadrant's trained tokens |
     Entropy: tokens/<quadrant> | share | of the trained tokens; the four add up to 1 |
+    Speed: perf/padding | share | of the places in attention's blocks; 0 on a GPU | below 0.15
     """
     weight, ratio, low, high = info["weight"], info["ratio"], info["clipped_low"], info["clipped_high"]
     velocity = entropy_velocity(weight, logprobs, entropy, moment)
@@ -97,6 +98,7 @@ def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, mo
         "velocity/total": mean(velocity),
         "velocity/clipped_low": mean(velocity[low], n),
         "velocity/clipped_high": mean(velocity[high], n),
+        "perf/padding": mean(ratio.new_tensor(places - batch.sizes.sum()), places) * (len(batch) > 0),
     }
     counts = {}
     if "kl_reference" in info:
@@ -119,7 +121,6 @@ class Update:
     loss: float
     grad_norm: float  # before clipping
     skipped: bool  # the gradient was not finite
-    padding: float  # its share of the tokens in attention's blocks
     followed: list[dict]  # responses for the token view, see log.py
 
 
@@ -127,7 +128,7 @@ class Learned(NamedTuple):
     """What a step's updates leave, of this rank's share."""
 
     updates: list[Update]
-    batches: list[Rollout]  # the mini-batches; those with `entropy` were measured
+    measured: list[Rollout]  # mini-batches with old logprobs and entropy of the trainer's
     others: Rollout  # responses that no update used, with their entropy
     values: dict[str, float]  # the critic's metrics
     objective: object  # a loss.Objective
@@ -150,9 +151,8 @@ def step_metrics(
     Optimization: optim/lr, optim/beta1, optim/beta2, optim/entropy_coef | | in use; betas where the objective has them,
         entropy_coef where it is not 0 |
     """
-    trained = [batch for batch in learned.batches if batch.entropy is not None]
-    own = learned.updates, measured_sums(trained), measured_sums([learned.others])
-    own = *own, entropies_of([*trained, learned.others])
+    own = learned.updates, measured_sums(learned.measured), measured_sums([learned.others])
+    own = *own, entropies_of([*learned.measured, learned.others])
     updates, trained, others, entropies = zip(*parallel.all_gather(own), strict=True)  # of each rank
     unused = rollout.lengths[rollout.without(mini_batches)]  # [b]
     metrics = rollout_metrics(rollout, [problem.source for problem in problems], len(unused))
@@ -184,7 +184,6 @@ def update_metrics(by_rank: list[list[Update]]) -> tuple[dict[str, float], dict[
         clipping | grad_norm steady
     Optimization: optim/updates, optim/skipped | | updates of the step, and those skipped because their gradient was not
         finite | skipped 0; updates 0 where no group had unequal rewards
-    Speed: perf/padding | share | of the places in attention's blocks; 0 on a GPU | below 0.15
     Clipping: update_<k>/clip_low, update_<k>/clip_high, update_<k>/weight_low, update_<k>/weight_high,
         update_<k>/ratio_min, update_<k>/ratio_max, update_<k>/kl_approx | | by update within the step; the first one is
         at ratio 1 |
@@ -195,7 +194,7 @@ def update_metrics(by_rank: list[list[Update]]) -> tuple[dict[str, float], dict[
         return metrics, {}
     by_update = [add([u.sums for u in same]) for same in zip(*by_rank, strict=True)]
     whole = add(by_update)
-    metrics |= whole.values() | {"perf/padding": sum(u.padding for u in own) / len(own)}
+    metrics |= whole.values()
     if done := [i for i, u in enumerate(own) if not u.skipped]:
         metrics["optim/loss"] = sum(rank[i].loss for rank in by_rank for i in done) / len(done)
         metrics["optim/grad_norm"] = sum(own[i].grad_norm for i in done) / len(done)

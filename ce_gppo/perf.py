@@ -5,6 +5,7 @@ import time
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from ce_gppo import parallel
 from ce_gppo.batch import Rollout
@@ -30,8 +31,8 @@ class Meter:
         yield
         self.seconds[f"time/{part}"] = self.seconds.get(f"time/{part}", 0.0) + self._now() - start
 
-    def take(self, rollout: Rollout, trained: list[Rollout]) -> dict[str, float]:
-        """time/* and perf/* of the step, that is since the last `take`. trained: the mini-batches of its updates.
+    def take(self, rollout: Rollout, mini_batches: list[Tensor], epochs: int) -> dict[str, float]:
+        """time/* and perf/* of the step, that is since the last `take`. mini_batches: the responses of its updates.
 
         Speed: time/rollout, time/reward, time/old_logprobs, time/update, time/sync, time/step | s | parts of a step,
             and all of it; old_logprobs: with kl_coef the reference policy's, too |
@@ -48,10 +49,11 @@ class Meter:
         self.seconds, self.start = {}, now
         metrics["perf/rollout_tokens_per_s"] = len(rollout.tokens) / metrics["time/rollout"]
         metrics["perf/peak_memory_gib"] = peak_memory_gib()
-        if trained:
-            rate = self.matrix_rate * parallel.world_size() * metrics["time/update"]
-            metrics["perf/update_tokens_per_s"] = sum(int(b.sizes.sum()) for b in trained) / metrics["time/update"]
-            metrics["perf/matmul_utilization"] = sum(flops(self.model, batch) for batch in trained) / rate
+        if mini_batches:
+            batches, seconds = [rollout[rows] for rows in mini_batches], metrics["time/update"] / epochs
+            rate = self.matrix_rate * parallel.world_size()
+            metrics["perf/update_tokens_per_s"] = sum(int(batch.sizes.sum()) for batch in batches) / seconds
+            metrics["perf/matmul_utilization"] = sum(flops(self.model, batch) for batch in batches) / seconds / rate
         return metrics
 
     def take_part(self, part: str) -> dict[str, float]:

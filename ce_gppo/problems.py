@@ -5,6 +5,7 @@ import hashlib
 import json
 import typing
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,11 +139,11 @@ def load_problems(
     return problems, len(rows) - len(problems)
 
 
-def load_sets(config, tokenizer, model_config) -> tuple[list[Problem], list[Problem], str]:
-    """(training problems, held-out problems, a text with their numbers) for train.py's settings.
+def load_sets(config, tokenizer, model_config, assign: Callable) -> tuple[list[Problem], list[Problem], str]:
+    """(training problems, held-out problems, a text with their numbers and verifiers) for train.py's settings.
 
-    model_config: of transformers. UserError if prompts and responses do not fit into the model's context or its
-    vocabulary, or its tokenizer hides </think>.
+    model_config: of transformers. assign: reward.assign. UserError if prompts and responses do not fit into the model's
+    context or its vocabulary, or its tokenizer hides </think>.
     """
     for name in ("max_response_tokens", "eval_response_tokens"):
         longest = config.max_prompt_tokens + getattr(config, name)
@@ -160,11 +161,12 @@ def load_sets(config, tokenizer, model_config) -> tuple[list[Problem], list[Prob
     pairs = {(problem.prompt, problem.answer.strip()) for problem in problems + held_out}
     if contradicting := sum(count > 1 for count in Counter(prompt for prompt, _ in pairs).values()):
         messages.say(f"{contradicting} problems are there several times, with different answers", warning=True)
-    sizes = (
+    verifiers, (problems, held_out) = assign(config.rewards, problems, held_out)
+    about = (
         f"{len(problems)} training and {len(held_out)} held-out problems ({dropped} and {held_out_dropped} dropped: "
-        f"prompt longer than {config.max_prompt_tokens} tokens)"
+        f"prompt longer than {config.max_prompt_tokens} tokens)\nrewards      {verifiers}"
     )
-    return problems, held_out, sizes
+    return problems, held_out, about
 
 
 def check_vocabulary(problems: list[Problem], size: int) -> None:

@@ -1,16 +1,18 @@
-"""Shared by the small base policies of the data sets: tokenizer, model, and supervised learning that stops early.
+"""Small base policies for `walk` and `countdown`: Qwen2 of 1.0 M parameters that are right in a part of their samples.
 
-A base policy imitates right responses, of which each problem has many, until it is right in a part of its samples. The
-loss decides when to stop. Every batch is drawn anew, so its loss is that of unseen examples, and its mean over the last
-batches has less noise than an accuracy that could be measured in the same time.
+    .venv/bin/python -m data.base                  data/walk/base, in a minute on two slow cores
+    .venv/bin/python -m data.base countdown        data/countdown/base
+
+A policy imitates the task's traces, and stops early: much is left for reinforcement learning to improve. It never sees
+a held-out problem. A task is a module like data/walk/prepare.py, with its tokens, problems and traces.
 """
 
-import argparse
-import math
+import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +21,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_linear_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
+from ce_gppo.config import command
 from ce_gppo.messages import UserError
-from data.arithmetic.prepare import positive
+from data.common import arguments, positive, splitting
+from data.countdown import small as countdown
+from data.walk import prepare as walk
+from reward import score
 
+TASKS = {"walk": walk, "countdown": countdown}
+BATCH = 32  # traces in a step of the imitation
+SAMPLES = 8  # of each held-out problem, for pass@8
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -48,7 +57,7 @@ def make_tokenizer(words: tuple[str, ...] = ("\\boxed{",)) -> PreTrainedTokenize
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_layers: int = 4) -> Qwen2ForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 192, num_layers: int = 2) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -67,140 +76,132 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_l
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Supervised learning
-
-
-@dataclass
-class Example:
-    prompt: list[dict[str, str]]
-    response: str
-    least: float  # least possible loss: minus the log of the response's probability when examples are drawn, nats
-
-
-def add_arguments(parser: argparse.ArgumentParser, excess: float, max_steps: int, batch_size: int) -> None:
-    """The options of `imitate`, with a data set's defaults."""
-    excess_help = "stop at this many nats per response above the least possible loss"
-    parser.add_argument("--excess", type=above_zero, default=excess, help=excess_help)
-    parser.add_argument("--max-steps", type=positive, default=max_steps, help="then the learning rate is 0: give up")
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help="examples per step")
-
-
-def above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-    return value
-
-
-def make_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
-    """Make the folder, early: an error would otherwise come after minutes of training."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
-    return folder
-
-
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: list[dict[str, str]]) -> list[int]:
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and labels, [B, T] each; -100 at tokens that are not imitated."""
-    prompts = [prompt_ids(tokenizer, example.prompt) for example in examples]
-    responses = [[*tokenizer.encode(example.response), tokenizer.eos_token_id] for example in examples]
-    length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    input_ids = torch.full((len(examples), length), tokenizer.pad_token_id)  # [B, T]
-    labels = torch.full((len(examples), length), -100)  # [B, T]
-    for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
-        input_ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-        labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
-    return input_ids, labels
+def batch(
+    traces: list[tuple[list[int], list]], ids_of: Callable[[str], list[int]], vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids [B, T], target [B, T, V]): the probabilities of the next token, 0 where it is not of the trace."""
+    rows, targets = [], []  # token ids of each sequence; (row, position, token, probability)
+    for prompt, trace in traces:
+        row = list(prompt)
+        for text, choices in trace:
+            for token in ids_of(text):
+                likely = [(ids_of(choice)[0], p) for choice, p in choices.items()] or [(token, 1.0)]
+                targets += [(len(rows), len(row) - 1, *each) for each in likely]
+                row.append(token)
+        rows.append(torch.tensor(row))
+    input_ids = torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True
+    )  # padded with any token: nothing looks back at it
+    row, position, token, p = (torch.tensor(column) for column in zip(*targets, strict=True))
+    target = torch.zeros(*input_ids.shape, vocabulary)
+    target[row, position, token] = p
+    return input_ids, target
 
 
 def imitate(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    draw: Callable[[int], list[Example]],
-    excess_wanted: float,
-    max_steps: int,
-    batch_size: int,
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: ModuleType, problems: list[tuple], args
 ) -> int:
-    """Train on examples that `draw` makes, until the loss is near the least possible. Returns the number of steps.
+    """Train on traces of `problems` until the loss is near the least possible one. Returns the number of steps.
 
-    excess_wanted: nats per response above the least loss, mean over the last 32 batches. UserError if max_steps steps
-    do not reach it.
+    The targets are the probabilities by which a trace was drawn, where it knows them: the loss has then less noise than
+    with the drawn token, and half as many steps are enough. Every batch is drawn anew, so its loss is that of unseen
+    traces. args.excess: nats per response above the least loss, mean over the last 32 batches.
     """
-    disable_progress_bar()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), fused=True)
-    # Muon needs half as many steps, but works in bfloat16: without AVX512-BF16 each takes six times as long.
-    # The learning rate falls, so near the end a few steps more or less change little.
-    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=max_steps)
-    recent: deque[float] = deque(maxlen=32)  # excess of the last batches, nats per response
-    excess, progress = math.inf, tqdm(range(max_steps), desc="base policy", unit="step", disable=None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.99), fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=args.max_steps)
+    ids_of, rng = cache(partial(tokenizer.encode, add_special_tokens=False)), random.Random(args.seed)
+    prompts = {problem: prompt_ids(tokenizer, task.row(*problem)["prompt"]) for problem in problems}
+    wanted, recent = task.EXCESS if args.excess is None else args.excess, deque(maxlen=32)
+    progress = tqdm(range(1, args.max_steps + 1), desc="base policy", unit="step", disable=None)
     for step in progress:
-        examples = draw(batch_size)
-        input_ids, labels = batch(tokenizer, examples)  # [B, T] each
-        logits = model(input_ids=input_ids).logits[:, :-1]  # [B, T - 1, V]
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        chosen = rng.choices(problems, k=BATCH)
+        traces = [(prompts[each], [*task.trace(rng, *each), (tokenizer.eos_token, {})]) for each in chosen]
+        input_ids, target = batch(traces, ids_of, len(tokenizer))
+        imitated = target.sum(-1) > 0  # [B, T]
+        target = target[imitated]  # [N, V]
+        hidden = model.model(input_ids=input_ids).last_hidden_state[imitated]  # [N, H]
+        loss = F.cross_entropy(model.lm_head(hidden), target)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        tokens = (labels != -100).sum().item()
-        recent.append((loss.item() * tokens - sum(example.least for example in examples)) / batch_size)
+        recent.append((loss.item() * len(target) - torch.special.entr(target).sum().item()) / BATCH)
         excess = sum(recent) / len(recent)
         progress.set_postfix(excess=f"{excess:.2f}")
-        if progress.disable and (step + 1) % 100 == 0:  # no terminal: plain lines for the log
-            print(f"base policy: step {step + 1}, excess {excess:.2f} nats", flush=True)
-        if excess <= excess_wanted:
-            break
-    progress.close()
-    if excess > excess_wanted:
-        raise UserError(f"excess of {excess:.2f} nats after {max_steps} steps, above {excess_wanted}; allow more")
-    return step + 1
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+        if progress.disable and step % 100 == 0:  # no terminal: plain lines for the log
+            print(f"base policy: step {step}, excess {excess:.2f} nats", flush=True)
+        if excess <= wanted:
+            progress.close()
+            return step
+    raise UserError(f"excess of {excess:.2f} nats after {step} steps, above {wanted}; allow more with --max-steps")
 
 
 @torch.no_grad()
 def sample(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[dict[str, str]]], max_tokens: int
-) -> tuple[list[str | None], float]:
-    """A response to each prompt at temperature 1 (None: it did not end), and the mean entropy in nats per token."""
+) -> tuple[list[str], float]:
+    """A response to each prompt at temperature 1 (empty: it did not end), and the mean entropy in nats per token.
+
+    The prompts have the same number of tokens, so nothing is padded.
+    """
     model.eval()
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    responses: list[str | None] = [None] * len(prompts)
+    responses: list[str] = []
     entropy, tokens = 0.0, 0
-    for length in sorted(set(map(len, ids))):  # prompts of one length need no padding
-        same = [i for i, row in enumerate(ids) if len(row) == length]
-        for some in (same[i : i + 256] for i in range(0, len(same), 256)):
-            rows = torch.tensor([ids[i] for i in some])  # [B, P]
-            options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_tokens, "output_logits": True}
-            out = model.generate(rows, attention_mask=torch.ones_like(rows), return_dict_in_generate=True, **options)
-            sampled = out.sequences[:, length:]  # [B, R]
-            ended = (sampled == tokenizer.eos_token_id).int()
-            mask = ended.cumsum(1) - ended == 0  # [B, R]  the end-of-sequence token included
-            log_p = torch.stack(out.logits, 1).log_softmax(-1)  # [B, R, V]
-            entropy -= ((log_p.exp() * log_p).sum(-1) * mask).sum().item()
-            tokens += mask.sum().item()
-            for i, row in zip(some, tokenizer.batch_decode(sampled), strict=True):
-                response, end, _ = row.partition(tokenizer.eos_token)
-                responses[i] = response if end else None
+    for start in range(0, len(prompts), 256):
+        rows = torch.tensor([prompt_ids(tokenizer, prompt) for prompt in prompts[start : start + 256]])  # [B, P]
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_tokens, "output_logits": True}
+        out = model.generate(rows, attention_mask=torch.ones_like(rows), return_dict_in_generate=True, **options)
+        sampled = out.sequences[:, rows.shape[1] :]  # [B, R]
+        ended = (sampled == tokenizer.eos_token_id).int()
+        mask = ended.cumsum(1) - ended == 0  # [B, R]  the end-of-sequence token included
+        p = torch.stack(out.logits, 1).softmax(-1)  # [B, R, V]
+        entropy += (torch.special.entr(p).sum(-1) * mask).sum().item()
+        tokens += mask.sum().item()
+        texts = [text.partition(tokenizer.eos_token) for text in tokenizer.batch_decode(sampled)]
+        responses += [response if end else "" for response, end, _ in texts]
     return responses, entropy / tokens
 
 
-def summary(folder: Path, model: Qwen2ForCausalLM, steps: int, scores: list[float], k: int, entropy: float) -> str:
-    """A line about a base policy. scores: of k samples of each problem in turn. entropy: nats per token."""
-    groups = [scores[i : i + k] for i in range(0, len(scores), k)]
-    parameters = sum(p.numel() for p in model.parameters())
-    return (
-        f"{folder}: {parameters / 1e6:.2f} M parameters, {steps} steps; at temperature 1 accuracy "
-        f"{sum(scores) / len(scores):.2f}, pass@{k} {sum(map(max, groups)) / len(groups):.2f}, entropy "
+def main() -> None:
+    parser = arguments(__doc__, out=None)
+    parser.add_argument("task", nargs="?", choices=TASKS, default="walk")
+    splitting(parser, held_out=256)
+    parser.add_argument(
+        "--excess", type=float, help="stop at this many nats per response above the least possible loss"
+    )
+    parser.add_argument("--max-steps", type=positive, default=1000, help="then the learning rate is 0: give up")
+    args = parser.parse_args()
+    task, out = TASKS[args.task], args.out or Path(__file__).parent / args.task / "base"
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # early: the error would otherwise come after a minute of training
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error})") from None
+    disable_progress_bar()
+    torch.manual_seed(args.seed)
+    training, held_out = task.splits(args.seed, args.held_out)
+    tokenizer = make_tokenizer(task.WORDS)
+    model = make_model(tokenizer)  # wide and flat learns these tasks faster than four layers of 128
+    steps = imitate(model, tokenizer, task, training, args)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+    rows = [task.row(*problem) for problem in held_out for _ in range(SAMPLES)]
+    responses, entropy = sample(model, tokenizer, [row["prompt"] for row in rows], task.MAX_TOKENS)
+    answers, sources = ([row[key] for row in rows] for key in ("answer", "source"))
+    right = [parts["correctness"] for parts in score(responses, answers, sources)]
+    solved = [max(right[i : i + SAMPLES]) for i in range(0, len(right), SAMPLES)]
+    print(
+        f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps; at temperature 1 "
+        f"accuracy {sum(right) / len(right):.2f}, pass@{SAMPLES} {sum(solved) / len(solved):.2f}, entropy "
         f"{entropy:.2f} nats per token"
     )
+
+
+if __name__ == "__main__":
+    command(main)

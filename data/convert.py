@@ -11,8 +11,6 @@ Downloaded files are neither run nor unpickled: `datasets` reads parquet and JSO
 """
 
 import argparse
-import contextlib
-import hashlib
 import json
 import re
 import sys
@@ -21,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ce_gppo.messages import UserError
-from ce_gppo.verifier.answers import can_be_given
-from ce_gppo.verifier.extract import last_box
+from ce_gppo.verifier.answers import can_be_given, last_box
+from data import common
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,11 @@ WRAPPER = re.compile(
 
 def arguments(description: str, known: dict[str, Source], default: list[str], out: Path) -> argparse.ArgumentParser:
     """The command line of both scripts."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.arguments(description, out)
     names = f"known: {', '.join(known)} (default: {' '.join(default)})"
     parser.add_argument("names", nargs="*", default=default, metavar="NAME", help=names)
     parser.add_argument("--file", help="local .parquet, .json or .jsonl to read instead of the hub; for one NAME")
     parser.add_argument("--revision", help="another commit, branch or tag of the hub; for one NAME")
-    parser.add_argument("--out", type=Path, default=out, help="folder to write to (default: beside this file)")
     return parser
 
 
@@ -185,18 +182,3 @@ def read_hub(source: Source, revision: str) -> Iterator[dict]:
     for part in parts:
         for batch in part.with_format("arrow").iter(batch_size=10_000):
             yield from batch.to_pylist()
-
-
-def write(rows: list[dict], path: Path) -> None:
-    """Write one object per line, all or none. Prints the count and a checksum, to compare the data of two machines."""
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    aside = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(text)
-        aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()  # it may be what fills the disk
-        raise UserError(f"--out {path.parent}: cannot be written ({error})") from None
-    print(f"{path}: {len(rows)} problems, sha256 {hashlib.sha256(text).hexdigest()}")

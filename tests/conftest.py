@@ -46,7 +46,7 @@ def import_of_train(request):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from data.arithmetic.base import make_tokenizer
+    from data.base import make_tokenizer
 
     return make_tokenizer()
 
@@ -56,7 +56,7 @@ def tiny_model(tokenizer):
     """A random Qwen2 of 50 k parameters, the same every time."""
     import torch
 
-    from data.arithmetic.base import make_model
+    from data.base import make_model
 
     torch.manual_seed(0)
     model = make_model(tokenizer, hidden_size=64, num_layers=1)

@@ -1,4 +1,4 @@
-"""Helpers of several test files: random responses, and whole runs of train.py in their own processes."""
+"""Helpers of several test files: random rollouts, and whole runs of train.py in their own processes."""
 
 import atexit
 import contextlib
@@ -21,17 +21,16 @@ import torch
 
 import reward
 from ce_gppo import config
-from ce_gppo.types import Response
-from data.arithmetic.base import make_model, make_tokenizer
+from ce_gppo.batch import Rollout
+from data.base import make_model, make_tokenizer
 from train import Config
 
 ROOT = Path(__file__).parents[1]
-BASE = str(ROOT / "data" / "arithmetic" / "base")
-DATA = str(ROOT / "data" / "arithmetic" / "eval.jsonl")
+BASE, DATA = (str(ROOT / "data" / "walk" / name) for name in ("base", "eval.jsonl"))
 SMALL = [
     *("--steps", "4", "--prompts-per-step", "8", "--max-kept-prompts", "8", "--mini-batch-prompts", "2"),
     *("--eval-every", "2", "--eval-samples", "2", "--checkpoint-every", "2", "--max-micro-batch-tokens", "2048"),
-    *("--entropy-target", "0.2", "--filter-groups", "refill"),  # all tests of a run also test these
+    *("--entropy-target", "1.0", "--dynamic-sampling", "refill"),  # all tests of a run also test these
 ]
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
@@ -145,18 +144,16 @@ def scratch() -> str:
 
 @functools.cache
 def rows_of(name: str, count: int) -> str:
-    """A file with the first rows of train or eval of the default data: reading all 8,192 problems takes a second."""
+    """A file with the first rows of train or eval of the default data: reading all problems takes half a second."""
     path = Path(scratch()) / f"{name}-{count}.jsonl"
-    rows = (ROOT / "data" / "arithmetic" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    rows = (ROOT / "data" / "walk" / f"{name}.jsonl").read_text().splitlines(keepends=True)
     path.write_text("".join(rows[:count]))
     return str(path)
 
 
 def quick(out: Path) -> list[str]:
     """Settings that make a run short and that no test looks at."""
-    return [
-        *("--out", str(out), "--train-data", rows_of("train", 256), "--eval-data", rows_of("eval", 16)),
-    ]
+    return ["--out", str(out), "--train-data", rows_of("train", 256), "--eval-data", rows_of("eval", 16)]
 
 
 def start(out: Path, *arguments: str, mode: str = "disabled") -> Forked:
@@ -217,27 +214,31 @@ def without_timings(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
-def responses_of(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int = 200) -> list[Response]:
-    """Random responses with prompts; (prompt tokens, response tokens) each."""
+def rollout_of(sizes: list[tuple[int, int]], seed: int = 0, vocabulary: int = 200, shared: bool = False) -> Rollout:
+    """A Rollout of random columns; (prompt tokens, response tokens) of each response, every second one right.
+
+    shared: all are responses to the first one's prompt; else each has its own.
+    """
     g = torch.Generator().manual_seed(seed)
-    out = []
-    for i, (P, R) in enumerate(lengths):
-        ids = torch.randint(vocabulary, (P + R,), generator=g).tolist()
-        response = Response(ids[:P], ids[P:], -torch.rand(R, generator=g), False, "")
-        response.old_logprobs = -5 - torch.rand(R, generator=g)
-        response.entropy = torch.rand(R, generator=g)
-        response.advantages = torch.full((R,), (-1.0) ** i * (1 + i))
-        response.verdict = float(i % 2 == 0)
-        out.append(response)
-    return out
-
-
-def group_of(prompt: int, lengths: list[int], seed: int = 0) -> list[Response]:
-    """Responses to one prompt."""
-    responses = responses_of([(prompt, length) for length in lengths], seed)
-    for r in responses:
-        r.prompt_ids = responses[0].prompt_ids
-    return responses
+    B, lengths = len(sizes), torch.tensor([length for _, length in sizes], dtype=torch.long)
+    N = int(lengths.sum())
+    correct = torch.arange(B) % 2 == 0
+    prompts = [torch.randint(vocabulary, (length,), generator=g).tolist() for length, _ in sizes]
+    return Rollout(
+        prompts=prompts[:1] if shared else prompts,
+        prompt_of=torch.zeros(B, dtype=torch.long) if shared else torch.arange(B),
+        lengths=lengths,
+        tokens=torch.randint(vocabulary, (N,), generator=g),
+        rollout_logprobs=-torch.rand(N, generator=g),
+        truncated=torch.zeros(B, dtype=torch.bool),
+        texts=[""] * B,
+        components=[{"correctness": float(right)} for right in correct],
+        correct=correct,
+        rewards=correct.double(),
+        advantages=torch.tensor([(-1.0) ** i * (1 + i) for i in range(B)]).repeat_interleave(lengths),
+        old_logprobs=-5 - torch.rand(N, generator=g),
+        entropy=torch.rand(N, generator=g),
+    )
 
 
 def naive_statistics(hidden, weight, targets, temperature):

@@ -1,6 +1,9 @@
 """Checkpoints are written whole or not at all, and damaged ones are skipped."""
 
 import copy
+import errno
+import os
+import stat
 import threading
 
 import pytest
@@ -11,7 +14,7 @@ from ce_gppo import checkpoint
 from ce_gppo.checkpoint import Saver, State
 from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.model import load_model
-from data.arithmetic.base import make_model
+from data.base import make_model
 
 
 def train_a_step(model, optimizer, seed: int) -> None:
@@ -174,10 +177,30 @@ def test_the_remains_of_a_killed_save_are_no_checkpoint(saver, tmp_path):
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-000003"
 
 
-def test_the_newest_are_kept(saver, tmp_path):
-    for step in (1, 2, 3, 11):
+def test_the_newest_and_the_best_are_kept(saver, tmp_path):
+    """The best of those that are still there; of equal ones the newest; without an evaluation only the newest."""
+    accuracies, kept = {1: 0.5, 3: 0.7, 11: 0.7, 12: 0.1, 14: 0.9}, []
+    for step in (1, 2, 3, 11, 12, 13, 14, 15, 16):
         save(saver, State("id", step))
-    assert [folder.name for folder in checkpoint.all_of(tmp_path)] == ["checkpoint-000003", "checkpoint-000011"]
+        kept.append([checkpoint.step_of(folder) for folder in checkpoint.all_of(tmp_path)])
+        if step in accuracies:
+            saver.accuracies[step] = accuracies[step]  # evaluated after it is saved
+    assert kept[2:] == [[1, 2, 3], [3, 11], [11, 12], [11, 12, 13], [11, 13, 14], [14, 15], [14, 15, 16]]
+    assert checkpoint.best(tmp_path, accuracies) == tmp_path / "checkpoint-000014"
+    assert checkpoint.best(tmp_path, {}) is None
+
+
+@pytest.mark.parametrize(
+    "number, of_folder, written",
+    [("EINVAL", True, True), ("ENOTSUP", True, True), ("EIO", True, False), ("EINVAL", False, False)],
+)
+def test_a_file_system_that_cannot_flush_folders_has_checkpoints(saver, monkeypatch, number, of_folder, written):
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_folder:
+            raise OSError(getattr(errno, number), "no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert save(saver, State("id", 1)).exists() == written
 
 
 def test_a_tokenizer_that_writes_folders_is_saved_whole(saver, tmp_path):
@@ -207,7 +230,7 @@ def test_only_exact_names_are_checkpoints(tmp_path):
     for name in own + users:
         (tmp_path / name).mkdir()
     assert [folder.name for folder in checkpoint.all_of(tmp_path)] == own
-    checkpoint.prune(tmp_path, 1)
+    checkpoint.prune(tmp_path, 1, {})
     assert sorted(folder.name for folder in tmp_path.iterdir()) == sorted([own[-1], *users])
 
 

@@ -17,13 +17,8 @@ AIME = r"Let $x$ be real. Find $\dfrac{x}{2}$, if $x = 3.5$."
 
 
 def verl(problem, answer):
-    return {
-        "data_source": "math_longcot_math_verify",
-        "prompt": [{"content": problem, "role": "user"}],
-        "ability": "MATH",
-        "reward_model": {"ground_truth": answer, "style": "rule"},
-        "__index_level_0__": 7.0,
-    }
+    row = {"data_source": "math_longcot_math_verify", "prompt": [{"content": problem, "role": "user"}]}
+    return row | {"reward_model": {"ground_truth": answer, "style": "rule"}, "__index_level_0__": 7.0}
 
 
 BENCHMARKS, MATH = "data/benchmarks/prepare.py", "data/math/prepare.py"

@@ -1,5 +1,6 @@
 """The table of an evaluation, its file, and that a stopped evaluation ends with the same file."""
 
+import dataclasses
 import fcntl
 import json
 import random
@@ -9,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ce_gppo import evaluation
+from ce_gppo.batch import Rollout
 from ce_gppo.config import check_ranges
-from ce_gppo.evaluation import accuracy, warn
-from ce_gppo.evaluation import evaluate as sample_and_score
 from ce_gppo.messages import UserError
-from ce_gppo.types import Problem, Response
-from helpers import BASE, score
+from ce_gppo.problems import Problem
+from helpers import BASE, rollout_of, score
 from tools import evaluate, tables
 
 
@@ -26,14 +27,15 @@ def row(answer: str | None, truth: str = "4", number: int = 0, sample: int = 0, 
     """A row of a result file; `answer` is what its response boxes."""
     correct = answer is not None and score([rf"\boxed{{{answer}}}"], [truth]) == [1.0]
     where = {"problem": number, "sample": sample, "source": source, "question": f"{source} {number}?"}
-    verdict = {
-        "answer": truth,
-        "extracted": answer,
-        "correct": correct,
-        "tokens": 10 + sample,
-        "truncated": sample == 1,
-    }
-    return where | verdict | {"response": ""}
+    verdict = {"answer": truth, "extracted": answer, "correct": correct}
+    return where | verdict | {"tokens": 10 + sample, "truncated": sample == 1, "response": ""}
+
+
+def says(prompts: list[list[int]], texts: list[str], cut: int = 0) -> Rollout:
+    """The texts as responses, equally many to each prompt; the first `cut` of them are truncated."""
+    B, prompt_of = len(texts), torch.arange(len(prompts)).repeat_interleave(len(texts) // len(prompts))
+    columns = {"prompts": prompts, "prompt_of": prompt_of, "texts": texts, "truncated": torch.arange(B) < cut}
+    return dataclasses.replace(rollout_of([(1, 2)] * B), **columns)
 
 
 SAYS = {None: "hm</think> no box", "open": r"so far \boxed{4}"}
@@ -53,12 +55,9 @@ class FakeEngine:
         if FakeEngine.calls_left < 0:
             raise KeyboardInterrupt
         FakeEngine.seen += [self.tokenizer.decode(ids) for ids in prompts]
-        rng, groups = random.Random(seed), []
-        for ids in prompts:
-            boxes = [rng.choice(["1", "2", "3", "4", None, "open"]) for _ in range(k)]
-            texts = [SAYS.get(box, rf"hm</think>\boxed{{{box}}}") for box in boxes]
-            groups.append([Response(ids, [1, 2], torch.zeros(2), False, text) for text in texts])
-        return groups
+        rng = random.Random(seed)
+        boxes = [rng.choice(["1", "2", "3", "4", None, "open"]) for _ in range(k * len(prompts))]
+        return says(prompts, [SAYS.get(box, rf"hm</think>\boxed{{{box}}}") for box in boxes])
 
 
 @pytest.fixture
@@ -78,6 +77,10 @@ def fake(monkeypatch, tmp_path, tiny_folder):
         evaluate.main(evaluate.Config(**settings))
 
     return run
+
+
+def rows_in(name: str) -> list[dict]:
+    return [json.loads(line) for line in Path(name).read_text().splitlines()[1:]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,7 +155,7 @@ def test_every_response_is_written_with_its_verdict(fake, capsys):
 @pytest.mark.parametrize("calls, half_line", [(0, ""), (1, ""), (3, ""), (3, '{"problem": 6, "sam'), (5, '{"pro')])
 def test_a_stopped_evaluation_continues_and_ends_with_the_same_file(fake, monkeypatch, calls, half_line, capsys):
     fake(out="whole.jsonl")
-    table = capsys.readouterr().out.splitlines()[2:]
+    table = capsys.readouterr().out.splitlines()[3:]
     monkeypatch.setattr(FakeEngine, "calls_left", calls)
     with pytest.raises(KeyboardInterrupt):
         fake(out="cut.jsonl")
@@ -164,7 +167,7 @@ def test_a_stopped_evaluation_continues_and_ends_with_the_same_file(fake, monkey
     capsys.readouterr()
     monkeypatch.setattr(FakeEngine, "calls_left", 0)  # finished: only the table is printed
     fake(out="cut.jsonl")
-    assert capsys.readouterr().out.splitlines()[2:] == table
+    assert capsys.readouterr().out.splitlines()[3:] == table
 
 
 def test_another_verifier_gives_other_verdicts_and_belongs_to_the_settings(fake, tmp_path):
@@ -172,8 +175,7 @@ def test_another_verifier_gives_other_verdicts_and_belongs_to_the_settings(fake,
     mine = tmp_path / "mine.py"
     mine.write_text("def score(response, answer): return {'correctness': float('3' in response), 'other': 7}")
     fake(rewards=f"amc23={mine}:score", out="own.jsonl")
-    rows = [json.loads(line) for line in Path("own.jsonl").read_text().splitlines()][1:]
-    for r in rows:
+    for r in rows_in("own.jsonl"):
         assert r["correct"] is (r["extracted"] == ("3" if r["source"] == "amc23" else "4"))
     mine.write_text(mine.read_text() + "\n")
     with pytest.raises(UserError, match="made with other settings .data: "):
@@ -187,18 +189,20 @@ def test_an_evaluation_that_another_rank_gave_up_has_no_metrics():
 
     class GivenUp:
         def generate(self, prompts, k, **options):
-            return [[Response(prompts[0], [1, 2], torch.zeros(2), False, r"\boxed{4}")] * k, []]
+            return None
 
-    problems = [Problem(f"{i}?", [i], "4", "aime24", f"{i}?") for i in (1, 2)]
-    assert sample_and_score(GivenUp(), problems, 2, score=evaluate.score) == []
+    assert evaluation.evaluate(GivenUp(), [], 2, score=evaluate.score, thinking=False) is None
 
 
-def test_a_seed_is_another_sample(fake):
-    fake(out="a.jsonl")
-    fake(out="b.jsonl", seed=1)
-    a, b = (Path(name).read_text().splitlines()[1:] for name in ("a.jsonl", "b.jsonl"))
-    a, b = ([json.loads(line)["response"] for line in lines] for lines in (a, b))  # without the rows' numbers
-    assert a != b and a[:8] != a[8:16], "each chunk has its own seed"
+def test_a_seed_is_another_sample_and_only_answers_after_thinking_count(fake):
+    for name, settings in (("a", {}), ("b", {"seed": 1}), ("c", {"thinking": True})):
+        fake(out=f"{name}.jsonl", **settings)
+    first, second, thinking = (rows_in(f"{name}.jsonl") for name in "abc")
+    texts, others = ([r["response"] for r in rows] for rows in (first, second))
+    assert texts != others and texts[:8] != texts[8:16], "each chunk has its own seed"
+    for r, without in zip(thinking, first, strict=True):
+        assert without["correct"] is ("4" in r["response"]) and r["correct"] is ("</think>\\boxed{4}" in r["response"])
+    assert 0 < sum(r["correct"] for r in thinking) < sum(r["correct"] for r in first)
 
 
 def test_a_file_of_other_settings_is_not_touched(fake, tiny_model, tiny_folder, monkeypatch):
@@ -220,16 +224,6 @@ def test_a_file_of_other_settings_is_not_touched(fake, tiny_model, tiny_folder, 
     assert Path("notes.jsonl").read_text() == '{"mine": 1}\n'
 
 
-def test_thinking(fake):
-    """Only answers after </think> count."""
-    fake(out="a.jsonl", thinking=True)
-    fake(out="b.jsonl")
-    a, b = ([json.loads(line) for line in Path(name).read_text().splitlines()[1:]] for name in ("a.jsonl", "b.jsonl"))
-    for r, without in zip(a, b, strict=True):
-        assert without["correct"] is ("4" in r["response"]) and r["correct"] is ("</think>\\boxed{4}" in r["response"])
-    assert 0 < sum(r["correct"] for r in a) < sum(r["correct"] for r in b)
-
-
 def test_benchmarks_that_are_not_there(fake):
     Path("data/benchmarks/prepare.py").touch()
     with pytest.raises(UserError, match=r"hmmt25\.jsonl: no such file; make it with .*data\.benchmarks\.prepare"):
@@ -238,12 +232,16 @@ def test_benchmarks_that_are_not_there(fake):
         fake(bench="mine.jsonl")
 
 
-@pytest.mark.parametrize(
-    "name, value", [("k", 0), ("temperature", 0.005), ("top_p", 0.0), ("max_response_tokens", 0), ("write_every", 0)]
-)
-def test_settings_out_of_range(name, value):
-    with pytest.raises(UserError, match=f"{name} = {value}"):
-        check_ranges(evaluate.Config(**{name: value}))
+def test_settings_out_of_range():
+    for name, value in (
+        ("k", 0),
+        ("temperature", 0.005),
+        ("top_p", 0.0),
+        ("max_response_tokens", 0),
+        ("write_every", 0),
+    ):
+        with pytest.raises(UserError, match=f"{name} = {value}"):
+            check_ranges(evaluate.Config(**{name: value}))
 
 
 def test_one_evaluation_writes_a_file_at_a_time(fake):
@@ -293,10 +291,11 @@ def test_files_that_cannot_be_compared(tmp_path):
 
 @pytest.mark.slow
 def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, write_rows, capsys):
-    questions = {"1+2=?": "3", "9-4+2=?": "7", "5+5-1+3+2=?": "14", "8-1-1-1-1=?": "4", "7+7=?": "14"}
-    bench = write_rows(*(problem(question, answer, "sums") for question, answer in questions.items()))
+    pairs = [(1, 5), (17, 30), (40, 3), (59, 0), (2, 51)]
+    rows = [problem(f"start ={start}\ntarget ={target}\n", f"{start} to {target}", "walk") for start, target in pairs]
+    bench = write_rows(*rows)
     path = tmp_path / "responses.jsonl"
-    config = evaluate.Config(model=BASE, bench=bench, k=4, max_response_tokens=48, write_every=8, out=str(path))
+    config = evaluate.Config(model=BASE, bench=bench, k=4, max_response_tokens=16, write_every=8, out=str(path))
     evaluate.main(config)
     whole = path.read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()[1:]]
@@ -307,21 +306,21 @@ def test_with_vllm_a_stopped_evaluation_ends_with_the_same_responses(tmp_path, w
 
 
 def test_many_cut_or_unboxed_responses_in_the_first_evaluation_are_a_warning(capsys):
-    def groups(cut: int, text: str) -> list[list[Response]]:
-        return [[Response([1], [2], torch.zeros(1), i < cut, text)] for i in range(20)]
+    def warn(cut: int, text: str, verifier: str) -> None:
+        evaluation.warn(says([[1]] * 20, [text] * 20, cut), [verifier] * 20)
 
-    math, countdown = ([Problem("", [], "", "", verifier=name)] * 20 for name in ("math", "countdown"))
-    warn(groups(18, "\\boxed{1}"), math)
-    warn(groups(18, "1"), countdown)
+    warn(18, "\\boxed{1}", "math")
+    warn(18, "1", "countdown")
     assert not capsys.readouterr().err
-    warn(groups(19, "1"), math)
+    warn(19, "1", "math")
     warned = capsys.readouterr().err
     assert "95% of the first evaluation's responses are cut" in warned
     assert "100%" in warned and "prompt_suffix" in warned
 
 
 def test_accuracies_are_by_source():
-    """Two problems of one source with two samples each, and one of another."""
-    found = accuracy(["walk", "sums", "walk"], [(2, 1), (0, 0), (1, 1)], k=2)  # (right, of these different)
-    walk = {"walk/avg_at_k": 0.75, "walk/pass_at_k": 1.0, "walk/distinct_at_k": 1.0}
-    assert found == walk | {"sums/avg_at_k": 0.0, "sums/pass_at_k": 0.0, "sums/distinct_at_k": 0.0}
+    """Two problems of one source with two samples each, and one of another, which is no puzzle."""
+    problems = [Problem("", [], "", source, verifier=name) for source, name in (("a", "walk"), ("b", "math"))]
+    found = evaluation.accuracy([*problems, problems[0]], [(2, 1), (0, 0), (1, 1)], k=2)  # (right, of these different)
+    walk = {"a/avg_at_k": 0.75, "a/pass_at_k": 1.0, "a/distinct_at_k": 1.0}
+    assert found == walk | {"b/avg_at_k": 0.0, "b/pass_at_k": 0.0}

@@ -1,11 +1,11 @@
 """Faults of long runs: kills, full disks, gradients that are not finite. Whole runs, real vLLM."""
 
-import errno
+import json
 import math
 import os
 import random
-import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ce_gppo.forward import Policy
 from safetensors.torch import load_file
 
 import train
-from ce_gppo import runs
-from ce_gppo.forward import Policy
-from ce_gppo.messages import UserError
 from helpers import (
     ROOT,
     SMALL,
@@ -124,13 +122,13 @@ def assert_same_weights(ours: Path, expected: Path, last: str) -> None:
 
 
 def test_a_run_killed_three_times_and_started_again_is_the_same_run(finished, tmp_path):
-    """kill -9 in a rollout, an update and a checkpoint. The same command resumes the run each time."""
+    """kill -9 in a rollout, an update and a checkpoint. The same command continues the run each time."""
+    arguments, folder = [*SMALL, "--run-name", "killed"], tmp_path / "out" / "killed"
     for moment, line in KILLED.items():
-        code, output = run_program(tmp_path, line, *SMALL)
+        code, output = run_program(tmp_path, line, *arguments)
         assert code == -signal.SIGKILL, (moment, output)
-    (folder,) = (tmp_path / "out").iterdir()
     assert list(folder.glob("*.partial")), "the last kill was not in the middle of a checkpoint"
-    output = run(tmp_path / "out", *SMALL)
+    output = run(tmp_path / "out", *arguments)
     assert f"going on with {folder} after checkpoint-000002" in output
     assert list((tmp_path / "out").iterdir()) == [folder]
     assert_same_run(folder, finished[0], "checkpoint-000004")
@@ -155,14 +153,14 @@ def test_a_run_stopped_in_any_part_of_a_step_ends_within_20_seconds_and_loses_at
 @pytest.mark.skipif("KILLS" not in os.environ, reason="make torture")
 def test_torture(tmp_path):
     """A run of twelve steps with many kills at random moments equals a run without kills."""
-    arguments = [*SMALL, "--steps", "12", "--checkpoint-every", "1"]
+    arguments = [*SMALL, "--steps", "12", "--checkpoint-every", "1", "--run-name", "it"]
+    whole, cut = tmp_path / "whole" / "it", tmp_path / "cut" / "it"
     run(tmp_path / "whole", *arguments)
-    (whole,) = (tmp_path / "whole").iterdir()
-    seconds = sum(row["time/step"] for row in metrics_of(whole)) / 12
-    cut, rng, kills = tmp_path / "cut" / "it", random.Random(0), int(os.environ["KILLS"])
+    seconds = sum(row["time/step"] for row in metrics_of(whole)[1:]) / 12
+    rng, kills = random.Random(0), int(os.environ["KILLS"])
     for kill in range(kills):
         beginning = time.time()
-        process = start(tmp_path / "cut", "--run-name", "it", *arguments)
+        process = start(tmp_path / "cut", *arguments)
         # Wait until the run has started and has reached this kill's part of the steps; then a random time.
         while rows_since(beginning, cut) < 1 + kill * 11 / kills:
             assert process.poll() is None, process.communicate()
@@ -174,7 +172,7 @@ def test_torture(tmp_path):
         if (cut / "checkpoint-000012").exists():
             break
     else:
-        run(tmp_path / "cut", "--run-name", "it", *arguments)
+        run(tmp_path / "cut", *arguments)
     assert kill >= 0.9 * kills - 1
     assert_same_run(cut, whole, "checkpoint-000012")
 
@@ -239,10 +237,11 @@ def test_gradients_that_are_not_finite_are_skipped_and_end_the_run_when_there_ar
     assert code == 1 and "5 updates in a row had no finite gradient" in output and "Traceback" not in output, output
     rows = metrics_of(tmp_path / "out" / "nan")
     assert rows[1]["optim/skipped"] == 1
+    last = rows[-1]["step"]
+    assert rows[last]["optim/skipped"] > 0, "the step that ends the run is logged"
     saved = torch.load(tmp_path / "out" / "nan" / "skipped" / "step-000001-update-2-rank-0.pt", weights_only=True)
-    assert len(saved["responses"]) == 16 and all(math.isnan(value) for value in saved["micro_batch_losses"])
-    assert saved["responses"][0]["response_ids"]
-    weights = load_file(tmp_path / "out" / "nan" / "checkpoint-000001" / "model.safetensors")
+    assert saved["batch"] and any(map(math.isnan, saved["update"]["micro_batch_losses"]))
+    weights = load_file(tmp_path / "out" / "nan" / f"checkpoint-{last:06d}" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
@@ -256,24 +255,6 @@ def test_a_skipped_update_changes_nothing(tiny_model):
     done = train.update(Policy(tiny_model), optimizer, responses, objective, 1e-2, config, "cpu")
     assert done.skipped and not optimizer.state
     assert all(torch.equal(p, before[name]) for name, p in tiny_model.named_parameters())
-
-
-def test_a_folder_has_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    config = resolved(out=str(tmp_path))
-    runs.claim(tmp_path / "mine", config, "", 0)
-    with pytest.raises(UserError, match="another process is training there"):
-        runs.claim(tmp_path / "mine", config, "", 0)
-    assert runs.interrupted(config) is None
-
-
-def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch, capsys):
-    def no_locks(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
-    runs.claim(tmp_path / "mine", resolved(), "", 0)
-    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["/dev/full", "closed pipe"])
@@ -291,57 +272,24 @@ def test_output_that_cannot_be_written_does_not_change_a_run(finished, tmp_path,
     assert_same_run(tmp_path / "mute", finished[0], "checkpoint-000004")
 
 
-def test_a_resumed_run_has_the_same_inputs_or_names_those_that_changed(tmp_path, monkeypatch, capsys):
-    """Edited code, data or base model: named and refused, or noted with --resume. The base model may be missing."""
-    project, base, rows = tmp_path / "project", tmp_path / "base", tmp_path / "rows.jsonl"
-    (project / "ce_gppo").mkdir(parents=True)
-    base.mkdir()
-    files = {project / "loss.py": "a", project / "ce_gppo" / "b.py": "b", base / "model.safetensors": "w", rows: "r"}
-    for path, text in files.items():
-        path.write_text(text)
-    monkeypatch.setattr(runs, "ROOT", project)
-    config = resolved(out=str(tmp_path / "out"), model=str(base), train_data=str(rows), eval_data=str(rows))
-    run = tmp_path / "out" / "mine"
-    runs.claim(run, config, "", 0)
-    runs._locks.clear()
-    assert runs.locate(config, "") == (run, None)
-    for path, text in files.items():
-        path.write_text(text + "!")
-        with pytest.raises(UserError, match=f"these have changed since: .*{path.name}.*--resume"):
-            runs.locate(config, "")
-        assert runs.locate(config, str(run)) == (run, None)
-        assert path.name in capsys.readouterr().err
-        path.write_text(text)
-    (base / "model.safetensors").unlink()
-    assert runs.locate(config, "") == (run, None)
-    (project / "loss.py").write_text("c")
-    runs.claim(run, config, "", 20)
-    runs._locks.clear()
-    assert (run / "source-from-step-000021" / "loss.py").read_text() == "c"
-    assert (run / "source" / "loss.py").read_text() == "a"
-    assert runs.locate(config, "") == (run, None)
+def test_a_run_with_its_last_evaluation_is_finished_whatever_became_of_its_checkpoints(finished, tmp_path):
+    """The same command and --resume say so, and change no file. If only the evaluation is missing, it is made."""
+    folder = shutil.copytree(finished[0], tmp_path / "whole")
+    shutil.rmtree(folder / "checkpoint-000004")
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for again in ([*SMALL, "--run-name", "whole"], ["--resume", str(folder)]):
+        process = start(tmp_path, *again)
+        output = process.communicate()[0]
+        assert process.returncode == 2 and "is finished" in output and "--run-name" in output, output
+    assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-
-def test_an_unexpected_error_at_the_start_is_a_sentence(tmp_path):
-    """It names the part of the start, the error and the traceback's file. After the start there is a traceback."""
-    code = (
-        "from ce_gppo.config import command; from ce_gppo.types import starting\n"
-        "def main():\n    starting({!r})\n    raise ValueError('first line\\nsecond')\ncommand(main)"
-    )
-    script = tmp_path / "told.py"
-    script.write_text(code.format("model 'm' cannot be loaded"))
-    process = Forked(str(script))
-    told = process.communicate()[0]
-    assert process.returncode == 2 and "Traceback" not in told
-    said, file = re.search(
-        r"model 'm' cannot be loaded: ValueError: (.*); (\S+) has the whole traceback", told
-    ).groups()
-    assert said == "first line" and "second" in Path(file).read_text()
-    Path(file).unlink()
-    script.write_text(code.format(""))
-    process = Forked(str(script))
-    raised = process.communicate()[0]
-    assert process.returncode == 1 and "Traceback" in raised
+    shutil.copytree(finished[0] / "checkpoint-000004", folder / "checkpoint-000004")
+    rows = metrics_of(folder)
+    evaluation = {name: rows[-1].pop(name) for name in list(rows[-1]) if name.startswith("eval/")}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tmp_path, "--resume", str(folder))
+    assert [row["step"] for row in metrics_of(folder)] == [0, 1, 2, 3, 4]
+    assert metrics_of(folder)[-1].items() >= evaluation.items()
 
 
 def test_help_into_a_pipe_that_closes_is_no_traceback():

@@ -1,11 +1,14 @@
 """Bad data is named by file and line; prompts are rendered once."""
 
 import copy
+import types
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from ce_gppo.problems import UserError, check_thinking, load_problems, load_rows
+from ce_gppo.messages import UserError
+from ce_gppo.problems import Problem, check_thinking, check_vocabulary, load_problems, load_rows, load_sets
+from helpers import resolved
 
 GOOD = {"prompt": [{"role": "user", "content": "1+2=?"}], "answer": "3", "source": "test"}
 
@@ -34,6 +37,17 @@ def test_rows_come_back_in_order(write_rows):
             "the last message of 'prompt' is the assistant's",
         ),
         (GOOD | {"prompt": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
+        (GOOD | {"prompt": [{"role": "\ud800", "content": "x"}]}, "half of a surrogate pair"),
+        (GOOD | {"answer": "\ud800"}, "half of a surrogate pair"),
+        (GOOD | {"source": ""}, "it must be printable"),
+        (GOOD | {"source": "a\nb"}, "it must be printable"),
+        (GOOD | {"source": "a,b"}, "without a comma"),
+        (GOOD | {"source": "sums "}, "without a comma or spaces around it"),
+        (GOOD | {"source": "s" * 101}, "at most 100 characters"),
+        (GOOD | {"prompt": [{"role": "human", "content": "1 + 1"}]}, 'the role "human" is unknown; known: system'),
+        (GOOD | {"prompt": [{"role": "system", "content": "1 + 1"}]}, "the last message of 'prompt' is the system's"),
+        (f'{{"{"k" * 5000}": 1, "{"k" * 5000}": 2}}', f"the key '{'k' * 40}' is there twice"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(write_rows, bad, message):
@@ -76,11 +90,16 @@ def test_one_beginning_of_sequence_token(write_rows, tokenizer):
     assert problems[0].prompt_ids.count(bos) == 1 and problems[0].prompt_ids[0] == bos
 
 
-def test_a_tokenizer_without_chat_template_is_refused(write_rows, tokenizer):
-    bare = copy.deepcopy(tokenizer)
-    bare.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
-        load_problems(write_rows(GOOD), bare, 64)
+@pytest.mark.parametrize(
+    "template, message",
+    [(None, "no chat template"), ("", "no tokens"), ("hello", "gives every problem the same prompt")]
+    + [("{{ raise_exception('no') }}", "problem 1: the chat template refuses it: no")],
+)
+def test_a_chat_template_that_leaves_the_problem_out_is_refused(tokenizer, write_rows, monkeypatch, template, message):
+    other = GOOD | {"prompt": [{"role": "user", "content": "2 + 2"}]}
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match=message):
+        load_problems(write_rows(GOOD, other), tokenizer, 64)
 
 
 def test_several_files_are_one(write_rows, tokenizer):
@@ -117,3 +136,25 @@ def test_a_template_that_prints_the_date_gives_the_same_prompts_every_day(write_
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
     (problem,), _ = load_problems(write_rows(GOOD), tokenizer, 64)
     assert problem.prompt == "26 Jul 2024 1+2=?"
+
+
+def test_held_out_problems_that_are_trained_on_and_problems_with_two_answers_are_told(tokenizer, write_rows, capsys):
+    limits = types.SimpleNamespace(max_position_embeddings=512, vocab_size=len(tokenizer))
+    path, other = write_rows(GOOD, GOOD | {"answer": " 3 "}), write_rows(GOOD, GOOD | {"answer": "4"}, name="e.jsonl")
+    problems, held_out, sizes = load_sets(resolved(train_data=path, eval_data=path), tokenizer, limits)
+    assert (len(problems), len(held_out)) == (2, 2) and "2 training and 2 held-out problems (0 and 0 dropped" in sizes
+    told = capsys.readouterr().err
+    assert "1 held-out problems are also trained on" in told and "several times" not in told
+    load_sets(resolved(train_data=path, eval_data=other), tokenizer, limits)
+    assert "1 problems are there several times, with different answers" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match="max_prompt_tokens . max_response_tokens = 128 is beyond the .* context of 127"
+    ):
+        limits.max_position_embeddings = 127
+        load_sets(resolved(train_data=path, eval_data=path), tokenizer, limits)
+
+
+def test_tokens_that_the_model_lacks():
+    check_vocabulary([Problem("", [3, 9], "", "")], 10)
+    with pytest.raises(UserError, match="has the token 10, and the model only has 10"):
+        check_vocabulary([Problem("", [3, 9], "", ""), Problem("", [3, 10], "", "")], 10)

@@ -1,27 +1,30 @@
 """Faults around a run: variables, locks, signals, disks, pipes, other processes."""
 
 import errno
+import json
+import math
 import os
+import re
 import signal
+import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import reward
 from bench import rollout, update
-from ce_gppo import config, parallel, runs, tracking
-from ce_gppo.messages import UserError
-from ce_gppo.problems import check_vocabulary, load_sets
-from ce_gppo.report import Report
-from ce_gppo.types import STARTING, Problem, Update, starting
-from ce_gppo.verifier import sources
+from ce_gppo import checkpoint, messages, parallel, run, tracking
+from ce_gppo import config as settings_of
+from ce_gppo.messages import RunEnded, UserError
+from ce_gppo.problems import Problem
 from ce_gppo.verifier.answers import can_be_given
 from data import convert
 from data.words import prepare as words
-from helpers import resolved
+from helpers import in_a_fork, resolved
 from results import sweep
-from reward import VERIFIERS
 from tools import figures
 from train import Config
 
@@ -31,7 +34,7 @@ ROW = {"prompt": [{"role": "user", "content": "1 + 1"}], "answer": "2", "source"
 def ended(main, capsys) -> tuple[int, str]:
     """(exit code, stderr) of a command."""
     with pytest.raises(SystemExit) as end:
-        config.command(main)
+        settings_of.command(main)
     return end.value.code, capsys.readouterr().err
 
 
@@ -42,18 +45,18 @@ def ended(main, capsys) -> tuple[int, str]:
 @pytest.mark.parametrize(
     "variables, message",
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE in the environment is 'two', where a whole number is needed"),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE in the environment is ''"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment: torchrun sets a whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE= in the environment"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE in the environment is '-1'"),
-        ({"RANK": "1.0"}, "RANK in the environment is '1.0'"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1 in"),
+        ({"RANK": "1.0"}, "RANK=1.0 in"),
         ({"RANK": "2"}, "RANK=2 and WORLD_SIZE=2 in the environment: ranks go from 0 to WORLD_SIZE - 1"),
-        ({"RANK": None}, "RANK in the environment is 'missing'"),
-        ({"LOCAL_RANK": "x"}, "LOCAL_RANK in the environment is 'x'"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT in the environment is 'http'"),
-        ({"MASTER_ADDR": None}, "MASTER_ADDR in the environment is ''"),
-        ({"MASTER_ADDR": "node 1"}, "MASTER_ADDR in the environment is 'node 1', where a machine's name"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment: a port is at most 65535"),
+        ({"RANK": None}, "RANK=missing in"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x in"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http in"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment: torchrun sets a whole number, at most 65535"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR= in the environment: torchrun sets a machine's name or address"),
+        ({"MASTER_ADDR": "node 1"}, "MASTER_ADDR=node 1 in"),
     ],
 )
 def test_wrong_values_of_the_variables_that_torchrun_sets(variables, message, monkeypatch, capsys):
@@ -78,13 +81,6 @@ def test_more_processes_than_gpus_and_processes_without_torchrun(monkeypatch, ca
         parallel.init()
 
 
-@pytest.mark.parametrize("space", ["abc", "0", "0.5", "-1"])
-def test_a_size_of_the_cache_that_vllm_cannot_read(space, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
-    with pytest.raises(UserError, match=f"VLLM_CPU_KVCACHE_SPACE={space} .* a whole number of GiB"):
-        config.parse(Config, [])
-
-
 def test_where_wandb_keeps_its_key(tmp_path, monkeypatch):
     """A file that is damaged, or that others may read, has no key; one for a server of one's own is found."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
@@ -106,124 +102,309 @@ def test_where_wandb_keeps_its_key(tmp_path, monkeypatch):
 # Other processes and signals
 
 
-def test_the_folder_of_a_running_process_is_refused_before_a_model_is_loaded(tmp_path):
-    settings = resolved(out=str(tmp_path), run_name="mine")
-    folder = tmp_path / "mine"
-    runs.claim(folder, settings, "", 0)
-    try:
-        for again, resume in (
-            (settings, ""),
-            (settings, str(folder)),
-            (resolved(out=str(tmp_path), run_name="mine", seed=1), ""),
-        ):
-            with pytest.raises(UserError, match="another process is training there"):
-                runs.locate(again, resume)
-    finally:
-        runs._locks.clear()
-    assert runs.locate(settings, "") == (folder, None)
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A run that has begun in tmp_path/out/mine, in a small project: (settings, folder, {changed file: its text})."""
+    project, base, rows, scorer = (tmp_path / name for name in ("project", "base", "rows.jsonl", "mine.py"))
+    (project / "ce_gppo").mkdir(parents=True)
+    (base / "chat_templates").mkdir(parents=True)
+    files = {project / "loss.py": "a", project / "ce_gppo" / "b.py": "b", base / "model.safetensors": "w"}
+    files |= {base / "chat_templates" / "tool.jinja": "t", rows: "r" * 5000, scorer: "s"}
+    for path, text in files.items():
+        path.write_text(text)
+    monkeypatch.setattr(run, "ROOT", project)
+    names = {"out": str(tmp_path / "out"), "run_name": "mine", "model": str(base)}
+    config = resolved(**names, train_data=str(rows), eval_data=str(rows))
+    claim(tmp_path / "out" / "mine", config, 0, [scorer])
+    return config, tmp_path / "out" / "mine", files, [scorer]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(tmp_path):
-    """A new start would overwrite its metrics."""
-    settings = resolved(out=str(tmp_path), run_name="mine")
-    runs.claim(tmp_path / "mine", settings, "", 0)
-    runs._locks.clear()
-    (tmp_path / "mine" / "checkpoint-000002").mkdir()
-    for resume in ("", str(tmp_path / "mine")):
+def claim(folder, config, step=0, files=()):
+    """As a process that then ends."""
+    run.claim(folder, config, "", step, list(files))
+    run._locks.clear()
+
+
+def locate(config, resume="", files=()):
+    found = run.locate(config, str(resume), list(files))
+    run._locks.clear()
+    return found
+
+
+def test_what_has_changed_since_a_run_began_is_named(begun, capsys):
+    """Edited code, data, base model or reward file: refused, or noted with --resume. The base model may be missing."""
+    config, folder, files, scorers = begun
+    assert locate(config, files=scorers) == (folder, None)
+    for path, text in files.items():
+        path.write_text(text[: len(text) // 2] + "!" + text[len(text) // 2 + 1 :])  # in the middle, of the same length
+        with pytest.raises(UserError, match=f"have changed since .*{path.name};.*--resume {folder}, or .*--run-name"):
+            locate(config, files=scorers)
+        assert locate(config, folder, scorers) == (folder, None)
+        assert f"changed since the run began: {path}".replace(f"{run.ROOT}/", "") in capsys.readouterr().err
+        path.write_text(text)
+    (Path(config.model) / "model.safetensors").unlink()
+    assert locate(config, files=scorers) == (folder, None)
+    (run.ROOT / "loss.py").write_text("c")
+    (run.ROOT / "new.py").write_text("c")
+    claim(folder, config, 20, scorers)
+    assert (folder / "source-from-step-000021" / "loss.py").read_text() == "c"
+    assert (folder / "source" / "loss.py").read_text() == "a" and locate(config, files=scorers) == (folder, None)
+    (run.ROOT / "new.py").write_text("d")
+    with pytest.raises(UserError, match="have changed .* new.py;"):
+        locate(config, files=scorers)
+
+
+def test_only_the_end_of_a_large_file_is_compared(begun, monkeypatch):
+    config, folder, files, scorers = begun
+    monkeypatch.setattr(run, "HASHED", 1000)
+    claim(folder, config, 0, scorers)
+    rows = Path(config.train_data)
+    for text, same in (("x" + "r" * 4999, True), ("r" * 4998 + "xr", False), ("r" * 5001, False)):
+        rows.write_text(text)
+        assert (run.changes(folder, config, scorers) == []) == same
+
+
+def test_inputs_that_cannot_be_compared_count_as_changed(begun):
+    config, folder, _, scorers = begun
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"inputs": ["a.jsonl"]}))
+    with pytest.raises(UserError, match="changed since the run began: inputs in config.json, which cannot be compared"):
+        locate(config, files=scorers)
+    assert locate(config, folder, scorers) == (folder, None)
+
+
+def test_a_name_belongs_to_its_settings_and_no_other_folder_is_searched(begun, tmp_path):
+    config, folder, _, scorers = begun
+    for changes, message in (
+        ({"lr": 2e-5}, "lr = 5e-05, not 2e-05; choose another name with --run-name"),
+        ({"lr": 2e-5, "seed": 1}, "seed = 0, not 1, lr = 5e-05, not 2e-05;"),
+    ):
+        with pytest.raises(UserError, match=f"{folder} belongs to a run with other settings: .*{message}"):
+            locate(replace(config, **changes), files=scorers)
+    assert locate(replace(config, out=f"{tmp_path}/out/."), files=scorers) == (folder, None)
+    unnamed = replace(config, run_name="", seed=7)
+    new = locate(unnamed, files=scorers)[0]
+    assert new.parent == folder.parent and new.name.startswith("ce_gppo-seed7-") and not new.exists()
+    claim(new, unnamed, files=scorers)
+    assert locate(replace(unnamed, run_name=new.name), files=scorers) == (new, None)
+    (folder.parent / "yours").mkdir()
+    (folder.parent / "yours" / "precious").touch()
+    with pytest.raises(UserError, match="yours has files, but no config.json"):
+        locate(replace(config, run_name="yours"), files=scorers)
+    for text in ("[" * 100_000, "{}", '{"config": 3}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(UserError, match="config.json: not the settings of a run"):
+            locate(config, files=scorers)
+
+
+EVALUATED = {"step": 50, "eval/x/avg_at_k": 0.5}
+
+
+@pytest.mark.parametrize(
+    "rows, checkpoints, said",
+    [
+        ([], [], "from its start, as there is no checkpoint yet; a new"),
+        ([{"step": 0}], [], "from its start, as there is no checkpoint yet; a new"),
+        (
+            [{"step": 0}, {"step": 30}],
+            [],
+            "from its start, .*; later steps, up to 30, are done again, and their rows kept",
+        ),
+        ([{"step": 30}, [1], {"step": None}], [20], "after checkpoint-000020; later steps, up to 30, are done again"),
+        ([{"step": 40}], [20, 40], "after checkpoint-000040; a new run of the same settings needs its own name"),
+        ([{"step": 50}], [40, 50], "after checkpoint-000050; a new"),  # only its last evaluation is missing
+        ([EVALUATED | {"step": 40}], [], "from its start"),
+        ([{"step": 0}, EVALUATED], [40, 50], None),
+        ([EVALUATED], [], None),
+        ([{"step": 50}, EVALUATED], [20], None),
+    ],
+)
+def test_where_a_run_goes_on_or_that_it_is_finished(begun, monkeypatch, capsys, rows, checkpoints, said):
+    config, folder, _, scorers = begun
+    monkeypatch.setattr(checkpoint, "damage", lambda folder: None)
+    for step in checkpoints:
+        (folder / f"checkpoint-{step:06d}").mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"ste')
+    for resume in ("", folder):
+        if said is None:
+            before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+            with pytest.raises(
+                UserError, match=f"{folder} is finished: .*metrics.jsonl has all 50 steps; .*--run-name"
+            ):
+                locate(config, resume, scorers)
+            assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        else:
+            last = folder / f"checkpoint-{checkpoints[-1]:06d}" if checkpoints else None
+            assert locate(config, resume, scorers) == (folder, last)
+            assert re.search(f"going on with {folder} {said}", capsys.readouterr().out)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(begun):
+    config, folder, _, scorers = begun
+    (folder / "checkpoint-000002").mkdir()
+    for resume in ("", folder):
         with pytest.raises(UserError, match="no checkpoint is whole, so it cannot go on"):
-            runs.locate(settings, resume)
-    (tmp_path / "mine" / "checkpoint-000002" / "manifest.json").touch()
-    with pytest.raises(UserError, match=f"this is a checkpoint; name the folder of its run, {tmp_path}/mine"):
-        config.parse(Config, ["--resume", str(tmp_path / "mine" / "checkpoint-000002")])
+            locate(config, resume, scorers)
+    (folder / "checkpoint-000002" / "manifest.json").touch()
+    with pytest.raises(UserError, match=f"this is a checkpoint; name the folder of its run, {folder}"):
+        settings_of.parse(Config, ["--resume", str(folder / "checkpoint-000002")])
 
 
-def test_modules_that_a_users_verifier_imports_are_compared_too(tmp_path):
-    (tmp_path / "parts").mkdir()
-    files = {
-        "mine.py": "import json, helper",
-        "helper.py": "def f():\n    from parts import one",
-        "parts/__init__.py": "",
-        "parts/one.py": "import missing",
-        "other.py": "",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text + "\n")
-    settings = resolved(rewards=f"sums={tmp_path}/mine.py:score")
-    before = runs.fingerprints(settings)
-    for name in files:
-        (tmp_path / name).write_text("x = 1\n")
-    after = runs.fingerprints(settings)
-    changed = {
-        Path(path).relative_to(tmp_path).as_posix()
-        for path in before
-        if str(tmp_path) in path and before[path] != after.get(path)
-    }
-    assert changed == files.keys() - {"other.py"}
-    assert sources.files(f"{tmp_path}/nothing.py:score") == [tmp_path / "nothing.py"]
+def test_a_folder_has_one_run_at_a_time(begun):
+    """Also before a model is loaded."""
+    config, folder, _, scorers = begun
+    run.claim(folder, config, "", 0, scorers)
+    run.claim(folder, config, "", 0, scorers)  # this process has it
+    held = dict(run._locks)
+    run._locks.clear()  # as another process, which knows of no locks
+    for resume in ("", folder):
+        with pytest.raises(UserError, match="another process is training there"):
+            run.locate(config, str(resume), scorers)
+    with pytest.raises(UserError, match="another process is training there"):
+        run.claim(folder, config, "", 0, scorers)
+    held.clear()
+    assert locate(config, files=scorers) == (folder, None)
 
 
-def test_a_signal_that_nohup_ignores_stays_ignored():
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        stop = runs.StopRequest()
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert not stop() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) == stop._handle
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+def test_locks_that_a_file_system_or_a_user_does_not_have(begun, tmp_path, monkeypatch, capsys):
+    config, folder, _, scorers = begun
+    with monkeypatch.context() as patch:
+        missing = OSError(errno.ENOSYS, "Function missing")
+        patch.setattr(run.fcntl, "flock", lambda *_: (_ for _ in ()).throw(missing))
+        claim(folder, config)
+        assert "cannot be locked (Function missing)" in capsys.readouterr().err
+    (tmp_path / "theirs" / ".lock").mkdir(parents=True)  # cannot be opened, as without the permission
+    with pytest.raises(UserError, match="cannot be made"):
+        claim(tmp_path / "theirs", config)
+
+
+def test_a_start_that_is_refused_leaves_no_run(tmp_path):
+    """The same command would continue it. A run that has begun stays."""
+
+    def refused(folder, begun: bool):
+        run.claim(folder, resolved(), "", 0, [])
+        if begun:
+            (folder / "metrics.jsonl").touch()
+        sys.exit(2)
+
+    for name in ("refused", "begun"):
+        assert in_a_fork(refused, tmp_path / name, name == "begun") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["begun"]
+    assert (tmp_path / "begun" / "config.json").exists()
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """(ask for a signal, those that ended the process); the handlers are put back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+    before, ended = [signal.getsignal(number) for number in numbers], []
+    monkeypatch.setattr(run.os, "_exit", ended.append)
+    yield lambda number: os.kill(os.getpid(), number), ended
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_a_second_signal_ends_the_program_but_not_after_a_schedulers_warning(signals, first, capsys):
+    kill, ended = signals
+    stop, number = run.StopRequest(), signal.Signals[first]
+    assert not stop()
+    kill(number)
+    assert stop() and capsys.readouterr().out.startswith(f"\n{first}: finishing this step's updates") and not ended
+    for again in (signal.SIGXCPU, signal.SIGUSR1):
+        kill(again)
+    kill(signal.SIGTERM)
+    warning = first in ("SIGUSR1", "SIGXCPU")
+    assert ended == ([] if warning else [128 + signal.SIGTERM]) and stop()
+    kill(signal.SIGINT)
+    assert ended[-1:] == [128 + signal.SIGINT] and capsys.readouterr().out == ""
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = run.StopRequest()
+    signals[0](signal.SIGHUP)
+    assert not stop() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == stop._handle
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Disks and pipes
 
 
-def test_a_full_disk_is_a_sentence_whenever_it_is_full(monkeypatch, capsys):
+def test_errors_of_a_command(monkeypatch, capsys):
+    """A full disk, wherever it is found, is a sentence, and so is an explained error; any other is a traceback."""
+
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "x.jsonl")
 
-    def later():
-        starting("")
-        full()
+    @messages.explained("model 'm' cannot be loaded")
+    def failing(error: Exception):
+        raise error
 
-    code, said = ended(later, capsys)
-    assert code == 1 and "no space is left on the disk ([Errno 28] No space left on device: 'x.jsonl')" in said
+    for main in (full, lambda: failing(OSError(errno.EDQUOT, "No space left on device", "x.jsonl"))):
+        code, said = ended(main, capsys)
+        assert code == 1 and "no space is left on the disk (" in said and "No space left on device: 'x.jsonl')" in said
+    code, said = ended(lambda: failing(ValueError("first line\nsecond")), capsys)
+    assert code == 2 and "model 'm' cannot be loaded: ValueError: first line; " in said and "Traceback" not in said
+    file = Path(re.search(r"; (\S+) has the whole traceback", said)[1])
+    assert "second" in file.read_text()
+    file.unlink()
+    for error, number in ((UserError("mine"), 2), (RunEnded("mine"), 1)):
+        assert ended(lambda: failing(error), capsys) == (number, f"{Path(sys.argv[0]).name}: mine\n")  # noqa: B023
+    monkeypatch.setattr(messages.tempfile, "NamedTemporaryFile", full)  # no place for the traceback
+    code, said = ended(lambda: failing(ValueError("x")), capsys)
+    assert code == 2 and "its traceback cannot be kept ([Errno 28]" in said
+    for error in (ValueError("x"), OSError(errno.EIO, "x")):
+        with pytest.raises(type(error), match="x"):
+            settings_of.command(lambda: (_ for _ in ()).throw(error))  # noqa: B023
+    assert ended(lambda: (_ for _ in ()).throw(KeyboardInterrupt()), capsys) == (130, "")
 
-    monkeypatch.setattr(config.tempfile, "NamedTemporaryFile", full)  # no place for the traceback of another error
-    code, said = ended(lambda: int("x"), capsys)
-    assert code == 2 and "invalid literal" in said and "its traceback cannot be kept" in said
 
-
-def test_a_run_goes_on_if_the_inputs_of_a_skipped_update_cannot_be_written(tmp_path, capsys):
-    (tmp_path / "skipped").touch()  # no folder can be made
-    state = runs.checkpoint.State("")
-    runs.watch_skipped(tmp_path / "skipped", state, 1, [], Update({}, [float("nan")], 0.0, True, 0.0), 1e-5)
-    assert state.skipped == 1 and "are not kept" in capsys.readouterr().err
-
-
-def test_files_of_a_run_that_cannot_be_opened_are_named_at_the_start(tmp_path):
-    (tmp_path / "samples.jsonl").mkdir()
-    with pytest.raises(OSError):
-        Report(tmp_path, resolved(), 0, "")
-    assert STARTING[0] == f"the files in {tmp_path} cannot be written"
+def test_skipped_updates_are_kept_and_counted_and_end_the_run_after_it_is_saved(tmp_path, capsys):
+    state, lr = checkpoint.State("", step=6), 1e-5
+    saver = types.SimpleNamespace(run=tmp_path, finish=lambda state: done.append(state.skipped))
+    batch = types.SimpleNamespace(tokens=torch.tensor([1, 2]), texts=["a"], rewards=None)
+    done, bad, good = [], *(types.SimpleNamespace(skipped=skipped, grad_norm=math.nan) for skipped in (True, False))
+    for skipped, count in ((bad, 1), (bad, 2), (good, 0), *((bad, n) for n in range(1, 6))):
+        assert run.watch_skipped(tmp_path / "skipped", state, 3, batch, skipped, lr) == (count == 5)
+        assert state.skipped == count and (count == 5 or run.check_end(state, saver, lr) is None)
+    saved = torch.load(tmp_path / "skipped" / "step-000007-update-3-rank-0.pt", weights_only=True)
+    assert saved["batch"]["tokens"].tolist() == [1, 2] and saved["lr"] == lr
+    assert math.isnan(saved["update"]["grad_norm"])
+    with pytest.raises(RunEnded, match=f"5 updates in a row .* {tmp_path}/skipped has .* a lower lr than 1e-05"):
+        run.check_end(state, saver, lr)
+    with pytest.raises(RunEnded, match="20 rollouts in a row had no group with unequal rewards"):
+        run.check_end(checkpoint.State("", no_signal=20), saver, lr)
+    assert run.check_end(checkpoint.State("", no_signal=19), saver, lr) is None and done == [5, 0]
+    (tmp_path / "file").touch()  # no folder can be made
+    run.watch_skipped(tmp_path / "file", state, 1, batch, bad, lr)
+    assert "are not kept" in capsys.readouterr().err
 
 
 def test_a_pipe_that_closes_ends_a_command_without_a_traceback(monkeypatch, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(config.sys, "stdout", os.fdopen(writer, "w"))
+    monkeypatch.setattr(settings_of.sys, "stdout", os.fdopen(writer, "w"))
     with pytest.raises(SystemExit) as end:
-        config.command(lambda: print("x" * 1_000_000))
+        settings_of.command(lambda: print("x" * 1_000_000))
     assert end.value.code == 1
 
     def other():
         raise BrokenPipeError
 
     with (tmp_path / "output").open("w") as file, pytest.raises(BrokenPipeError):
-        monkeypatch.setattr(config.sys, "stdout", file)
-        config.command(other)
+        monkeypatch.setattr(settings_of.sys, "stdout", file)
+        settings_of.command(other)
+
+
+def test_messages_in_a_signal_handler_and_into_a_closed_stream_raise_nothing(monkeypatch):
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr(messages.sys, "stdout", Busy())
+    messages.say("x")
 
 
 def test_data_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -243,18 +424,14 @@ def test_data_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "train.jsonl").read_text() == written
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data and answers
-
-
 @pytest.mark.parametrize(
     "answer", ["$$", r"\boxed{}", "\\ ", r"\text{ }", ".", "\u200b", r"\frac{1}{2", "5}", r"\boxed{5", "{}"]
 )
 def test_an_answer_that_no_response_could_give_is_refused(answer):
     assert not can_be_given(answer) and convert.answer_of({"answer": answer}) is None
     with pytest.raises(UserError, match="no response could equal it"):
-        sources.assign("", VERIFIERS, [Problem("", [1], answer, "sums")])
-    sources.assign("exact", VERIFIERS, [Problem("", [1], answer, "sums")])
+        reward.assign("", [Problem("", [1], answer, "sums")])
+    reward.assign("exact", [Problem("", [1], answer, "sums")])
 
 
 @pytest.mark.parametrize(
@@ -264,28 +441,13 @@ def test_an_answer_without_a_letter_or_digit_is_accepted(answer):
     assert can_be_given(answer)
 
 
-def test_held_out_problems_that_are_trained_on_and_tokens_that_the_model_lacks(tokenizer, write_rows, capsys):
-    path = write_rows(ROW)
-    settings = resolved(train_data=path, eval_data=path)
-    model_config = types.SimpleNamespace(max_position_embeddings=512, vocab_size=len(tokenizer))
-    load_sets(settings, tokenizer, model_config, VERIFIERS)
-    assert "1 held-out problems are also trained on" in capsys.readouterr().err
-    check_vocabulary([Problem("", [3, 9], "", "")], 10)
-    with pytest.raises(UserError, match="has the token 10, and the model only has 10"):
-        check_vocabulary([Problem("", [3, 10], "", "")], 10)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The other commands
-
-
 @pytest.mark.parametrize(
     "settings",
     [sweep.Config(lanes=0), sweep.Config(seeds=-1), update.Config(response_tokens=(30, 0)), update.Config(rounds=0)],
 )
 def test_numbers_that_a_tool_cannot_use(settings):
     with pytest.raises(UserError, match="must be at least 1"):
-        config.check_ranges(settings)
+        settings_of.check_ranges(settings)
 
 
 def test_missing_inputs_are_named_before_anything_is_measured(tmp_path, monkeypatch):

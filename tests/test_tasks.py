@@ -1,8 +1,9 @@
-"""Data sets with their own verifiers, countdown and gsm8k: from generated tasks and small files to scores."""
+"""Data sets that are made here, countdown, gsm8k and words: from tasks and small files to scores; base policies."""
 
 import itertools
 import json
 from fractions import Fraction
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +13,11 @@ from transformers import AutoTokenizer
 from ce_gppo.config import parse
 from ce_gppo.messages import UserError
 from ce_gppo.problems import load_rows
-from data.countdown import base as small
+from data import base
 from data.countdown import prepare as countdown
+from data.countdown import small
 from data.gsm8k import prepare as gsm8k
+from data.words import prepare as words
 from helpers import score
 from train import Config
 
@@ -73,29 +76,36 @@ def test_workings_of_the_small_countdown():
                 left, right = line.split("=")
                 assert eval(left) == int(right) <= 81
             assert eval(last.removeprefix("<answer>").removesuffix("</answer>")) == value == int(second.split("=")[1])
-            assert score([response], [small.answer(numbers, value)], ["countdown"]) == [1]
-        assert score([ways[0][0]], [small.answer(numbers, ways[0][1] + 1)], ["countdown"]) == [0]
+            assert score([response], [countdown.answer(numbers, value)], ["countdown"]) == [1]
+        assert score([ways[0][0]], [countdown.answer(numbers, ways[0][1] + 1)], ["countdown"]) == [0]
     assert {value for _, value in small.workings((5, 7, 9))} >= {21, 44, 26, 80, 68, 38, 58, 28, 18}
 
 
-def test_the_base_of_the_small_countdown(tmp_path, monkeypatch):
-    monkeypatch.setattr(small, "SAMPLES", 1)
-    monkeypatch.setattr("sys.argv", ["base", "--out", str(tmp_path), "--held-out", "8", "--excess", "1000"])
+@pytest.mark.parametrize("task", base.TASKS)
+def test_a_base_policy_is_made(tmp_path, monkeypatch, capsys, task):
+    """In few steps here. Prompts and traces fit into the lengths of the recipe; held-out problems are not imitated."""
+    monkeypatch.setattr(base, "SAMPLES", 1)
+    monkeypatch.setattr("sys.argv", ["base", task, "--out", str(tmp_path), "--held-out", "8", "--excess", "40"])
+    base.main()
+    assert "1.0" in capsys.readouterr().out
+    tokenizer, recipe, rng = AutoTokenizer.from_pretrained(tmp_path), parse(Config, ["--recipe", task])[0], Random(0)
+    problems, held_out = base.TASKS[task].splits(0, 8)
+    assert len(held_out) == 8 and not set(problems) & set(held_out)
+    for problem in problems[:500]:
+        prompt = base.prompt_ids(tokenizer, base.TASKS[task].row(*problem)["prompt"])
+        text = "".join(text for text, _ in base.TASKS[task].trace(rng, *problem))
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text and len(ids) < base.TASKS[task].MAX_TOKENS <= recipe.max_response_tokens
+        assert len(prompt) <= recipe.max_prompt_tokens
+
+
+def test_the_tasks_of_the_small_countdown(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["small", "--out", str(tmp_path), "--held-out", "8"])
     small.main()
     rows = {name: load_rows(str(tmp_path / f"small-{name}.jsonl")) for name in ("train", "eval")}
     tasks = [json.loads(row["answer"]) for row in rows["train"] + rows["eval"]]
     assert len(rows["eval"]) == 8 and len({json.dumps(task) for task in tasks}) == len(tasks) > 1000
     assert all(task["target"] in {value for _, value in small.workings(tuple(task["numbers"]))} for task in tasks)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    response, _ = small.workings((5, 7, 9))[-1]
-    ids = tokenizer.encode(response, add_special_tokens=False)
-    assert tokenizer.decode(ids) == response and len(ids) <= 22
-    recipe = parse(Config, ["--recipe", "countdown"])[0]
-    longest = max(
-        len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"])
-        for row in rows["train"]
-    )
-    assert longest <= recipe.max_prompt_tokens and len(ids) < recipe.max_response_tokens
 
 
 def test_countdown_from_the_hubs_file(tmp_path, monkeypatch):
@@ -144,3 +154,14 @@ def test_gsm8k_from_local_files(tmp_path, monkeypatch):
         written(gsm8k, monkeypatch, tmp_path, *files[:2])
     with pytest.raises(UserError, match="1 rows have no answer"):
         gsm8k.rows_of([*raw["test"], {"question": "?"}], "here")
+
+
+def test_sums_in_words(tmp_path, monkeypatch):
+    """Right answers, no held-out problem in training, and no problem among the worked examples."""
+    rows = written(words, monkeypatch, tmp_path)
+    asked = [row["prompt"][-1]["content"] for row in rows["train"] + rows["eval"]]
+    assert (len(rows["train"]), len(rows["eval"])) == (297, 100) and len(set(asked)) == 397
+    shown = {message["content"] for row in rows["train"] for message in row["prompt"][:-1]}
+    assert not shown & set(asked)
+    (one,) = [row for row in rows["train"] + rows["eval"] if "seven plus nine?" in row["prompt"][-1]["content"]]
+    assert one["answer"] == "16"

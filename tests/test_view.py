@@ -1,5 +1,6 @@
 """The effect of an update on single tokens: recorded, written, and shown on a page that no token can break out of."""
 
+import dataclasses
 import html.parser
 import itertools
 import json
@@ -8,140 +9,93 @@ import pytest
 import torch
 
 import train
-from ce_gppo import forward, report, tokens
-from ce_gppo.forward import Policy
+from ce_gppo import log, metrics
 from ce_gppo.messages import UserError
-from ce_gppo.statistics import sums_to_metrics
-from ce_gppo.types import Problem, Response
-from helpers import resolved, responses_of
+from ce_gppo.policy import Policy
+from ce_gppo.problems import Problem
+from helpers import resolved, rollout_of
 from loss import Objective
 from tools import view
 
-HOSTILE = [
-    "</script><script>alert(1)</script>",
-    "</script x",
-    "<!--<script ",
-    "<script>",
-    "]]>",
-    "&lt;",
-    '"',
-    "\\",
-    "\u2028",
-    "\x00",
-    "\n",
-    "",
-    "é",
-]
+SCRIPT = ["</script><script>alert(1)</script>", "</script x", "<!--<script ", "<script>", "]]>", "&lt;"]
+HOSTILE = [*SCRIPT, '"', "\\", "\u2028", "\x00", "\n", "", "é"]
 
 
-def updated(model, responses: list[Response], max_tokens: int) -> dict[str, float]:
-    """The metrics of one mini-batch, whose responses then have `changes`."""
-    batch_loss = train.loss_of(responses, Objective())
-    _, sums, _ = forward.accumulate_gradients(Policy(model), responses, batch_loss, 1.0, max_tokens, "cpu")
-    return sums_to_metrics(sums)
+def updated(model, rollout, max_tokens: int) -> train.Update:
+    """The record of an update on these responses, which changes no weight."""
+    config = resolved(max_micro_batch_tokens=max_tokens)
+    optimizer = torch.optim.SGD(model.parameters())
+    return train.update(Policy(model), optimizer, rollout, Objective(), 0.0, config, "cpu", follows=True)[1]
 
 
 @pytest.mark.parametrize("max_tokens", [200, 50])  # one micro-batch, two
 def test_tokens_add_up_to_the_metrics(tiny_model, max_tokens):
     """A mini-batch of one right and one wrong response: all its tokens are recorded."""
-    responses = responses_of([(5, 40), (7, 30)])
-    metrics = updated(tiny_model, responses, max_tokens)
-    values = {name: torch.cat([r.changes[name] for r in responses]).double() for name in responses[0].changes}
-    assert values["velocity"].mean().item() == pytest.approx(metrics["velocity/total"], rel=1e-4)
-    assert values["ratio"].mean().item() == pytest.approx(metrics["ratio/mean"], rel=1e-5)
+    update = updated(tiny_model, rollout_of([(5, 40), (7, 30)]), max_tokens)
+    whole, columns = metrics.update_metrics([[update]])[0], [each["columns"] for each in update.followed]
+    values = {name: torch.cat([column[name] for column in columns]).double() for name in columns[0]}
+    assert values["velocity"].mean().item() == pytest.approx(whole["velocity/total"], rel=1e-4)
+    assert values["ratio"].mean().item() == pytest.approx(whole["ratio/mean"], rel=1e-5)
     for name, side in (("low", -1), ("high", 1)):
         members = values["clipped"] == side
-        assert members.double().mean().item() == pytest.approx(metrics[f"clip/{name}"])
-        assert values["velocity"][members].mean().item() * metrics[f"clip/{name}"] == pytest.approx(
-            metrics[f"velocity/clipped_{name}"], rel=1e-4
-        )
+        assert members.double().mean().item() == pytest.approx(whole[f"clip/{name}"]) and members.sum() > 0
+        velocity = values["velocity"][members].sum() / len(members)
+        assert velocity.item() == pytest.approx(whole[f"velocity/clipped_{name}"], rel=1e-4)
         share = values["weight"][members].abs().sum() / values["weight"].abs().sum()
-        assert share.item() == pytest.approx(metrics[f"weight/{name}"], rel=1e-4)
-    assert 0 < metrics["clip/low"] < 1 and 0 < metrics["clip/high"] < 1
+        assert share.item() == pytest.approx(whole[f"weight/{name}"], rel=1e-4)
     assert values["advantage"].unique().tolist() == [-2, 1]
 
 
-def test_one_right_and_one_wrong_response_of_each_mini_batch_is_recorded(tiny_model):
-    """In any micro-batch, each with its own numbers. The other responses have none."""
-    responses = responses_of([(3, 4 + i) for i in range(6)])
-    for i, response in enumerate(responses):
-        response.verdict = float(i >= 2)
-    updated(tiny_model, responses, max_tokens=16)
-    assert [r.changes is not None for r in responses] == [True, False, True, False, False, False]
-    for r in (responses[0], responses[2]):
-        batch = forward.collate([r])
-        logprobs, _, _ = Policy(tiny_model)(batch, 1.0)
-        expected = (logprobs[0].detach() - r.old_logprobs).exp()
-        torch.testing.assert_close(r.changes["ratio"], expected, rtol=1e-4, atol=0)
-
-
-def test_a_row_has_the_entropy_of_the_update_if_none_was_computed_before(tiny_model, tokenizer):
-    """As with old_logprobs = sampler, from the second update of a rollout on."""
-    measured, unmeasured = responses_of([(5, 40)]), responses_of([(5, 40)])
-    unmeasured[0].entropy = None
-    for responses in (measured, unmeasured):
-        updated(tiny_model, responses, 200)
-    rows = [tokens.row(r[0], Problem("p", [1], "1", "test"), tokenizer) for r in (measured, unmeasured)]
-    assert rows[0]["entropy"] == pytest.approx(measured[0].entropy.tolist(), rel=1e-4)
-    policy = Policy(tiny_model)
-    batch = forward.collate(unmeasured, "cpu")
-    assert rows[1]["entropy"] == pytest.approx(policy(batch, 1.0)[1][0].tolist(), rel=1e-4)
-    assert rows[0]["velocity"] == rows[1]["velocity"]
+def test_a_right_and_a_wrong_response_are_recorded_with_their_own_numbers(tiny_model):
+    """In one micro-batch: the first of each kind."""
+    rollout = dataclasses.replace(rollout_of([(3, 4 + i) for i in range(6)]), correct=torch.arange(6) >= 2)
+    followed = updated(tiny_model, rollout, 1000).followed
+    assert [each["response"].prompt_of.tolist() for each in followed] == [[2], [0]]
+    for each in followed:
+        logprobs = Policy(tiny_model)(train.pack(each["response"]), 1.0)[0].detach()
+        expected = (logprobs - each["response"].old_logprobs).exp()
+        torch.testing.assert_close(each["columns"]["ratio"], expected, rtol=1e-4, atol=0)
 
 
 def test_texts_of_tokens_are_the_text(tokenizer):
     """Characters of several tokens, special ones, and ids beyond the vocabulary."""
     text = "-3 + 4\n= é∑🙂 \\boxed{1}<|end|>"
     ids = tokenizer.encode(text)
-    texts = tokens.token_texts(tokenizer, [*ids, len(tokenizer) + 7])
+    texts = log.token_texts(tokenizer, [*ids, len(tokenizer) + 7])
     assert len(texts) == len(ids) + 1 and "".join(texts) == text
     assert {"\\boxed{", "<|end|>", "é", "∑", "🙂"} <= set(texts) and len(ids) > len(text.replace("<|end|>", "")) - 6
 
 
 def test_rows_of_a_step(tokenizer):
     """From up to four updates, with the first and the last. Numbers are valid JSON. Long rows lose their middle."""
-    groups, problems = [], []
+    rollout = rollout_of([(1, 2001 if p == 11 else 3) for p in range(12)])
+    rollout = dataclasses.replace(rollout, components=[{"correctness": 1.0, "format": p / 8} for p in range(12)])
+    problems = [Problem(f"prompt {p}", [1], str(p), "test") for p in range(12)]
+    updates = []
     for p in range(12):
-        response = Response([1], [65] * (2001 if p == 11 else 3), torch.zeros(1), False, "")
-        R = len(response.response_ids)
-        response.old_logprobs = -torch.rand(R)
-        names = "entropy", "ratio", "clipped", "weight", "velocity"
-        response.changes = {name: torch.arange(R).float() for name in names}
-        response.changes["ratio"][0] = torch.nan
-        response.parts = {"correctness": 0.0, "format": p / 8}
-        groups.append([response, Response([1], [65], torch.zeros(1), False, "")])
-        problems.append(Problem(f"prompt {p}", [1], str(p), "test"))
-    mini_batches = [groups[p] for p in range(12)]
-    rows = tokens.token_rows(groups, mini_batches, problems, tokenizer)
+        columns = {name: torch.arange(int(rollout.lengths[p])).float() for name in view.VALUES}
+        columns["ratio"][0] = torch.nan
+        followed = [{"response": rollout[[p]], "columns": columns}]
+        updates.append(metrics.Update(None, 0.0, 0.0, False, 0.0, followed))
+    rows = log.token_rows([updates], problems, tokenizer)
     assert [(row["update"], row["answer"]) for row in rows] == [(1, "0"), (5, "4"), (8, "7"), (12, "11")]
-    assert json.loads(json.dumps(rows, allow_nan=False)) == rows and rows[0]["ratio"] == [None, 1, 2]
-    assert [row["parts"]["format"] for row in rows] == [0, 0.5, 0.875, 1.375]
+    assert [row["correct"] for row in rows] == [True, True, False, False]
+    text = [log.strict_json(row) for row in rows]
+    assert json.loads(text[0], parse_constant=pytest.fail)["ratio"] == [None, 1, 2]
+    assert [row["components"]["format"] for row in rows] == [0, 0.5, 0.875, 1.375]
     long = rows[-1]
     assert long["length"] == 2001 and len(long["tokens"]) == 2000 and long["velocity"][999:1001] == [999, 1001]
-    assert tokens.token_rows(groups, [], problems, tokenizer) == []
-
-
-def test_a_report_keeps_tokens_at_the_first_step_and_at_evaluations(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    response = Response([1], [65, 66], torch.zeros(2), False, "ab", old_logprobs=torch.zeros(2), entropy=torch.ones(2))
-    response.changes, response.advantages = {"ratio": torch.ones(2)}, torch.ones(2)
-    log = report.Report(tmp_path, resolved(steps=7, eval_every=3), 0, "id", tokenizer)
-    what = [[response]], [[response]], [Problem("p", [1], "1", "test")], lambda text, verifier: None
-    for step in range(1, 8):
-        log.log_step(step, {"entropy/mean": 0.5}, *what)
-    again = report.Report(tmp_path, resolved(steps=7, eval_every=3), 5, "id", tokenizer)
-    again.log_step(6, {"entropy/mean": 0.5}, *what)
-    rows = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 3, 6], "a step that a resumed run repeats is there once"
+    assert log.token_rows([[]], problems, tokenizer) == []
 
 
 @pytest.mark.slow
-def test_a_finished_run_can_be_viewed(finished, tmp_path, capsys):
+def test_a_finished_run_can_be_viewed(finished, tmp_path):
     view.main(view.Config(finished[0], out=tmp_path / "page.html"))
     rows = [row for step in read_page(tmp_path / "page.html")["steps"] for row in step["rows"]]
-    assert len(rows) >= 6 and {row["right"] for row in rows} == {True, False}
+    assert len(rows) >= 6 and {row["correct"] for row in rows} == {True, False}
+    assert {row["step"] for row in rows} == {1, 2, 4}, "the first step, and those with an evaluation"
     samples = [json.loads(line) for line in (finished[0] / "samples.jsonl").read_text().splitlines()]
-    assert all("".join(row["tokens"]).endswith("<|end|>") or row["length"] == 64 for row in rows)
+    assert all("".join(row["tokens"]).endswith("<|end|>") or row["length"] == 16 for row in rows)
     assert {row["prompt"][:8] for row in rows} == {sample["prompt"][:8] for sample in samples}
     first = [row for row in rows if row["update"] == 1]
     assert all(abs(ratio - 1) < 1e-4 for row in first for ratio in row["ratio"]), "the first update is at ratio 1"
@@ -155,7 +109,7 @@ def row_of(texts: list[str], step: int, update: int = 1) -> dict:
     g = torch.Generator().manual_seed(step)
     values = {name: torch.randn(len(texts), generator=g).tolist() for name in view.VALUES}
     values["clipped"] = [-1, 0, 1, *[0] * (len(texts) - 3)]
-    row = {"step": step, "update": update, "updates": 8, "prompt": "</script>?", "answer": "<b>4</b>", "right": True}
+    row = {"step": step, "update": update, "updates": 8, "prompt": "</script>?", "answer": "<b>4</b>", "correct": True}
     return row | {"reward": 1.0, "length": len(texts), "tokens": texts} | values
 
 
@@ -220,9 +174,8 @@ def test_a_page_is_bounded_and_keeps_the_first_and_the_last_step(tmp_path):
     assert {b - a for a, b in itertools.pairwise(chosen)} <= {520, 530}
     assert view.choose(steps, (50, 20)) == [20, 50]
     long = {step: [row_of(["a"] * 5000, step)] for step in range(1, 41)}
-    assert (
-        len(view.choose(long, ())) == 12 and len(view.page(tmp_path, {s: long[s] for s in view.choose(long, ())})) < 1e7
-    )
+    chosen = view.choose(long, ())
+    assert len(chosen) == 12 and len(view.page(tmp_path, {step: long[step] for step in chosen})) < 1e7
     assert view.choose({step: [row_of(["a"] * 50_000, step)] for step in (1, 2)}, ()) == [2]
 
 

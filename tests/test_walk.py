@@ -1,19 +1,18 @@
-"""The task `walk`: its verifier against a naive one, hostile responses, its data, its base policy's tokenizer."""
+"""The task `walk`: its verifier against a naive one, hostile responses, its data, and what its base policy imitates."""
 
-import functools
 import json
-import math
 import random
-import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoTokenizer
 
 from ce_gppo.messages import UserError
-from ce_gppo.verifier.walk import MOVES, score
-from data.base import make_model, make_tokenizer
-from data.walk import base, prepare
+from ce_gppo.verifier.puzzles import MOVES
+from ce_gppo.verifier.puzzles import walk as score
+from data import base
+from data.walk import prepare
 from helpers import run_here
 
 
@@ -36,7 +35,7 @@ def test_the_verifier_agrees_with_python():
     verdicts = Counter()
     for _ in range(4000):
         start, target = rng.sample(range(60), 2)
-        lines = base.trace(rng, start, target)[0].splitlines()
+        lines = "".join(text for text, _ in prepare.trace(rng, start, target)).splitlines()
         place = rng.randrange(len(lines))
         move, result = lines[place].split(" =")
         changed = {
@@ -70,49 +69,39 @@ def test_right_responses(response):
     assert score(response, "17 to 30") == 1
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        *("", "\n", "30", "=30", "+13 =30", "+7 =24\n+6", "+7 =24\n\n+6 =30", "+7 =24 +6 =30", "+7=24\n+6=30"),
-        *(
-            "I think:\n+7 =24\n+6 =30",
-            "+7 =24\n+6 =30\nDone.",
-            "+7 =24\r\n+6 =30",
-            "+7 =24\v+6 =30",
-            "+7 =24\x00\n+6 =30",
-        ),
-        *(
-            "+07 =24\n+6 =30",
-            "+7 =024\n+6 =30",
-            "+7 =+24\n+6 =30",
-            "+7  =24\n+6 =30",
-            "+7 =24\n+6 =30.0",
-            "+７ =24\n+6 =30",
-        ),
-        *(
-            "+7 =２４\n+6 =30",
-            "+٧ =24\n+6 =30",
-            "-0 =17\n+13 =30",
-            "*1 =17\n+10 =27\n+3 =30",
-            "/1 =17\n+10 =27\n+3 =30",
-        ),
-        *(
-            "**2 =289",
-            "+__import__('os') =30",
-            "+1e1 =27\n+3 =30",
-            "*3 =51\n+10 =61\n-10 =51\n-10 =41\n-10 =31\n-1 =30",
-        ),
-        *("+7 =24\n" * 10**6, "9" * 10**7, "(" * 10**6, "\n" * 10**6, "\u2028", "\ud800", "+" + "9" * 5000 + " =30"),
-    ],
-    ids=lambda response: repr(response[:30]),
-)
+HOSTILE = [
+    *("", "\n", "30", "=30", "+13 =30", "+7 =24\n+6", "+7 =24\n\n+6 =30", "+7 =24 +6 =30", "+7=24\n+6=30"),
+    *("I think:\n+7 =24\n+6 =30", "+7 =24\n+6 =30\nDone.", "+7 =24\r\n+6 =30", "+7 =24\v+6 =30", "+7 =24\x00\n+6 =30"),
+    *(
+        "+07 =24\n+6 =30",
+        "+7 =024\n+6 =30",
+        "+7 =+24\n+6 =30",
+        "+7  =24\n+6 =30",
+        "+7 =24\n+6 =30.0",
+        "+７ =24\n+6 =30",
+    ),
+    *(
+        "+７ =24\n+6 =30",
+        "+7 =２４\n+6 =30",
+        "+٧ =24\n+6 =30",
+        "-0 =17\n+13 =30",
+        "*1 =17\n+10 =27\n+3 =30",
+        "/1 =17\n+10 =27\n+3 =30",
+    ),
+    *("**2 =289", "+__import__('os') =30", "+1e1 =27\n+3 =30", "*3 =51\n+10 =61\n-10 =51\n-10 =41\n-10 =31\n-1 =30"),
+    *("+7 =24\n" * 10**6, "9" * 10**7, "(" * 10**6, "\n" * 10**6, "\u2028", "\ud800", "+" + "9" * 5000 + " =30"),
+]
+
+
+@pytest.mark.parametrize("response", HOSTILE, ids=lambda response: repr(response[:30]))
 def test_hostile_responses_score_nothing(response):
     assert score(response, "17 to 30") == 0
 
 
-@pytest.mark.parametrize(
-    "answer", ["", "30", "17 to 60", "17 to -3", "17-30", "17 to 30 to 40", "017 to 30", "17 to ３0"]
-)
+BAD_ANSWERS = ["", "30", "17 to 60", "17 to -3", "17-30", "17 to 30 to 40", "017 to 30", "17 to ３0"]
+
+
+@pytest.mark.parametrize("answer", BAD_ANSWERS)
 def test_an_answer_of_another_form_is_the_users_mistake(answer):
     with pytest.raises(UserError, match="'<start> to <target>' is needed, each from 0 to 59"):
         score("+7 =24", answer)
@@ -136,33 +125,57 @@ def test_the_data(tmp_path):
         prepare.splits(0, 3540)
 
 
-def test_the_cost_of_a_trace_is_minus_its_log_probability():
-    """Their mean cost is the entropy of the walk, computed here from the probabilities of all moves."""
-
-    @functools.cache
-    def entropy(number: int, moves: int) -> float:
-        if number == 30 or moves == 0:
-            return 0.0
-        legal = {move: eval(f"{number}{move}") for move in MOVES if eval(f"{number}{move}") in range(60)}
-        nearer = [move for move, after in legal.items() if abs(after - 30) < abs(number - 30)]
-        p = {move: 0.3 / len(legal) + 0.7 * (move in nearer) / len(nearer) for move in legal}
-        return sum(q * (entropy(legal[move], moves - 1) - math.log(q)) for move, q in p.items())
-
-    rng = random.Random(0)
-    costs = [base.trace(rng, 17, 30)[1] for _ in range(5000)]
-    assert statistics.mean(costs) == pytest.approx(entropy(17, 6), abs=4 * statistics.stdev(costs) / 5000**0.5)
+def test_a_trace_has_the_probabilities_by_which_it_was_drawn():
+    """Against the definition, for every token; drawn moves are as frequent as their probabilities say."""
+    rng, expected, drawn = random.Random(0), defaultdict(float), Counter()
+    for _ in range(3000):
+        number, tokens = 17, prepare.trace(rng, 17, 30)
+        for (move, choices), (result, certain) in zip(tokens[::2], tokens[1::2], strict=True):
+            legal = {move: eval(f"{number}{move}") for move in MOVES if eval(f"{number}{move}") in range(60)}
+            nearer = [move for move, after in legal.items() if abs(after - 30) < abs(number - 30)]
+            p = {move: 0.3 / len(legal) + 0.7 * (move in nearer) / len(nearer) for move in legal}
+            assert choices == pytest.approx(p) and sum(choices.values()) == pytest.approx(1)
+            number = legal[move]
+            assert result == f" ={number}\n" and not certain
+            drawn[move] += 1
+            for each, q in choices.items():
+                expected[each] += q
+        assert len(tokens) == 12 or number == 30
+    for move, count in expected.items():
+        assert drawn[move] == pytest.approx(count, abs=5 * count**0.5)
 
 
 def test_moves_and_numbers_are_one_token_each(tmp_path):
-    """Also in the tokenizer that AutoTokenizer loads, which decodes the ids to the same text."""
-    tokenizer = make_tokenizer(prepare.WORDS)
-    make_model(tokenizer, hidden_size=32, num_layers=1).save_pretrained(tmp_path)
+    """Also in the tokenizer that AutoTokenizer loads, which decodes the ids to the same text and fits the model."""
+    tokenizer = base.make_tokenizer(prepare.WORDS)
+    base.make_model(tokenizer, hidden_size=32, num_layers=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    text = f"<|user|>{prepare.prompt(17, 30)[0]['content']}<|end|><|assistant|>+10 =27\n-1 =26\n*2 =52\n+1 =53\n<|end|>"
+    asked = prepare.row(17, 30)["prompt"][0]["content"]
+    text = f"<|user|>{asked}<|end|><|assistant|>+10 =27\n-1 =26\n*2 =52\n+1 =53\n<|end|>"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert len(ids) == 1 + 4 + 1 + 1 + 8 + 1
     assert loaded.encode(text, add_special_tokens=False) == ids and loaded.decode(ids) == text
     assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert len(loaded) == AutoConfig.from_pretrained(tmp_path).vocab_size
     for move in MOVES:
         assert len(tokenizer.encode(f"{move} =9\n", add_special_tokens=False)) == 2
+
+
+def test_the_targets_of_the_imitation():
+    """At each place before a token of the trace: the probabilities of all tokens that could stand there; else 0."""
+    tokenizer, rng = base.make_tokenizer(prepare.WORDS), random.Random(0)
+    vocabulary = tokenizer.get_vocab()
+    traces = [[*prepare.trace(rng, *problem), (tokenizer.eos_token, {})] for problem in ((17, 18), (0, 59))]
+    prompts = [[1, 2, 3], [4, 5]]
+    pairs = list(zip(prompts, traces, strict=True))
+    input_ids, target = base.batch(pairs, lambda text: [vocabulary[text]], len(vocabulary))
+    assert len(traces[0]) != len(traces[1])
+    for i, (prompt, trace) in enumerate(pairs):
+        assert input_ids[i, : len(prompt)].tolist() == prompt
+        expected = torch.zeros_like(target[i])
+        for place, (text, choices) in enumerate(trace, start=len(prompt)):
+            assert input_ids[i, place] == vocabulary[text]
+            for choice, p in (choices or {text: 1.0}).items():
+                expected[place - 1, vocabulary[choice]] = p
+        assert torch.equal(target[i], expected)

@@ -19,6 +19,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from ce_gppo.betas import first_control, next_control
+from ce_gppo.forward import Policy, flatten
+from ce_gppo.statistics import check_mismatch
+from ce_gppo.types import has_signal
 from tqdm import tqdm
 
 import loss
@@ -26,17 +30,13 @@ import reward
 import train
 from ce_gppo import checkpoint, parallel
 from ce_gppo import types as t
-from ce_gppo.betas import first_control, next_control
 from ce_gppo.checkpoint import State
 from ce_gppo.config import check_ranges, command, open_to_append, parse, resolve
 from ce_gppo.evaluation import evaluate
-from ce_gppo.forward import Policy, flatten
 from ce_gppo.messages import UserError
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.problems import load_sets
-from ce_gppo.statistics import check_mismatch
-from ce_gppo.types import has_signal
 from rollout import Engine, prepare_environment
 from tools.branches import BASELINE, SAME, figure, read, table
 from tools.step import Step

@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from ce_gppo import types as t
+from ce_gppo import config as t
 from ce_gppo.config import command
-from ce_gppo.messages import UserError, first_line
+from ce_gppo.messages import UserError, explained
 from ce_gppo.model import load_model
-from ce_gppo.problems import check_file
+from ce_gppo.problems import check_files
 from ce_gppo.tracking import check_wandb, wandb_mode
 from rollout import prepare_environment
 from train import Config as Defaults
@@ -56,7 +56,6 @@ def main(config: Config) -> None:
     prepare_environment()
     check_wandb()
     gpu, usable = gpus()
-    where = Path(config.out)
     memory = psutil.virtual_memory()
     rows = {
         "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -66,13 +65,10 @@ def main(config: Config) -> None:
         "W&B": wandb_mode() or "online",
     }
     problems = [] if usable else ["the GPU"]
-    for name, check in (
-        ("disk", lambda: check_out(where)),
-        ("data", check_data),
-        ("model", lambda: check_model(config.model)),
-    ):
+    checks = {"disk": (check_out, Path(config.out)), "data": (check_data,), "model": (check_model, config.model)}
+    for name, (check, *argument) in checks.items():
         try:
-            rows[name] = check()
+            rows[name] = check(*argument)
         except UserError as error:
             rows[name] = f"{error}"
             problems.append(f"the {name}")
@@ -90,18 +86,13 @@ def check_out(folder: Path) -> str:
 
 
 def check_data() -> str:
-    for path in (Defaults.train_data, Defaults.eval_data):
-        check_file(path)
+    check_files(Defaults.train_data, Defaults.eval_data)
     return f"{Defaults.train_data} and {Defaults.eval_data} are there"
 
 
 def check_model(path: str) -> str:
-    try:
+    with explained(f"model '{path}' cannot be loaded"):
         model, _ = load_model(path)
-    except UserError:
-        raise
-    except Exception as error:  # of a library, or of a failed download
-        raise UserError(f"model '{path}': {type(error).__name__}: {first_line(error)}") from None
     parameters = sum(p.numel() for p in model.parameters())
     # Weights, gradients and AdamW's two moments, each in float32.
     return f"{path}: {parameters / 1e6:,.1f} M parameters, trains; {16 * parameters / GIB:.1f} GiB without activations"

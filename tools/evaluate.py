@@ -1,6 +1,6 @@
 """avg@k, pass@k and majority@k of a model, and a file of all responses with their verdicts.
 
-python -m tools.evaluate --model out/<run>/checkpoint-000040                          the arithmetic problems
+python -m tools.evaluate --model out/<run>/checkpoint-000040                          held-out problems of walk
 python -m tools.evaluate --model <folder or hub name> --bench aime24,aime25 --k 32    data/benchmarks/<name>.jsonl each
 python -m tools.evaluate --compare out/eval/a.jsonl out/eval/b.jsonl                  two results, problem by problem
 
@@ -12,31 +12,28 @@ import json
 import os
 import random
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from ce_gppo import types as t
-from ce_gppo.config import command, open_to_append
+from ce_gppo import config as t
+from ce_gppo.config import command
 from ce_gppo.evaluation import evaluate
 from ce_gppo.messages import UserError
-from ce_gppo.model import check_model
-from ce_gppo.problems import check_files, check_thinking, check_vocabulary, load_problems
-from ce_gppo.runs import lock_file
-from ce_gppo.types import Problem, Response
-from ce_gppo.verifier.sources import assign, check_names, files
-from reward import VERIFIERS, extract_answer, score
+from ce_gppo.model import check_config
+from ce_gppo.problems import Problem, check_files, check_thinking, check_vocabulary, load_problems
+from ce_gppo.run import lock_file, open_to_append
+from reward import assign, check_names, extract_answer, files, score
 from rollout import Engine, prepare_environment
 from tools.tables import compare, print_table, read_results
 
 
 @dataclass
 class Config:
-    model: t.Name = "data/arithmetic/base"  # folder or hub name
-    bench: t.Name = "data/arithmetic/eval.jsonl"  # names as in data/benchmarks/<name>.jsonl, or JSONL files, "a,b"
+    model: t.Name = "data/walk/base"  # folder or hub name
+    bench: t.Name = "data/walk/eval.jsonl"  # names as in data/benchmarks/<name>.jsonl, or JSONL files, "a,b"
     k: t.Count = 8  # samples per problem [AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
     temperature: t.GreedyOrTemperature = 0.6  # the paper's; `make train` evaluates its small model at 1.0
     top_p: t.Share = 0.95  # the paper's; 1.0 turns it off
@@ -60,8 +57,8 @@ def main(config: Config) -> None:
         raise UserError(f"temperature = 0 gives {config.k} equal samples; use k = 1")
     paths = [name if name.endswith(".jsonl") else f"data/benchmarks/{name}.jsonl" for name in config.bench.split(",")]
     check_files(*paths)  # before a large model is downloaded
-    check_names(config.rewards, VERIFIERS)
-    known = check_model(config.model)
+    check_names(config.rewards)
+    known = check_config(config.model)
     limit = known.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     if config.thinking:
@@ -69,7 +66,7 @@ def main(config: Config) -> None:
     longest = min(config.max_prompt_tokens, limit - 1)
     problems, dropped = load_problems(",".join(paths), tokenizer, longest, config.system_prompt, config.prompt_suffix)
     check_vocabulary(problems, known.vocab_size)
-    verifiers, (problems,) = assign(config.rewards, VERIFIERS, problems)
+    verifiers, (problems,) = assign(config.rewards, problems)
     longest = max(len(problem.prompt_ids) for problem in problems)
     max_tokens = config.max_response_tokens or min(16384, limit - longest)
     if longest + max_tokens > limit:
@@ -88,8 +85,9 @@ def main(config: Config) -> None:
     rows = resumed(path, settings, [len(chunk) * config.k for chunk in chunks])
     done = len({row["problem"] for row in rows})
     print(
-        f"{len(problems)} problems x {config.k} samples, {dropped} dropped for a prompt that is too long; {verifiers}"
+        f"problems   {len(problems)} x {config.k} samples, {dropped} dropped for a prompt that is too long; {verifiers}"
     )
+    print(f"sampling   temperature {config.temperature:g}, top_p {config.top_p:g}, at most {max_tokens} tokens")
     print(f"responses  {path}" + (f", {done} problems were there already" if done else ""), flush=True)
 
     if done < len(problems):
@@ -123,17 +121,26 @@ def sample_chunk(
     engine: Engine, problems: list[Problem], number: int, first: int, max_tokens: int, config: Config
 ) -> list[dict]:
     """The rows of a chunk, which has its own seed; `first` is the number of its first problem."""
-    groups = evaluate(
+    rollout = evaluate(
         engine,
         problems,
         config.k,
-        score=partial(score, thinking=config.thinking),
+        score=score,
+        thinking=config.thinking,
         max_tokens=max_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         seed=random.Random(f"{config.seed} {number}").getrandbits(32),
     )
-    return rows_of(problems, groups, first, config.thinking)
+    columns = rollout.prompt_of, rollout.lengths, rollout.truncated, rollout.correct
+    rows = []
+    for j, (i, tokens, truncated, correct) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+        problem, text = problems[i], rollout.texts[j]
+        where = {"problem": first + i, "sample": j % config.k, "source": problem.source, "question": problem.question}
+        extracted = extract_answer(text, problem.verifier, thinking=config.thinking)
+        verdict = {"answer": problem.answer, "extracted": extracted, "correct": correct}
+        rows.append(where | verdict | {"tokens": tokens, "truncated": truncated, "response": text})
+    return rows
 
 
 def lock(file: TextIO) -> TextIO:
@@ -141,26 +148,6 @@ def lock(file: TextIO) -> TextIO:
     if not lock_file(file):
         raise UserError(f"{file.name}: another evaluation is writing it; wait for it, or name another file with --out")
     return file
-
-
-def rows_of(problems: list[Problem], groups: list[list[Response]], first: int, thinking: bool) -> list[dict]:
-    """One row for each response; `first` is the number of the first problem."""
-    return [
-        {
-            "problem": first + i,
-            "sample": j,
-            "source": problem.source,
-            "question": problem.question,
-            "answer": problem.answer,
-            "extracted": extract_answer(response.text, problem.verifier, thinking=thinking),
-            "correct": response.verdict == 1.0,
-            "tokens": len(response.response_ids),
-            "truncated": response.truncated,
-            "response": response.text,
-        }
-        for i, (problem, group) in enumerate(zip(problems, groups, strict=True))
-        for j, response in enumerate(group)
-    ]
 
 
 def fingerprint(model: str) -> str:

@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ce_gppo.config import command
+from ce_gppo.log import numbers, read_rows
 from ce_gppo.messages import UserError
-from ce_gppo.report import read_rows
 
 QUADRANTS = {"pa_lp": "PA&LP", "na_hp": "NA&HP", "pa_hp": "PA&HP", "na_lp": "NA&LP"}  # the first two raise entropy
 QUADRANT_COLORS = {"pa_lp": "#2a9d8f", "na_hp": "#8ecae6", "pa_hp": "#f4a261", "na_lp": "#d62828"}
@@ -38,7 +38,7 @@ def load(folder: Path) -> tuple[dict, list[dict]]:
     """(settings without the seed, rows) of a run."""
     try:
         config = json.loads((folder / "config.json").read_text())["config"]
-        rows = read_rows(folder / "metrics.jsonl", only_numbers=True)
+        rows = [numbers(row) for row in read_rows(folder / "metrics.jsonl")]
         label_of(config)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}: not the folder of a run, with config.json and metrics.jsonl ({error})") from None
@@ -55,13 +55,11 @@ def label_of(config: dict) -> str:
 def group_runs(runs: list[tuple[dict, list[dict]]]) -> dict[str, list[list[dict]]]:
     """label -> the runs with the same settings. A label has the objective, and each setting that groups differ in."""
     groups: dict[str, list[list[dict]]] = defaultdict(list)
-    names = dict.fromkeys(name for config, _ in runs for name in config)
+    names = dict.fromkeys(name for config, _ in runs for name in config if name not in ("objective", "beta1", "beta2"))
     differing = [name for name in names if len({json.dumps(config.get(name)) for config, _ in runs}) > 1]
     for config, rows in runs:
-        others = [
-            name for name in differing if name not in ("objective", "beta1", "beta2") and config.get(name) is not None
-        ]
-        label = ", ".join([label_of(config), *(f"{name} {config[name]}" for name in others)])
+        others = (f"{name} {config[name]}" for name in differing if config.get(name) is not None)
+        label = ", ".join([label_of(config), *others])
         groups[label.replace("$", r"\$")].append(rows)  # matplotlib would read text between two $ as a formula
     return groups
 
@@ -83,29 +81,22 @@ def draw(axis, runs: list[list[dict]], name: str, **style) -> None:
         axis.plot(steps, run, **style | {"linewidth": 0.5, "alpha": 0.6, "label": None})
 
 
-def at(rows: list[dict], step: int, quadrant: str) -> float:
-    """A quadrant's velocity; 0 where the row of this step lacks it."""
-    return next((row.get(f"velocity/{quadrant}", 0.0) for row in rows if row["step"] == step), 0.0)
-
-
 def draw_velocity(axis, runs: list[list[dict]]) -> None:
     """The quadrants' velocities, stacked: positive ones above the axis, negative ones below. Black is the sum."""
-    steps, _ = series(runs, "velocity/total")
+    steps, totals = series(runs, "velocity/total")
     if len(steps) == 0:
         return
-    means = {
-        quadrant: np.mean([[at(rows, step, quadrant) for step in steps] for rows in runs], 0) for quadrant in QUADRANTS
-    }
+    by_step = [{row["step"]: row for row in rows if "velocity/total" in row} for rows in runs]
     for sign in (1, -1):
-        # A quadrant keeps its place in the stack; its height is 0 at steps at which it has the other sign.
-        heights = [np.maximum(sign * mean, 0) for mean in means.values()]
-        tops = sign * np.cumsum(heights, axis=0)
-        for quadrant, height, top in zip(means, heights, tops, strict=True):
-            label = QUADRANTS[quadrant] if sign == 1 else None
-            axis.fill_between(
-                steps, top - sign * height, top, color=QUADRANT_COLORS[quadrant], label=label, linewidth=0
-            )
-    axis.plot(steps, series(runs, "velocity/total")[1].mean(0), color="black", linewidth=1, label="total")
+        bottom = np.zeros(len(steps))
+        for quadrant, label in QUADRANTS.items():
+            values = [[rows[step].get(f"velocity/{quadrant}", 0.0) for step in steps] for rows in by_step]
+            # A quadrant keeps its place in the stack; its height is 0 at steps at which it has the other sign.
+            top = bottom + sign * np.maximum(sign * np.mean(values, 0), 0)
+            style = {"color": QUADRANT_COLORS[quadrant], "linewidth": 0, "label": label if sign == 1 else None}
+            axis.fill_between(steps, bottom, top, **style)
+            bottom = top
+    axis.plot(steps, totals.mean(0), color="black", linewidth=1, label="total")
     axis.axhline(0, color="gray", linewidth=0.5)
 
 
@@ -120,10 +111,8 @@ def figure(groups: dict[str, list[list[dict]]]) -> plt.Figure:
     clipped.set(title="tokens outside the clip interval", ylabel="share")
     colors = plt.colormaps["tab10" if len(groups) <= 10 else "turbo"].resampled(max(10, len(groups)))
     for i, (label, runs) in enumerate(groups.items()):
-        color = colors(i)
-        draw(
-            entropy, runs, "entropy/mean", color=color, label=label + (f", {len(runs)} seeds" if len(runs) > 1 else "")
-        )
+        color, seeds = colors(i), f", {len(runs)} seeds" if len(runs) > 1 else ""
+        draw(entropy, runs, "entropy/mean", color=color, label=label + seeds)
         if accuracy:
             draw(held_out, runs, accuracy, color=color)
         draw(clipped, runs, "clip/low", color=color)

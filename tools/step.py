@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from ce_gppo.betas import lr_of_step
+from ce_gppo.forward import Batch, collate, compute_old_logprobs, flatten, micro_batches
+from ce_gppo.statistics import step_metrics
+from ce_gppo.types import Response
 from scipy import stats
 
 import loss
 import train
-from ce_gppo.betas import lr_of_step
 from ce_gppo.checkpoint import State
 from ce_gppo.entropy import QUADRANTS, entropy_velocity, quadrants
-from ce_gppo.forward import Batch, collate, compute_old_logprobs, flatten, micro_batches
 from ce_gppo.perf import Meter
-from ce_gppo.statistics import step_metrics
-from ce_gppo.types import Response
 from tools.branches import COAST, OWN, SMALL
 
 

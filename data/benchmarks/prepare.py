@@ -10,7 +10,8 @@ Run it from the repository root. Writes <name>.jsonl beside this file for each. 
 from pathlib import Path
 
 from ce_gppo.config import command
-from data.convert import Source, arguments, prepare, write
+from data.common import write
+from data.convert import Source, arguments, prepare
 
 KNOWN = {
     "aime24": Source("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", "train", 30),

@@ -8,7 +8,6 @@ Run it from the repository root. Writes train.jsonl and eval.jsonl beside this f
 numbers and the target, such as [19, 36, 55, 7] and 65; `countdown` in reward.py checks the expression.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -16,10 +15,9 @@ from pathlib import Path
 
 from ce_gppo.config import command
 from ce_gppo.messages import UserError
-from data.arithmetic.prepare import positive
-from data.convert import Source, read_file, read_hub, write
+from data.common import arguments, positive, splitting, write
+from data.convert import Source, read_file, read_hub
 
-HERE = Path(__file__).parent
 HUB = Source("Jiayi-Pan/Countdown-Tasks-3to4", "main", "train", 490_364)
 SYSTEM = (
     "You are a helpful assistant. You first think about the reasoning process in your mind and then provide the user "
@@ -78,26 +76,21 @@ def split(tasks: Iterable[Task], train: int, held_out: int) -> tuple[list[Task],
     return tasks[:-held_out], tasks[-held_out:]
 
 
-def row(task: Task, system: bool) -> dict:
-    numbers, target = list(task[0]), task[1]
+def answer(numbers: tuple[int, ...], target: int) -> str:
+    """The task, in the form that ce_gppo/verifier/puzzles.py reads."""
+    return json.dumps({"numbers": list(numbers), "target": target})
+
+
+def row(numbers: tuple[int, ...], target: int, system: bool) -> dict:
     prompt = [{"role": "system", "content": SYSTEM}] if system else []
-    prompt.append({"role": "user", "content": PROMPT.format(numbers=numbers, target=target)})
-    return {"prompt": prompt, "answer": json.dumps({"numbers": numbers, "target": target}), "source": "countdown"}
+    prompt.append({"role": "user", "content": PROMPT.format(numbers=list(numbers), target=target)})
+    return {"prompt": prompt, "answer": answer(numbers, target), "source": "countdown"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: beside this file)")
-    parser.add_argument(
-        "--train", type=positive, default=327_680, help="training problems, at most (default: TinyZero's)"
-    )
-    parser.add_argument(
-        "--held-out", type=positive, default=1_024, help="evaluation problems; training has none of them"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the tasks made here")
-    parser.add_argument(
-        "--no-system", action="store_true", help="no system message, for chat templates that refuse one"
-    )
+    parser = splitting(arguments(__doc__, Path(__file__).parent), held_out=1_024)
+    parser.add_argument("--train", type=positive, default=327_680, help="training problems, at most; TinyZero's number")
+    parser.add_argument("--no-system", action="store_true", help="no system message; some chat templates refuse one")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--file", help="local .parquet, .json or .jsonl with nums and target")
     where.add_argument("--hub", action="store_true", help=f"read {HUB.hub}")
@@ -110,7 +103,7 @@ def main() -> None:
     else:
         tasks = make_all(4 * (args.train + args.held_out), args.seed)
     for name, chosen in zip(("train", "eval"), split(tasks, args.train, args.held_out), strict=True):
-        write([row(task, not args.no_system) for task in chosen], args.out / f"{name}.jsonl")
+        write([row(*task, not args.no_system) for task in chosen], args.out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ Run it from the repository root. Writes train.jsonl and eval.jsonl beside this f
 text after the last ####, which the prompt asks for.
 """
 
-import argparse
 from pathlib import Path
 
 from ce_gppo.config import command
 from ce_gppo.messages import UserError
-from data.convert import Source, convert, read_file, read_hub, write
+from data.common import arguments, write
+from data.convert import Source, convert, read_file, read_hub
 from data.math.prepare import KNOWN
 
 SPLITS = {"train": KNOWN["gsm8k"], "test": Source(KNOWN["gsm8k"].hub, KNOWN["gsm8k"].revision, "test", 1319, ("main",))}
@@ -31,8 +31,7 @@ def rows_of(raw, where: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder (default: beside this file)")
+    parser = arguments(__doc__, Path(__file__).parent)
     parser.add_argument("--train", help="local file instead of the hub")
     parser.add_argument("--test", help="local file instead of the hub")
     args = parser.parse_args()

@@ -16,10 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data.arithmetic.prepare import positive
+
 from ce_gppo.config import command
 from ce_gppo.messages import UserError
 from ce_gppo.verifier import countdown, gym
-from data.arithmetic.prepare import positive
 from data.convert import write
 
 HERE = Path(__file__).parent

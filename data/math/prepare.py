@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ce_gppo.config import command
 from ce_gppo.messages import UserError
-from data.convert import Source, arguments, prepare, write
+from data.common import write
+from data.convert import Source, arguments, prepare
 
 SUBJECTS = (
     *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),

@@ -9,16 +9,11 @@ chat. They show the form of an answer:
     \\boxed{19}
 """
 
-import argparse
-import random
 from pathlib import Path
 
 from ce_gppo.config import command
-from ce_gppo.messages import UserError
-from data.arithmetic.prepare import positive
-from data.convert import write
+from data.common import arguments, split, splitting, write
 
-HERE = Path(__file__).parent
 NAMES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
@@ -39,16 +34,9 @@ def prompt(a: int, b: int) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: beside this file)")
-    parser.add_argument("--held-out", type=positive, default=100, help="evaluation problems; training has none of them")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = splitting(arguments(__doc__, Path(__file__).parent), held_out=100).parse_args()
     pairs = [(a, b) for a in range(1, 21) for b in range(1, 21) if (a, b) not in EXAMPLES]
-    if args.held_out >= len(pairs):
-        raise UserError(f"--held-out {args.held_out}: there are {len(pairs)} problems, and training needs some")
-    random.Random(args.seed).shuffle(pairs)
-    for name, chosen in (("eval", pairs[: args.held_out]), ("train", pairs[args.held_out :])):
+    for name, chosen in zip(("train", "eval"), split(pairs, args.held_out, args.seed), strict=True):
         rows = [{"prompt": prompt(a, b), "answer": str(a + b), "source": "words"} for a, b in chosen]
         write(rows, args.out / f"{name}.jsonl")
 
