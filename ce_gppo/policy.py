@@ -11,7 +11,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ce_gppo import parallel
-from ce_gppo.batch import Packed, Packing, Rollout, concat, micro_batches, pack
+from ce_gppo.batch import Packed, Rollout, concat, micro_batches, pack
 from ce_gppo.messages import UserError
 
 CPU_PASS = 2048  # tokens of a pass without gradients on a CPU: the activations fit its cache, 1.6 times as fast
@@ -146,9 +146,8 @@ class TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, width: int):
-        # m is the largest logit so far. The sums are e, e (z - m), e^2 and e^2 (z - m), where e = exp(z - m).
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        m = torch.full_like(targets, -1e30, dtype=dtype)  # [N]; not -inf, whose products with 0 are NaN
+        # m: the largest logit so far (-inf would give NaN). Sums: of e, e (z - m), e^2, e^2 (z - m); e = exp(z - m).
+        m = torch.full_like(targets, -1e30, dtype=torch.promote_types(hidden.dtype, torch.float32))  # [N]
         sums = tuple(torch.zeros_like(m) for _ in range(4))  # [N] each
         target_logits = torch.zeros_like(m)  # [N]
         for start in range(0, len(weight), width):
