@@ -114,7 +114,7 @@ def check_config(path: str):
             raise UserError(f"model '{path}': {name} = {getattr(config, name)} changes its logits; not supported")
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model '{path}': its weights are quantized, and only floating-point ones train")
-    architecture = AutoModelForCausalLM._model_mapping.get(type(config))
+    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if architecture and not architecture._supports_attention_backend:
         raise UserError(
             f"model '{path}': transformers cannot replace the attention of a {architecture.__name__}; docs/models.md "

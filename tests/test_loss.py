@@ -272,7 +272,7 @@ def test_kl_to_the_reference_is_k3():
 
 
 def test_dual_clip_ends_the_gradient_of_negative_tokens_only():
-    case = random_case(7, spread=2.0)
+    case = random_case(7, B=30, spread=2.0)
     ratio, A = (case[1] - case[0].old_logprobs).exp(), case[0].advantages
     plain, dual = gradient(case), gradient(case, dual_clip=3.0)
     beyond = (A < 0) & (ratio > 3.0)
