@@ -11,7 +11,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ce_gppo import parallel
-from ce_gppo.batch import Packed, Rollout, concat, micro_batches, pack
+from ce_gppo.batch import Packed, Packing, Rollout, concat, micro_batches, pack
 from ce_gppo.messages import UserError
 
 CPU_PASS = 2048  # tokens of a pass without gradients on a CPU: the activations fit its cache, 1.6 times as fast
@@ -80,13 +80,11 @@ def register_attention() -> None:
 
 
 def packed_attention(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packing=None, scaling=None, **options
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packing: Packing, scaling=None, **options
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence, as transformers calls it: [1, H, L, d] -> [1, L, H, d]."""
-    refused = [f"with {name}" for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
-    if refused or packing is None:  # the model's code does not hand `packing` on
-        what = refused[0] if refused else "that is not told where sequences start"
-        raise UserError(f"{type(module).__name__}: attention {what} is not supported; docs/models.md lists what trains")
+    if refused := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
+        raise UserError(f"{type(module).__name__}: attention with {refused[0]} is not supported")
     window = options.get("sliding_window")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L, H, d]
     if query.is_cuda:
