@@ -176,10 +176,7 @@ def test_padding_in_attention_is_bounded():
     whole = rollout_of([(5, n) for n in (80, 40, 20, 19, 18, 17, 16, 8, 4, 2, 1)])
     packing, real = B.pack(whole).packing, int(whole.sizes.sum())
     assert real <= len(packing.order) == packing.starts[-1] <= real / 0.85 and packing.longest == 85
-    assert (
-        packing.blocks == [(1, 6), (2, 9), (1, 13), (5, 24), (1, 25), (1, 45), (1, 85)]
-        or sum(b for b, _ in packing.blocks) == len(whole) > len(packing.blocks) > 1
-    )
+    assert sum(b for b, _ in packing.blocks) == len(whole) > len(packing.blocks) > 1
     assert B.similar_lengths([85, 100]) == [(2, 100)] and B.similar_lengths([60, 100]) == [(1, 60), (1, 100)]
 
 
@@ -221,9 +218,11 @@ def test_head_passes_gradcheck_with_one_gradient_or_both():
 def test_bfloat16_weights_on_a_cpu_get_their_gradient():
     hidden, weight, targets = head_case(3, 6, 5, 11, torch.float32)
     rounded = weight.detach().bfloat16().requires_grad_()
+    full = rounded.detach().float().requires_grad_()
     token_statistics(hidden, rounded, targets, 1.0, 4)[0].sum().backward()
-    naive_statistics(hidden, rounded.float(), targets, 1.0)[0].sum().backward(inputs=[weight2 := hidden])
-    assert rounded.grad.dtype == torch.bfloat16 and rounded.grad.isfinite().all() and weight2.grad.isfinite().all()
+    naive_statistics(hidden.detach(), full, targets, 1.0)[0].sum().backward()
+    assert rounded.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.grad.float(), full.grad.float(), atol=1e-2, rtol=1e-2)
 
 
 def test_head_survives_extreme_logits():
@@ -352,14 +351,12 @@ def test_packed_attention_in_other_architectures(name):
         torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias", "none"])
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias"])
 def test_an_attention_that_is_not_ours_is_refused(option):
     packing, x = B.pack(rollout_of([(1, 1)])).packing, torch.zeros(1, 1, 2, 4)
-    message = "not told where sequences start" if option == "none" else f"with {option}"
-    options = {"packing": None} if option == "none" else {"packing": packing, option: 1.0}
-    with pytest.raises(UserError, match=f"Linear: attention .*{message}.*docs/models.md"):
-        P.packed_attention(torch.nn.Linear(1, 1), x, x, x, None, **options)
-    out, _ = P.packed_attention(torch.nn.Linear(1, 1), x, x, x, None, packing=packing, softcap=None)
+    with pytest.raises(UserError, match=f"Linear: attention with {option} is not supported"):
+        P.packed_attention(torch.nn.Linear(1, 1), x, x, x, None, packing=packing, **{option: 1.0})
+    out, _ = P.packed_attention(torch.nn.Linear(1, 1), x, x, x, None, packing=packing, **{option: None})
     assert out.shape == (1, 2, 1, 4)
 
 
