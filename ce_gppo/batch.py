@@ -116,7 +116,7 @@ def gather(rollout: Rollout, prompts: list[list[int]], own: list[int]) -> Rollou
     Ranks that share an engine have the same prompts, which count once.
     """
     rollout = replace(rollout, prompts=prompts, prompt_of=torch.tensor(own, dtype=torch.long)[rollout.prompt_of])
-    parts = {min(numbers, default=-1): part for numbers, part in parallel.all_gather((own, rollout))}
+    parts = {min(numbers, default=-1): part for numbers, part in parallel.all_gather((own, rollout))}  # by engine
     whole = concat(list(parts.values()))
     return whole[whole.prompt_of.argsort(stable=True)]
 
