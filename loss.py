@@ -11,8 +11,8 @@ PPO-clip gives the first two cases no gradient. Here they keep one, bounded by b
 Where this file differs from the authors' released code:
  1. token-mean is exact: one denominator for the whole mini-batch, over all micro-batches and ranks. Theirs is a mean of
     per-micro-batch means, weighted by sequence counts.
- 2. delta / sg(delta) is computed as exp(logprobs - sg(logprobs)), and log ratios are clamped to +-20. In theirs the
-    quotient is 0/0 once delta underflows, and such a step is lost.
+ 2. delta / sg(delta) is computed as exp(logprobs - sg(logprobs)). In theirs the quotient is 0/0 once delta underflows,
+    and such a step is lost. Log ratios are clamped to +-20, in the value only: the clamp ends no gradient.
  3. `dual_clip` (their c = 10) is off by default, as in the equation. `beta1` has one default, 0.75; theirs has three.
 """
 
@@ -46,7 +46,7 @@ class Objective:
 
 
 class Totals(NamedTuple):
-    """Of the WHOLE mini-batch, over all micro-batches and ranks: the losses of the parts then add up to its loss."""
+    """Counts over the WHOLE mini-batch, all micro-batches and ranks: the losses of its parts then add up to its own."""
 
     tokens: float
     responses: float
@@ -58,28 +58,21 @@ def totals_of(batch) -> Totals:
     return Totals(int(batch.lengths.sum()), len(batch.lengths), sum(correct))
 
 
-# Objectives: functions of Tokens that return the loss of every token, [N], to be differentiated by logprobs.
-
-
 @dataclass
 class Tokens:
-    """[N] each; old_*: under the weights that sampled."""
+    """What the functions below turn into the loss of every token, [N] each. old_*: under the weights that sampled."""
 
-    ratio: Tensor  # delta, without a gradient; ratio * unit has its gradient
-    unit: Tensor  # exp(logprobs - sg(logprobs)): c * unit has the value c, and the gradient of c * logprobs
+    ratio: Tensor  # delta, without a gradient; ratio * unit is delta with its gradient
+    unit: Tensor  # exp(logprobs - sg(logprobs)) = 1: c * unit has the value c, and the gradient of c * logprobs
     advantages: Tensor
     logprobs: Tensor
     old_logprobs: Tensor
-    old_entropy: Tensor | None  # nats
-    mask: Tensor | None  # bool: what the objective's token_filter picks
+    old_entropy: Tensor | None  # nats; of these two an objective gets None if the batch has none
+    mask: Tensor | None  # bool: what the objective's token_filter picked
 
 
 def ppo_clip(x: Tokens, o: Objective) -> Tensor:
-    """PPO-clip, arXiv 1707.06347, eq. 7: max(-delta A, -clip(delta) A).
-
-    It is also GRPO's (arXiv 2402.03300), DAPO's (2503.14476: a larger eps_high), Dr. GRPO's (2503.20783), and GSPO's
-    (2507.18071), whose delta is the geometric mean of a response's ratios.
-    """
+    """PPO-clip, arXiv 1707.06347, eq. 7: max(-delta A, -clip(delta) A)."""
     delta = x.ratio * x.unit
     return torch.maximum(-delta * x.advantages, -delta.clamp(1 - o.eps_low, 1 + o.eps_high) * x.advantages)
 
@@ -98,19 +91,12 @@ def gppo(x: Tokens, o: Objective) -> Tensor:
 
 
 def lp_only(x: Tokens, o: Objective) -> Tensor:
-    """This project's own: CE-GPPO for LP tokens (log pi_old(a) < -H_old), PPO-clip for the others.
-
-    So the sure tokens of wrong answers, such as their end, get no gradient outside the interval.
-    """
+    """This project's own: CE-GPPO for LP tokens (log pi_old < -H_old), PPO-clip for the others, which were sure."""
     return torch.where(x.old_logprobs < -x.old_entropy, ce_gppo(x, o), ppo_clip(x, o))
 
 
 def cispo(x: Tokens, o: Objective) -> Tensor:
-    """CISPO, arXiv 2506.13585: - sg(clip(delta)) A log pi. No token loses its gradient.
-
-    Its bounds on delta are [0, 1.2], as in verl's example (the paper names no upper one); [0.8, 1.2] in the paper of
-    CE-GPPO, where it collapses; [0, 5] in ScaleRL (arXiv 2510.13786).
-    """
+    """CISPO, arXiv 2506.13585: - sg(clip(delta)) A log pi. No token loses its gradient."""
     return -x.ratio.clamp(1 - o.eps_low, 1 + o.eps_high) * x.advantages * x.logprobs
 
 
@@ -126,7 +112,7 @@ def sapo(x: Tokens, o: Objective) -> Tensor:
 
 
 def high_entropy(x: Tokens, o: Objective) -> Tensor:
-    """arXiv 2506.01939: PPO-clip's loss for the tokens of the highest entropy, 0 for the others, which are counted."""
+    """arXiv 2506.01939: PPO-clip for the tokens of the highest entropy, 0 for the others."""
     return ppo_clip(x, o) * x.mask
 
 
@@ -140,43 +126,35 @@ def kl_cov(x: Tokens, o: Objective) -> Tensor:
     return -x.ratio * x.unit * x.advantages + (x.logprobs - x.old_logprobs).abs() * x.mask
 
 
-# Token filters: from old_logprobs, old_entropy and advantages of a WHOLE mini-batch, [N] each, to a bool [N]. Their
-# authors look at the present policy, in each GPU's micro-batch by itself. The shares and bounds are theirs; KL-Cov's is
-# k_percent = 0.2, and verl's default a tenth of it.
-
-
-def covariance(old_logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """Each token's part of Cov(log pi, A), [N]. Its mean drives entropy down (arXiv 2505.22617)."""
-    return (old_logprobs - old_logprobs.mean()) * (advantages - advantages.mean())
-
-
-def highest(values: Tensor, share: float) -> Tensor:
-    return values >= values.topk(max(1, int(share * len(values)))).values[-1]
-
-
+# Token filters: old logprobs, old entropy, advantages of a WHOLE mini-batch, [N] each -> bool [N]. Their authors pick
+# as many, but by the present policy in a micro-batch; and those of high_entropy divide by the picked tokens only.
 def highest_entropy(logprobs: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
-    return highest(entropy, 0.2)
+    k = math.ceil(len(entropy) / 5)  # rounded up: the paper's threshold is a quantile, which is among the picked
+    return torch.zeros(len(entropy)).index_fill(0, entropy.topk(k).indices, 1).bool()  # k tokens, also with ties
+
+
+def covariance(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """Each token's part of Cov(log pi, A), [N]. Its mean drives entropy down (arXiv 2505.22617)."""
+    return (logprobs - logprobs.mean()) * (advantages - advantages.mean())
 
 
 def highest_covariance(logprobs: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
-    return highest(covariance(logprobs, advantages), 2e-3)
+    k = max(1, int(2e-3 * len(logprobs)))  # 2e-3: the authors' script for 7B; for 32B, and in verl, it is 2e-4
+    return torch.zeros(len(logprobs)).index_fill(0, covariance(logprobs, advantages).topk(k).indices, 1).bool()
 
 
 def covariance_in_bounds(logprobs: Tensor, entropy: Tensor, advantages: Tensor) -> Tensor:
-    values = covariance(logprobs, advantages)
+    values, k = covariance(logprobs, advantages), max(1, int(2e-4 * len(logprobs)))
     inside = ((values > 1.0) & (values < 5.0)).nonzero()[:, 0]
     inside = inside[values[inside].argsort()]  # an order that does not depend on the number of ranks
     shuffled = inside[torch.randperm(len(inside), generator=torch.Generator().manual_seed(len(values)))]
-    return torch.zeros(len(values)).index_fill(0, shuffled[: max(1, int(2e-4 * len(values)))], 1).bool()
-
-
-def last_fifth(config) -> str:  # `overlong` of DAPO: the last 4,096 tokens of 20,480
-    return str(max(1, config.max_response_tokens // 5))
+    return torch.zeros(len(values)).index_fill(0, shuffled[:k], 1).bool()
 
 
 # What train.py's settings are where one is left at None, unless the objective's own settings say otherwise.
 USUAL = {"eps_low": 0.2, "eps_high": 0.2, "beta1": None, "beta2": None, "aggregation": "token-mean"}
 USUAL |= {"advantages": "group", "dynamic_sampling": "filter", "overlong": "score"}
+DAPO = {"eps_high": 0.28, "dynamic_sampling": "refill", "overlong": lambda c: str(max(1, c.max_response_tokens // 5))}
 BETAS, CLIPS = ("beta1", "beta2", "beta_schedule"), ("dual_clip", "eps_low", "eps_high")
 
 
@@ -185,10 +163,10 @@ class Spec:
     """All that the program knows about an objective."""
 
     token_loss: Callable[[Tokens, Objective], Tensor]
-    settings: dict = field(default_factory=dict)  # published ones that are not USUAL; a value may be made from a config
+    settings: dict = field(default_factory=dict)  # published ones that are not USUAL; a function gets train.py's Config
     ignores: tuple[str, ...] = ()  # settings that it does not read, an error if given; BETAS if it has no beta1
     token_filter: Callable | None = None
-    by_response: bool = False  # delta is the geometric mean of a response's ratios, the same for all its tokens
+    by_response: bool = False  # GSPO, arXiv 2507.18071: delta is the geometric mean of a response's ratios
 
     @property
     def has_betas(self) -> bool:
@@ -202,12 +180,12 @@ class Spec:
 OBJECTIVES = {
     "ce_gppo": Spec(ce_gppo, {"beta1": 0.75, "beta2": 1.0}),
     "gppo": Spec(gppo, {"beta1": 1.0, "beta2": 1.0}, ignores=BETAS),
-    "grpo": Spec(ppo_clip),
+    "grpo": Spec(ppo_clip),  # arXiv 2402.03300
     "ppo": Spec(ppo_clip, {"advantages": "gae"}),
-    "dapo": Spec(ppo_clip, {"eps_high": 0.28, "dynamic_sampling": "refill", "overlong": last_fifth}),
-    "cispo": Spec(cispo, {"eps_low": 1.0}, ignores=("dual_clip",)),  # no lower bound
+    "dapo": Spec(ppo_clip, DAPO),  # arXiv 2503.14476; it penalizes the last 4,096 tokens of 20,480
+    "cispo": Spec(cispo, {"eps_low": 1.0}, ignores=("dual_clip",)),  # no lower bound; the upper one is verl's
     "gspo": Spec(ppo_clip, {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"}, by_response=True),
-    "dr_grpo": Spec(ppo_clip, {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"}),
+    "dr_grpo": Spec(ppo_clip, {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"}),  # 2503.20783
     "rloo": Spec(reinforce, {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"}, ignores=CLIPS),
     "lp_only": Spec(lp_only, {"beta1": 0.75, "beta2": 1.0}),
     "sapo": Spec(sapo, ignores=CLIPS),
@@ -226,33 +204,30 @@ AGGREGATIONS = {  # the divisor of the sum over all tokens
     "token-mean": lambda totals, o: totals.tokens,
     "seq-mean-token-mean": lambda totals, o: totals.responses,  # and each token's loss is divided by its length
     "seq-mean-token-sum": lambda totals, o: totals.responses,
-    "seq-mean-token-sum-norm": lambda totals, o: totals.responses * o.max_response_tokens,  # Dr. GRPO, 2503.20783
+    "seq-mean-token-sum-norm": lambda totals, o: totals.responses * o.max_response_tokens,  # Dr. GRPO
 }
 
 
-def policy_loss(
-    batch, logprobs: Tensor, entropy: Tensor | None, objective: Objective, totals: Totals | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(batch, logprobs: Tensor, entropy: Tensor | None, objective: Objective, totals: Totals | None = None):
     """The loss of one micro-batch, and the gradient weight of each token.
 
-    batch: a Rollout. It needs the columns old_logprobs, advantages, entropy (the old one), and those that the objective
-    reads: token_mask, rollout_logprobs, reference_logprobs, correct. logprobs, entropy [N]: of the policy now.
+    batch: a Rollout with old_logprobs, advantages, and what the objective reads: entropy (the old one), token_mask,
+    rollout_logprobs, reference_logprobs, correct. logprobs, entropy [N]: of the policy now.
     totals: of the mini-batch; default: of this call alone.
 
-    Returns (loss, info). info holds [N] tensors without gradient:
-        log_ratio       log pi / pi_old of the token, clamped to +-20
-        ratio           pi / pi_old (gspo: the response's)
-        weight          g = -dloss/dlogprob, the gradient weight that each token really got, times totals.tokens
-        clipped_low     ratio < 1 - eps_low and A < 0;   clipped_high   ratio > 1 + eps_high and A > 0   (bool)
-        kl_reference    of the token, with a kl_coef
+    Returns (loss, info). info has [N] tensors without gradient:
+        log_ratio, ratio            of pi / pi_old, clamped to +-20; ratio of gspo: the response's
+        weight                      g = -dloss/dlogprob, what each token really got, times totals.tokens
+        clipped_low, clipped_high   bool, see out_of_clip
+        kl_reference                of the token, with a kl_coef
     """
-    o, spec, A, sequence = objective, OBJECTIVES[objective.name], batch.advantages, batch.sequence
+    o, spec, A = objective, OBJECTIVES[objective.name], batch.advantages
     totals = totals or totals_of(batch)
-    leaf = logprobs.detach().requires_grad_()  # gradients of logprobs themselves would start FSDP's backward hooks
+    leaf = logprobs.detach().requires_grad_()  # not logprobs themselves: their gradients start FSDP's backward hooks
     with torch.enable_grad():
         log_ratio = (leaf.detach() - batch.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [N]
         ratio = (mean_of_response(log_ratio, batch) if spec.by_response else log_ratio).exp()  # [N]
-        unit = (leaf - leaf.detach()).exp()
+        unit = (leaf - leaf.detach()).exp()  # [N]
         tokens = Tokens(ratio, unit, A, leaf, batch.old_logprobs, batch.entropy, batch.token_mask)
         token_loss = spec.token_loss(tokens, o)  # [N]
         if o.dual_clip is not None:  # arXiv 1912.09729: bounds the loss of NA, and ends its gradient, at delta > c
@@ -262,15 +237,16 @@ def policy_loss(
         info = {"log_ratio": log_ratio, "ratio": ratio}
         if o.kl_coef:  # k3 of KL(pi || pi_ref), as in GRPO, arXiv 2402.03300, eq. 4
             gap = (batch.reference_logprobs - leaf).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-            kl = gap.exp() - gap - 1
+            kl = gap.expm1() - gap
             token_loss, info["kl_reference"] = token_loss + o.kl_coef * kl, kl.detach()
         share = shares(batch, o, totals)  # [N]
-        loss = (token_loss * share).sum()
+        loss = (token_loss * share).sum()  # this micro-batch's part of the mini-batch's loss
         if o.positive_nll_coef:  # the mean over the tokens of the correct responses, in every aggregation
-            loss = loss - o.positive_nll_coef / max(1.0, totals.correct_tokens) * leaf[batch.correct[sequence]].sum()
+            loss = (
+                loss - o.positive_nll_coef / max(1.0, totals.correct_tokens) * leaf[batch.correct[batch.sequence]].sum()
+            )
 
-        # Every l_t depends on its own logprob only, so one gradient gives all the weights, whatever the objective.
-        weight = -torch.autograd.grad(loss, leaf)[0]  # [N]
+        weight = -torch.autograd.grad(loss, leaf)[0]  # [N]  a token's loss depends on its own logprob only
         # Surrogate: the value of the loss, and by these weights its gradient, now with respect to the model's logprobs.
         loss = loss.detach() - (weight * (logprobs - logprobs.detach())).sum()
         if o.entropy_coef:

@@ -78,10 +78,8 @@ class Rollout:
 
     def without(self, parts: list[Tensor]) -> Tensor:
         """The responses that are in none of the parts, which are indices: [b]."""
-        rest = torch.ones(len(self), dtype=torch.bool)
-        for part in parts:
-            rest[part] = False
-        return rest.nonzero()[:, 0]
+        used = torch.cat([torch.zeros(0, dtype=torch.long), *parts])
+        return (~torch.isin(torch.arange(len(self)), used)).nonzero()[:, 0]
 
     def with_missing(self, **columns: Tensor) -> Rollout:
         """With those of the columns that it does not have yet."""
@@ -94,8 +92,6 @@ class Rollout:
 
 def concat(parts: list[Rollout]) -> Rollout:
     """Parts of one rollout, which have the same prompts, one after another, with the columns that all of them have."""
-    if len(parts) == 1:
-        return parts[0]
 
     def join(name: str, columns: list):
         if name == "prompts" or any(column is None for column in columns):
@@ -120,13 +116,9 @@ def gather(rollout: Rollout, prompts: list[list[int]], own: list[int]) -> Rollou
     Ranks that share an engine have the same prompts, which count once.
     """
     rollout = replace(rollout, prompts=prompts, prompt_of=torch.tensor(own, dtype=torch.long)[rollout.prompt_of])
-    parts = {min(numbers, default=-1): part for numbers, part in parallel.all_gather((own, rollout))}
+    parts = {min(numbers, default=-1): part for numbers, part in parallel.all_gather((own, rollout))}  # by engine
     whole = concat(list(parts.values()))
     return whole[whole.prompt_of.argsort(stable=True)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Parts for ranks and for passes
 
 
 def local_batch(rollout: Rollout) -> Rollout:
@@ -138,17 +130,16 @@ def local_batch(rollout: Rollout) -> Rollout:
 def micro_batches(rollout: Rollout, max_tokens: int) -> list[Rollout]:
     """Parts of at most max_tokens packed tokens, in order. Every rank gets the same number, some perhaps empty.
 
-    Responses of one group stay together, and their prompt is computed once. A response longer than max_tokens gets a
-    micro-batch of its own. Collective.
+    Neighbours that share a prompt have it once in a part. A longer response gets a part of its own. Collective.
     """
     cuts, tokens, previous = [0], 0, None
     columns = (column.tolist() for column in (rollout.prompt_of, rollout.sizes, rollout.lengths))
     for i, (prompt, size, length) in enumerate(zip(*columns, strict=True)):
-        added = length if prompt == previous else size
-        if i > cuts[-1] and tokens + added > max_tokens:
+        tokens += length if prompt == previous else size
+        if tokens > max_tokens and i > cuts[-1]:
             cuts.append(i)
-            tokens, added = 0, size
-        tokens, previous = tokens + added, prompt
+            tokens = size  # its prompt once more
+        previous = prompt
     cuts += [len(rollout)] * (len(rollout) > 0)
     count = max(parallel.all_gather(len(cuts) - 1))
     cuts += [len(rollout)] * (count + 1 - len(cuts))
@@ -156,10 +147,7 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[Rollout]:
 
 
 def with_token_mask(rollout: Rollout, token_filter: Callable | None) -> Rollout:
-    """This rank's share of a mini-batch, with the tokens that the objective picks in the whole of it. Collective.
-
-    token_filter: (old_logprobs, entropy, advantages), [N] each -> bool [N]; None: the objective picks none.
-    """
+    """This rank's share of a mini-batch, with the tokens that the filter picks in the whole of it. Collective."""
     if token_filter is None:
         return rollout
     parts = parallel.all_gather(torch.stack([rollout.old_logprobs, rollout.entropy, rollout.advantages]))  # [3, n]
@@ -189,9 +177,9 @@ class Packed:
 
     input_ids: Tensor  # [L]
     position_ids: Tensor  # [L]
-    packing: Packing
     predecessors: Tensor  # [N]  packed index of the token before each response token
     targets: Tensor  # [N]  the response tokens
+    packing: Packing
 
 
 def pack(rollout: Rollout, device: str = "cpu") -> Packed:
@@ -199,9 +187,8 @@ def pack(rollout: Rollout, device: str = "cpu") -> Packed:
     ids, positions, predecessors = [], [], []
     sequences: list[list[int]] = []  # packed indices of each sequence's tokens
     previous, prompt = None, range(0)
-    for number, response in zip(
-        rollout.prompt_of.tolist(), rollout.tokens.split(rollout.lengths.tolist()), strict=True
-    ):
+    responses = rollout.tokens.split(rollout.lengths.tolist())
+    for number, response in zip(rollout.prompt_of.tolist(), responses, strict=True):
         if number != previous:
             previous, prompt = number, range(len(ids), len(ids) + len(rollout.prompts[number]))
             ids += rollout.prompts[number]
@@ -212,14 +199,10 @@ def pack(rollout: Rollout, device: str = "cpu") -> Packed:
         predecessors += [prompt[-1], *own[:-1]] if own else []
         sequences.append([*prompt, *own])
     if not sequences:
-        ids, positions, sequences = [0, 0], [0, 1], [[0, 1]]  # with one, dynamo would compile anew
-    return Packed(
-        input_ids=torch.tensor(ids, device=device),
-        position_ids=torch.tensor(positions, device=device),
-        packing=_pack(sequences, len(ids), device),
-        predecessors=torch.tensor(predecessors, dtype=torch.long, device=device),
-        targets=rollout.tokens.to(device),
-    )
+        ids, positions, sequences = [0, 0], [0, 1], [[0, 1]]  # with one token dynamo would compile anew
+    packing = _pack(sequences, len(ids), device)
+    columns = (torch.tensor(x, dtype=torch.long, device=device) for x in (ids, positions, predecessors))
+    return Packed(*columns, rollout.tokens.to(device), packing)
 
 
 def _pack(sequences: list[list[int]], tokens: int, device: str) -> Packing:
@@ -234,7 +217,7 @@ def _pack(sequences: list[list[int]], tokens: int, device: str) -> Packing:
     starts = [0, *itertools.accumulate(lengths)]
     order = [0] * starts[-1]  # padding stays 0: a real token, whose result is never read
     inverse = [0] * tokens
-    for sequence, start in zip(sequences, starts, strict=False):
+    for sequence, start in zip(sequences, starts[:-1], strict=True):
         order[start : start + len(sequence)] = sequence
         for place, token in enumerate(sequence, start):  # a shared prompt's copies have equal results
             inverse[token] = place

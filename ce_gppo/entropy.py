@@ -45,7 +45,7 @@ BONUS_STEP, MAX_BONUS = 0.005, 1.0  # of entropy_coef, per rollout; TRL's entrop
 
 
 def first_control(config) -> tuple[float, float]:
-    """(lever, error) before the first rollout. The lever is u of `steered_betas`, or the coefficient of the bonus."""
+    """(lever, error) before the first rollout. The lever is u of `betas_of_step`, or the coefficient of the bonus."""
     return (0.5 if config.spec.has_betas else config.entropy_coef), 0.0
 
 
@@ -64,15 +64,11 @@ def next_control(config, control: tuple[float, float], entropy: float) -> tuple[
     return min(1.0, max(0.0, lever - GAIN * (error - before) - INTEGRAL_GAIN * error)), error
 
 
-def steered_betas(u: float, beta1: float, beta2: float) -> tuple[float, float]:
-    """u = 1: betas (0, beta2), which raise entropy most. u = 0: betas (beta1, 0), which lower it most."""
-    return (1 - u) * beta1, u * beta2
-
-
 def betas_of_step(config, step: int, control: tuple[float, float]) -> tuple[float | None, float | None]:
     """beta1 and beta2 of this step: steered, or on lines between the points of the schedule, or constant."""
     if config.entropy_target and config.spec.has_betas:
-        return steered_betas(control[0], config.beta1, config.beta2)
+        u = control[0]  # 1: betas (0, beta2), which raise entropy most; 0: betas (beta1, 0), which lower it most
+        return (1 - u) * config.beta1, u * config.beta2
     points = [(1, config.beta1, config.beta2), *read_schedule(config.beta_schedule)]
     for (start, *before), (end, *after) in itertools.pairwise(points):
         if step < end:

@@ -1,7 +1,6 @@
 """The policy: a model as a function from packed tokens to logprobs, entropy and moment, without padding or [N, V]."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -29,8 +28,8 @@ class Policy(torch.nn.Module):
         """Logprob, entropy and moment (see TokenStatistics) of every response token: [N] each."""
         hidden = hidden_states(self.model.base_model, packed)  # [L, D]
         hidden = hidden.to(torch.bfloat16) if hidden.is_cuda else hidden  # the precision that vLLM's head gets
-        weight = self.model.get_output_embeddings().weight  # [V, D]
-        return token_statistics(take(hidden, packed.predecessors), weight, packed.targets, temperature)
+        head = self.model.get_output_embeddings()
+        return token_statistics(take(hidden, packed.predecessors), head.weight, packed.targets, temperature)
 
 
 def hidden_states(body: PreTrainedModel, packed: Packed) -> Tensor:
@@ -38,8 +37,7 @@ def hidden_states(body: PreTrainedModel, packed: Packed) -> Tensor:
     assert body.config._attn_implementation == "packed"  # any other would attend across sequences
     ids, positions = packed.input_ids[None], packed.position_ids[None]
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-        outputs = body(input_ids=ids, position_ids=positions, packing=packed.packing, use_cache=False)
-    return outputs.last_hidden_state[0]
+        return body(input_ids=ids, position_ids=positions, packing=packed.packing, use_cache=False).last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -103,9 +101,8 @@ def packed_attention(
         for (b, t), *qkv in zip(packing.blocks, *(x.split(sizes) for x in (q, k, v)), strict=True):
             qkv = (x.unflatten(0, (b, t)).transpose(1, 2) for x in qkv)  # [b, H, t, d]
             mask = None if window is None or window >= t else torch.ones(t, t, dtype=torch.bool).tril().triu(1 - window)
-            block = F.scaled_dot_product_attention(
-                *qkv, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-            )
+            causal = {"attn_mask": mask, "is_causal": mask is None}
+            block = F.scaled_dot_product_attention(*qkv, **causal, scale=scaling, enable_gqa=True)
             out.append(block.transpose(1, 2).flatten(0, 1))
         out = torch.cat(out)  # [M, H, d]
     return (out if packing.is_identity else take(out, packing.inverse))[None], None
@@ -125,11 +122,9 @@ TILE_LOGITS = {"cuda": 2**27, "cpu": 2**20}  # in memory at a time: 512 MiB on a
 def token_statistics(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, width: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logprob of `targets`, entropy in nats, and moment: [N, D], [V, D], [N] -> three times [N], float32.
+    """See TokenStatistics: [N, D], [V, D], [N] -> [N] each. The distribution is that of sampling, at the temperature.
 
-    All three are of softmax(logits / temperature), the distribution that was sampled from. The first two have
-    gradients. width: for how many entries of the vocabulary logits are in memory at a time. Default: as
-    TILE_LOGITS allows; matrix products are fastest at round widths.
+    width: of a tile. Default: as TILE_LOGITS allows, and a multiple of 256, where matrix products are fastest.
     """
     if width is None:
         width = max(256, TILE_LOGITS["cuda" if hidden.is_cuda else "cpu"] // max(1, len(hidden)) // 256 * 256)
@@ -137,27 +132,26 @@ def token_statistics(
 
 
 class TokenStatistics(torch.autograd.Function):
-    """hidden [N, D], weight [V, D], targets [N] -> logprobs, entropy, moment, each [N] in float32.
+    """hidden [N, D], weight [V, D], targets [N] -> logprobs, entropy in nats, moment, each [N], at least float32.
 
     With z = hidden weight^T / temperature, p = softmax(z) and a the target:
         logprob = log p_a                       d logprob / dz = onehot(a) - p
         entropy H = - sum_k p_k log p_k         d H / dz       = - p (log p + H)
         moment S = sum_k p_k^2 (log p_k + H)    (no gradient)
-    The logits exist for `width` entries of the vocabulary at a time. Forward folds them into a maximum and four sums
-    per token, and backward computes them again. Each pass reads the head's weight once, and backward writes its
-    gradient once.
+    The logits exist for `width` entries of the vocabulary at a time: a tile. Forward folds each tile into a maximum and
+    four sums per token, and backward computes it again.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, width: int):
-        # m is the largest logit so far. The sums are e, e (z - m), e^2 and e^2 (z - m), where e = exp(z - m).
-        m = torch.full_like(targets, -1e30, dtype=torch.float32)  # [N]; not -inf, whose products with 0 are NaN
+        # m: the largest logit so far (-inf would give NaN). Sums: of e, e (z - m), e^2, e^2 (z - m); e = exp(z - m).
+        m = torch.full_like(targets, -1e30, dtype=torch.promote_types(hidden.dtype, torch.float32))  # [N]
         sums = tuple(torch.zeros_like(m) for _ in range(4))  # [N] each
         target_logits = torch.zeros_like(m)  # [N]
-        for columns in _tiles(len(weight), width):
-            z = _product(hidden, weight[columns].to(hidden.dtype).T)  # [N, W]
-            place = targets - columns.start  # of the target in this tile, [N]
-            m, sums, target_logits = _on_device(_fold, hidden)(z, m, sums, target_logits, place, temperature)
+        for start in range(0, len(weight), width):
+            z = _product(hidden, weight[start : start + width].to(hidden.dtype).T)  # [N, W]
+            place = targets - start  # of the target in this tile, [N]
+            m, sums, target_logits = _on_device(_fold, z.is_cuda)(z, m, sums, target_logits, place, temperature)
         e, ez, ee, eez = sums
         log_z = m + e.log()
         entropy = e.log() - ez / e
@@ -172,32 +166,30 @@ class TokenStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
         hidden, weight, targets, *of_tokens = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # [N, D]
+        grad_hidden = torch.zeros_like(hidden, dtype=of_tokens[0].dtype)  # [N, D]
         grad_weight = torch.empty_like(weight)  # [V, D]
-        for columns in _tiles(len(weight), ctx.width):
-            own_weight = weight[columns].to(hidden.dtype)  # [W, D]
-            z, place = _product(hidden, own_weight.T), targets - columns.start  # [N, W], [N]
+        for start in range(0, len(weight), ctx.width):
+            own_weight = weight[start : start + ctx.width].to(hidden.dtype)  # [W, D]
+            z, place = _product(hidden, own_weight.T), targets - start  # [N, W], [N]
             inputs = z, *of_tokens, grad_logprobs, grad_entropy, place, ctx.temperature, hidden.dtype
-            grad_z = _on_device(_grad_logits, hidden)(*inputs, hidden.is_cuda)  # [N, W]
-            if hidden.is_cuda:
+            grad_z = _on_device(_grad_logits, z.is_cuda)(*inputs, compare=z.is_cuda)  # [N, W]
+            if z.is_cuda:
                 grad_hidden = torch.addmm(grad_hidden, grad_z, own_weight, out_dtype=torch.float32)
-                grad_weight[columns] = _product(grad_z.T, hidden)
             else:
                 grad_hidden.addmm_(grad_z, own_weight)
-                torch.mm(grad_z.T, hidden, out=grad_weight[columns])
+            grad_weight[start : start + ctx.width] = _product(grad_z.T, hidden)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
-def _tiles(length: int, width: int) -> Iterator[slice]:
-    return (slice(start, min(start + width, length)) for start in range(0, length, width))
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The matrix product in float32. On a GPU the factors are bfloat16, and the result is not rounded to it."""
+    """The matrix product. On a GPU the factors are bfloat16, and the result is not rounded to it."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a @ b
 
 
-# On a GPU the next two functions are compiled, so that a tile of logits is read and written as few times as possible.
+@functools.cache  # compiled once, not for each tile
+def _on_device(function, is_cuda: bool):
+    """On a GPU a tile is read and written as few times as possible. On a CPU compiling takes longer than it saves."""
+    return torch.compile(function, dynamic=True) if is_cuda else function
 
 
 def _fold(z: Tensor, m: Tensor, sums: tuple[Tensor, ...], target_logits: Tensor, place: Tensor, temperature: float):
@@ -239,11 +231,3 @@ def _grad_logits(z, log_z, entropy, grad_logprobs, grad_entropy, place, temperat
         inside = (place >= 0) & (place < z.shape[1])
         grad.scatter_add_(1, place.clamp(0, z.shape[1] - 1)[:, None], (grad_logprobs * inside)[:, None])
     return (grad if temperature == 1 else grad / temperature).to(dtype)
-
-
-_compiled = functools.cache(functools.partial(torch.compile, dynamic=True))  # once for each function, not for each tile
-
-
-def _on_device(function, tensor: Tensor):
-    """On a GPU the element-wise work of a tile becomes one kernel. On a CPU compiling takes longer than it saves."""
-    return _compiled(function) if tensor.is_cuda else function

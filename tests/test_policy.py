@@ -1,7 +1,8 @@
-"""Logprobs, entropy, micro-batches and checkpoints, against naive float64 and against transformers itself."""
+"""Rollouts, their parts and packed form, and the policy: against naive float64 and against transformers itself."""
 
-import copy
+import contextlib
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,48 +10,219 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import loss
 import train
-from ce_gppo import entropy, forward, perf
-from ce_gppo.entropy import token_statistics
-from ce_gppo.forward import Policy
+from ce_gppo import batch as B
+from ce_gppo import policy as P
 from ce_gppo.messages import UserError
-from ce_gppo.model import load_model
-from ce_gppo.perf import Meter
-from ce_gppo.reference import load_reference, set_reference_logprobs
-from ce_gppo.types import Response
-from helpers import group_of, naive_statistics, resolved, responses_of
-from tools import doctor
-from tools.families import build
+from ce_gppo.model import load_model, load_reference
+from ce_gppo.policy import Policy, token_statistics
+from helpers import naive_statistics, resolved, rollout_of
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollouts and their parts
+
+
+def groups_of(prompts: int, lengths: list[int], seed: int = 0) -> B.Rollout:
+    """For each prompt, of 3 tokens and more, responses of these lengths; with all columns."""
+    whole = None
+    for p in range(prompts):
+        whole = B.append(whole, rollout_of([(3 + p, n) for n in lengths], seed + p, shared=True))
+    N = len(whole.tokens)
+    columns = {name: torch.rand(N) for name in ("reference_logprobs", "values", "returns")}
+    whole = replace(whole, **columns, token_mask=torch.rand(N) < 0.5, texts=[f"text {i}" for i in range(len(whole))])
+    return replace(whole, index=torch.arange(len(whole)))
+
+
+def records(rollout: B.Rollout) -> list[dict]:
+    """Each response with its prompt and its part of every column, by plain Python."""
+    ends, out = [0, *rollout.lengths.cumsum(0).tolist()], []
+    for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
+        row = {"prompt": rollout.prompts[rollout.prompt_of[i]]}
+        for name, column in vars(rollout).items():
+            if column is not None and name not in ("prompts", "prompt_of"):
+                value = column[a:b] if name in B.BY_TOKEN else column[i]
+                row[name] = value.tolist() if isinstance(value, torch.Tensor) else value
+        out.append(row)
+    return out
+
+
+def as_ranks(function, count: int) -> list:
+    """The results of function(rank) as each of `count` ranks, which all_gather once: each first gives its value."""
+    given = []
+
+    def give(value):
+        given.append(value)
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(B.parallel, "world_size", lambda: count)
+        for gather in (give, lambda value: given):
+            results = []
+            patch.setattr(B.parallel, "all_gather", gather)
+            for rank in range(count):
+                patch.setattr(B.parallel, "rank", lambda rank=rank: rank)
+                with contextlib.suppress(InterruptedError):
+                    results.append(function(rank))
+    return results
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 5], slice(1, 4), slice(0, 0), [], torch.tensor([4, 4]), "mask"], ids=str)
+def test_a_part_has_the_columns_of_its_responses(rows):
+    whole = groups_of(3, [4, 1])
+    numbers = rows if not isinstance(rows, str) else torch.tensor([True, False, False, True, False, True])
+    part = whole[numbers if not isinstance(numbers, list) else torch.tensor(numbers, dtype=torch.long)]
+    expected = [records(whole)[i] for i in torch.arange(6)[numbers if numbers != [] else slice(0, 0)].tolist()]
+    assert records(part) == expected and len(part) == len(expected) and part.prompts == whole.prompts
+    assert part.sequence.tolist() == [i for i, row in enumerate(expected) for _ in row["tokens"]]
+    assert part.sizes.tolist() == [len(row["prompt"] + row["tokens"]) for row in expected]
+
+
+def test_parts_and_other_rollouts_are_joined():
+    whole, other = groups_of(2, [4, 1]), groups_of(1, [2, 3], seed=9)
+    assert records(B.concat([whole[:1], whole[:0], whole[1:]])) == records(whole)
+    assert records(B.append(whole, other)) == records(whole) + records(other) and B.append(None, other) is other
+    assert B.append(whole, other).prompts == whole.prompts + other.prompts
+    without = B.concat([whole[:1], replace(whole[1:], values=None)])
+    assert without.values is None and without.returns.tolist() == whole.returns.tolist()
+    assert whole.without([torch.tensor([2]), torch.tensor([0])]).tolist() == [1, 3]
+    assert whole.without([]).tolist() == [0, 1, 2, 3]
+    assert whole.by_group(whole.index).tolist() == [[0, 1], [2, 3]]
+    filled = replace(whole, entropy=None).with_missing(entropy=whole.values, old_logprobs=whole.values)
+    assert filled.entropy is whole.values and filled.old_logprobs is whole.old_logprobs
+    assert whole.to("meta").tokens.is_meta and whole.to("meta").texts == whole.texts
+
+
+@pytest.mark.parametrize("per_engine", [1, 2])
+def test_all_ranks_rollouts_are_gathered_in_the_order_of_the_prompts(per_engine):
+    """Prompts are dealt to engines; the ranks of one engine all have its rollout."""
+    whole, engines = groups_of(5, [4, 1]), 2
+    own = [list(range(engine, 5, engines)) for engine in range(engines) for _ in range(per_engine)]
+
+    def of_rank(rank):
+        responses = torch.tensor([2 * prompt + i for prompt in own[rank] for i in range(2)])
+        part = replace(whole[responses], prompts=[whole.prompts[prompt] for prompt in own[rank]])
+        part = replace(part, prompt_of=torch.arange(len(own[rank])).repeat_interleave(2))
+        return B.gather(part, whole.prompts, own[rank])
+
+    for found in as_ranks(of_rank, engines * per_engine):
+        assert records(found) == records(whole) and found.prompt_of.tolist() == whole.prompt_of.tolist()
+        assert found.prompts == whole.prompts
+    none = B.gather(whole[[]], [], [])
+    assert len(none) == 0
+
+
+def test_ranks_have_every_response_once_and_nearly_equal_tokens():
+    whole = groups_of(6, [9, 2, 5, 30])
+    shares = as_ranks(lambda rank: B.local_batch(whole), 3)
+    assert sorted(i for share in shares for i in share.index.tolist()) == list(range(24))
+    assert all(share.index.tolist() == sorted(share.index.tolist()) for share in shares)
+    tokens = [int(share.sizes.sum()) for share in shares]
+    assert max(tokens) - min(tokens) < 10
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 33, 50, 10_000])
+def test_micro_batches_hold_everything_once_within_the_budget(max_tokens):
+    """In order, and greedily: no response would still fit into the part before it."""
+    whole = B.append(groups_of(5, [7, 1, 13, 4]), groups_of(1, [60, 3], seed=5))
+    parts = B.micro_batches(whole, max_tokens)
+    assert records(B.concat(parts)) == records(whole)
+    sizes = [len(B.pack(part).input_ids) for part in parts]
+    assert all(size <= max_tokens or len(part) == 1 for size, part in zip(sizes, parts, strict=True))
+    end = 0
+    for part in parts[:-1]:
+        start, end = end, end + len(part)
+        assert len(B.pack(whole[start : end + 1]).input_ids) > max_tokens
+
+
+def test_every_rank_has_the_same_number_of_micro_batches():
+    whole = groups_of(1, [5, 5, 5])
+    parts = as_ranks(lambda rank: B.micro_batches(whole[: [3, 1, 0][rank]], 8), 3)
+    assert [[len(part) for part in own] for own in parts] == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert B.micro_batches(whole[:0], 8) == []
+
+
+@pytest.mark.parametrize("name", ["high_entropy", "clip_cov", "kl_cov"])
+def test_two_ranks_pick_the_same_tokens_as_one(name):
+    whole = groups_of(4, [300, 500, 10])
+    whole = replace(whole, old_logprobs=-3 * torch.rand(3240), advantages=torch.randn(3240), token_mask=None)
+    token_filter = loss.OBJECTIVES[name].token_filter
+    one = B.with_token_mask(whole, token_filter).token_mask
+    assert one.tolist() == token_filter(whole.old_logprobs, whole.entropy, whole.advantages).tolist() and one.any()
+    shares = as_ranks(
+        lambda rank: B.with_token_mask(whole[[slice(0, 5), slice(5, 5), slice(5, 12)][rank]], token_filter), 3
+    )
+    assert torch.cat([share.token_mask for share in shares]).tolist() == one.tolist()
+    assert B.with_token_mask(whole, None) is whole
+
+
+def test_packed_prompts_are_shared_and_nothing_is_padded_but_attention(tokenizer):
+    """End-of-sequence and padding ids are tokens like any other: lengths decide."""
+    whole = B.append(rollout_of([(2, 3), (2, 1)], shared=True), rollout_of([(4, 2)], 1))
+    whole = replace(whole, tokens=torch.tensor([tokenizer.pad_token_id] * 3 + [tokenizer.eos_token_id] * 3))
+    packed = B.pack(whole)
+    expected = [*whole.prompts[0], *[tokenizer.pad_token_id] * 3, tokenizer.eos_token_id]
+    assert packed.input_ids.tolist() == [*expected, *whole.prompts[1], *[tokenizer.eos_token_id] * 2]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 0, 1, 2, 3, 4, 5]
+    assert packed.predecessors.tolist() == [1, 2, 3, 1, 9, 10] and packed.targets.tolist() == whole.tokens.tolist()
+    sequences = sorted([[0, 1, 2, 3, 4], [0, 1, 5], [6, 7, 8, 9, 10, 11]], key=len)
+    order, starts = packed.packing.order.tolist(), packed.packing.starts.tolist()
+    assert [order[a : a + len(s)] for a, s in zip(starts, sequences, strict=False)] == sequences
+    assert [order[i] for i in packed.packing.inverse.tolist()] == list(range(12)) and not packed.packing.is_identity
+    assert B.pack(rollout_of([(2, 3)])).packing.is_identity
+    empty = B.pack(whole[:0])
+    assert len(empty.input_ids) == 1 and len(empty.targets) == 0 and empty.predecessors.dtype == torch.long
+
+
+def test_padding_in_attention_is_bounded():
+    whole = rollout_of([(5, n) for n in (80, 40, 20, 19, 18, 17, 16, 8, 4, 2, 1)])
+    packing, real = B.pack(whole).packing, int(whole.sizes.sum())
+    assert real <= len(packing.order) == packing.starts[-1] <= real / 0.85 and packing.longest == 85
+    assert sum(b for b, _ in packing.blocks) == len(whole) > len(packing.blocks) > 1
+    assert B.similar_lengths([85, 100]) == [(2, 100)] and B.similar_lengths([60, 100]) == [(1, 60), (1, 100)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logprob, entropy and moment
+
+
+def head_case(seed: int, N: int, D: int, V: int, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(N, D, generator=g, dtype=dtype), torch.randn(V, D, generator=g, dtype=dtype) / 2
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(V, (N,), generator=g)
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 53, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_head_matches_naive_float64_forward_and_backward(width, temperature):
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(24, 16, generator=g), torch.randn(53, 16, generator=g) / 2
-    targets = torch.randint(53, (24,), generator=g)
-    to_logprobs, to_entropy = torch.randn(24, generator=g), torch.randn(24, generator=g)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_head_matches_naive_float64_forward_and_backward(width, temperature, dtype, tolerance):
+    hidden, weight, targets = head_case(0, 24, 16, 53, dtype)
+    factors = torch.randn(2, 24, generator=torch.Generator().manual_seed(1), dtype=dtype)
     results = []
-    for compute, args in ((token_statistics, (temperature, width)), (naive_statistics, (temperature,))):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logprobs, entropy, S = compute(h, w, targets, *args)
-        ((logprobs * to_logprobs).sum() + (entropy * to_entropy).sum()).backward()
-        results.append([x.double() for x in (logprobs, entropy, S.detach(), h.grad, w.grad)])
+    for compute, arguments in ((token_statistics, (temperature, width)), (naive_statistics, (temperature,))):
+        outputs = compute(hidden, weight, targets, *arguments)
+        gradients = torch.autograd.grad((torch.stack(outputs[:2]) * factors).sum(), (hidden, weight))
+        assert compute is naive_statistics or all(x.dtype == dtype for x in (*outputs, *gradients))
+        results.append([x.detach().double() for x in (*outputs, *gradients)])
     for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_head_with_one_gradient_only(which):
-    g = torch.Generator().manual_seed(1)
-    hidden, weight = torch.randn(5, 8, generator=g), torch.randn(11, 8, generator=g)
-    targets = torch.randint(11, (5,), generator=g)
-    grads = []
-    for compute in (token_statistics, naive_statistics):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        args = (1.0, 2) if compute is token_statistics else (1.0,)
-        compute(h, w, targets, *args)[which].sum().backward()
-        grads.append((h.grad, w.grad))
-    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
+def test_head_passes_gradcheck_with_one_gradient_or_both():
+    hidden, weight, targets = head_case(2, 4, 3, 7)
+    for which in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        assert torch.autograd.gradcheck(
+            lambda h, w, s=which: token_statistics(h, w, targets, 0.7, 3)[s], (hidden, weight)
+        )
+    assert not token_statistics(hidden, weight, targets)[2].requires_grad
+
+
+def test_bfloat16_weights_on_a_cpu_get_their_gradient():
+    hidden, weight, targets = head_case(3, 6, 5, 11, torch.float32)
+    rounded = weight.detach().bfloat16().requires_grad_()
+    full = rounded.detach().float().requires_grad_()
+    token_statistics(hidden, rounded, targets, 1.0, 4)[0].sum().backward()
+    naive_statistics(hidden.detach(), full, targets, 1.0)[0].sum().backward()
+    assert rounded.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.grad.float(), full.grad.float(), atol=1e-2, rtol=1e-2)
 
 
 def test_head_survives_extreme_logits():
@@ -59,18 +231,29 @@ def test_head_survives_extreme_logits():
     weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
     logprobs, entropy, S = token_statistics(hidden, weight, torch.tensor([0, 0]))
     (logprobs.sum() + entropy.sum()).backward()
-    for values in (logprobs, entropy, S, hidden.grad, weight.grad):
-        assert values.isfinite().all()
+    assert all(values.isfinite().all() for values in (logprobs, entropy, S, hidden.grad, weight.grad))
     assert entropy.abs().max() < 1e-6 and logprobs.tolist() == pytest.approx([0.0, -2000.0])
 
 
-def test_on_a_gpu_each_function_is_compiled_once():
-    """Not once for each of hundreds of tiles, as making the wrapper takes milliseconds."""
-    on_gpu = types.SimpleNamespace(is_cuda=True)
-    entropy._compiled.cache_clear()
-    for function in (entropy._fold, entropy._grad_logits):
-        assert len({id(entropy._on_device(function, on_gpu)) for _ in range(50)}) == 1
-    assert entropy._compiled.cache_info().misses == 2
+def test_on_a_gpu_each_function_is_compiled_once(monkeypatch):
+    """Not once for each of hundreds of tiles, as making the wrapper takes milliseconds. On a CPU not at all."""
+    P._on_device.cache_clear()
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: made.append((function, dynamic)) or object())
+    for function in (P._fold, P._grad_logits):
+        assert (
+            len({id(P._on_device(function, True)) for _ in range(50)}) == 1
+            and P._on_device(function, False) is function
+        )
+    P._on_device.cache_clear()
+    assert made == [(P._fold, True), (P._grad_logits, True)]
+
+
+@pytest.mark.parametrize("N, width", [(512, 2048), (1, 2**20), (3000, 256), (10**6, 256), (0, 2**20)])
+def test_tiles_are_as_wide_as_the_memory_allows(N, width, monkeypatch):
+    monkeypatch.setattr(P.TokenStatistics, "apply", lambda *arguments: arguments[-1])
+    assert token_statistics(torch.zeros(N, 1), None, None) == width
+    assert token_statistics(types.SimpleNamespace(is_cuda=True, __len__=0), None, None, width=5) == 5
 
 
 def test_head_never_allocates_tokens_by_vocabulary():
@@ -87,78 +270,58 @@ def test_head_never_allocates_tokens_by_vocabulary():
             return out
 
     N, D, V, width = 512, 8, 300, 32
-    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    hidden, weight, targets = head_case(4, N, D, V, torch.float32)
     with Watch():
-        logprobs, entropy, _ = token_statistics(hidden, weight, torch.zeros(N, dtype=torch.long), 1.0, width)
+        logprobs, entropy, _ = token_statistics(hidden, weight, targets, 1.0, width)
         (logprobs.sum() + entropy.sum()).backward()
     assert largest <= max(N * width, N * D, V * D)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The policy
+
+
+def naive_logits(model, part: B.Rollout) -> torch.Tensor:
+    """[N, V], one response at a time, by transformers with its own attention."""
+    model.set_attn_implementation("sdpa")
+    logits = []
+    for row in records(part):
+        ids = torch.tensor([row["prompt"] + row["tokens"]])
+        logits.append(model(input_ids=ids).logits[0, len(row["prompt"]) - 1 : -1])
+    model.set_attn_implementation("packed")
+    return torch.cat(logits)
+
+
+def naive_outputs(model, part: B.Rollout, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    log_p = torch.log_softmax(naive_logits(model, part).double() / temperature, -1)
+    return log_p.gather(1, part.tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
 def test_forward_matches_transformers_on_single_sequences(tiny_model):
-    """Packed without padding, a shared prompt once, targets shifted by one, only response tokens."""
-    responses = responses_of([(3, 5), (1, 1), (7, 2), (2, 9)])
-    responses[2].prompt_ids = responses[1].prompt_ids
-    batch = forward.collate(responses)
-    assert len(batch.input_ids) == 3 + 1 + 2 + 5 + 1 + 2 + 9
-    logprobs, entropy, _ = Policy(tiny_model)(batch, 0.7)
-    assert batch.response_mask.sum() == 5 + 1 + 2 + 9
-    assert (logprobs[~batch.response_mask] == 0).all()
-    for i, r in enumerate(responses):
-        log_p = torch.log_softmax(naive_logits(tiny_model, r).double() / 0.7, -1)
-        expected = log_p.gather(1, torch.tensor(r.response_ids)[:, None])[:, 0]
-        torch.testing.assert_close(logprobs[i][batch.response_mask[i]].double(), expected, atol=1e-5, rtol=0)
-        H = -(log_p.exp() * log_p).sum(-1)
-        torch.testing.assert_close(entropy[i][batch.response_mask[i]].double(), H, atol=1e-5, rtol=0)
+    """Packed without padding, a shared prompt once, in one pass or several; only response tokens."""
+    whole = B.append(rollout_of([(3, 5), (1, 1), (7, 2)]), rollout_of([(2, 9), (2, 4), (2, 30)], 1, shared=True))
+    assert len(B.pack(whole).input_ids) == 3 + 5 + 1 + 1 + 7 + 2 + 2 + 9 + 4 + 30
+    expected = naive_outputs(tiny_model, whole, 0.7)
+    found = Policy(tiny_model)(B.pack(whole), 0.7)[:2]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=0)
+    blank = replace(whole, old_logprobs=None, entropy=None)
+    parts = P.with_old_logprobs(Policy(tiny_model), [blank[:2], blank[:0], blank[2:]], 0.7, 12, "cpu")
+    for name, theirs in zip(("old_logprobs", "entropy"), expected, strict=True):
+        ours = torch.cat([getattr(part, name) for part in parts])
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=0)
+        assert not ours.requires_grad and [len(part) for part in parts] == [2, 0, 4]
+    assert P.logprobs_and_entropy(Policy(tiny_model), [], 1.0, 12, "cpu") == []
 
 
-def test_mask_comes_from_lengths_not_from_token_ids(tokenizer):
-    """End-of-sequence and padding ids inside and at the end of responses are tokens like any other."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    responses = [
-        Response([5, pad], [7, eos], torch.zeros(2), False, ""),
-        Response([eos], [pad] * 4, torch.zeros(4), True, ""),
-    ]
-    batch = forward.collate(responses)
-    assert batch.response_mask.tolist() == [[True, True, False, False], [True, True, True, True]]
-
-
-def test_micro_batches_hold_everything_once_within_the_budget():
-    responses = [r for i in range(10) for r in group_of(i % 5 + 3, [(7 * i + j) % 13 + 1 for j in range(4)], seed=i)]
-    batches = forward.micro_batches(responses, max_tokens=50)
-    assert [i for batch in batches for i in batch] == list(range(40))
-    sizes = [len(forward.collate([responses[i] for i in batch]).input_ids) for batch in batches]
-    assert max(sizes) <= 50 and sum(sizes) / len(sizes) > 35
-    assert forward.micro_batches(responses_of([(3, 90), (2, 90)]), max_tokens=50) == [[0], [1]]
-
-
-def test_padding_is_bounded_in_attention_and_absent_elsewhere():
-    responses = responses_of([(5, n) for n in (1, 2, 4, 8, 16, 17, 18, 19, 20, 40, 80)])
-    batch = forward.collate(responses)
-    real = sum(5 + len(r.response_ids) for r in responses)
-    assert len(batch.input_ids) == real and len(batch.targets) == real - 5 * len(responses)
-    assert real <= len(batch.packing.order) <= real / 0.85
-    assert sum(b for b, _ in batch.packing.blocks) == len(responses) > len(batch.packing.blocks) > 1
-
-
-def test_gradient_through_a_shared_prompt_is_that_of_single_sequences(tiny_model):
-    """A group packed with its prompt once, against each response in a batch of its own."""
-    responses = group_of(6, [3, 9, 1, 5])
-    gradients = [update_gradient(tiny_model, responses, max_micro_batch_tokens=budget)[0] for budget in (10_000, 1)]
-    assert (gradients[0] - gradients[1]).abs().max() < 1e-6 * gradients[0].abs().max()
-
-
-def test_gradient_checkpointing_changes_only_memory(tiny_folder):
-    responses = group_of(6, [3, 9, 1, 5])
-    gradients, saved = [], []
-    for checkpointing in (False, True):
-        model, _ = load_model(str(tiny_folder), gradient_checkpointing=checkpointing)
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
-            Policy(model)(forward.collate(responses), 1.0)
-        saved.append(sum(sizes))
-        gradients.append(update_gradient(model, responses)[0])
-    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-6)
-    assert saved[1] < saved[0] / 2
+def test_passes_without_gradients_fit_a_cpus_cache(monkeypatch):
+    """They are at most 2,048 tokens there, and never more than asked for."""
+    seen = []
+    monkeypatch.setattr(P, "micro_batches", lambda rollout, max_tokens: seen.append(max_tokens) or [])
+    monkeypatch.setattr(P, "concat", lambda parts: None)
+    for device, budget in (("cpu", 9999), ("cpu", 100), ("cuda", 9999)):
+        P.logprobs_and_entropy(torch.nn.Linear(1, 1), [rollout_of([])], 1.0, budget, device)
+    assert seen == [2048, 100, 9999]
 
 
 ARCHITECTURES = {
@@ -182,152 +345,95 @@ def test_packed_attention_in_other_architectures(name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.set_attn_implementation("packed")
-    responses = [*responses_of([(3, 9)]), *group_of(5, [7, 2], seed=1)]
-    batch = forward.collate(responses)
-    logprobs, _, _ = Policy(model)(batch, 1.0)
-    for i, r in enumerate(responses):
-        expected = torch.log_softmax(naive_logits(model, r), -1).gather(1, torch.tensor(r.response_ids)[:, None])[:, 0]
-        torch.testing.assert_close(logprobs[i][batch.response_mask[i]], expected, atol=1e-5, rtol=1e-5)
+    whole = B.append(rollout_of([(3, 9)]), rollout_of([(5, 7), (5, 2)], 1, shared=True))
+    found = Policy(model)(B.pack(whole), 1.0)
+    for ours, theirs in zip(found[:2], naive_outputs(model, whole), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
 
 
-def update_gradient(model, responses: list[Response], **changes) -> tuple[torch.Tensor, dict]:
-    """The gradient that train.update applies, all parameters in a row, before clipping; and what it returns."""
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias"])
+def test_an_attention_that_is_not_ours_is_refused(option):
+    packing, x = B.pack(rollout_of([(1, 1)])).packing, torch.zeros(1, 1, 2, 4)
+    with pytest.raises(UserError, match=f"Linear: attention with {option} is not supported"):
+        P.packed_attention(torch.nn.Linear(1, 1), x, x, x, None, packing=packing, **{option: 1.0})
+    out, _ = P.packed_attention(torch.nn.Linear(1, 1), x, x, x, None, packing=packing, **{option: None})
+    assert out.shape == (1, 2, 1, 4)
+
+
+def update_gradient(model, batch: B.Rollout, **changes) -> tuple[torch.Tensor, float]:
+    """The gradient that train.update applies, all parameters in a row, before clipping; and the loss it returns."""
     config = resolved(**changes)
-    objective = train.objective_of_step(config, 1, (0.5, 0.0))
+    objective = train.objective_of_step(config, types.SimpleNamespace(step=0, control=(0.5, 0.0)))
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "MAX_GRAD_NORM", 1e9)
-        one = train.update(Policy(model), sgd, responses, objective, 0.0, config, "cpu")
-    return torch.cat([p.grad.flatten() for p in model.parameters()]), one
+        _, one = train.update(Policy(model), sgd, batch, objective, 0.0, config, "cpu")
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), one.loss
 
 
-def naive_logits(model, response: Response) -> torch.Tensor:
-    """[R, V], by transformers with its own attention."""
-    ids = torch.tensor([response.prompt_ids + response.response_ids])
-    model.set_attn_implementation("sdpa")
-    logits = model(input_ids=ids).logits[0, len(response.prompt_ids) - 1 : -1]
-    model.set_attn_implementation("packed")
-    return logits
-
-
-def test_entropy_bonus_is_exact_through_the_chunked_function(tiny_model):
-    """Its gradient is that of the mean entropy of all tokens, by autograd over whole logits."""
-    responses = responses_of([(4, i + 1) for i in range(6)])
-    with_bonus, _ = update_gradient(tiny_model, responses, entropy_coef=0.5)
-    without, _ = update_gradient(tiny_model, responses)
-    log_p = torch.log_softmax(torch.cat([naive_logits(tiny_model, r) for r in responses]), -1)
-    tiny_model.zero_grad()
-    (-(log_p.exp() * log_p).sum(-1).mean() * -0.5).backward()
-    expected = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
-    assert expected.abs().max() > 1e-4
-    torch.testing.assert_close(with_bonus - without, expected, atol=1e-6, rtol=1e-4)
-
-
-def test_positive_nll_is_the_mean_over_correct_responses(tiny_model):
-    responses = responses_of([(4, i + 1) for i in range(6)])
-    with_nll, _ = update_gradient(tiny_model, responses, positive_nll_coef=0.1)
-    without, _ = update_gradient(tiny_model, responses)
-    tiny_model.zero_grad()
-    nll = [
-        torch.nn.functional.cross_entropy(naive_logits(tiny_model, r), torch.tensor(r.response_ids), reduction="none")
-        for r in responses
-        if r.verdict > 0
-    ]
-    (0.1 * torch.cat(nll).mean()).backward()
-    expected = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
-    torch.testing.assert_close(with_nll - without, expected, atol=1e-6, rtol=1e-4)
-
-
+@pytest.mark.parametrize("aggregation", loss.AGGREGATIONS)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"dual_clip": 1.5}, {"rollout_correction": "tis"}, {"rollout_correction": "mask"}, {"kl_coef": 0.3}],
+    [
+        {},
+        {"objective": "gspo"},
+        {"objective": "clip_cov"},
+        {"dual_clip": 1.5, "entropy_coef": 0.5, "positive_nll_coef": 0.1},
+        {"rollout_correction": "seq-tis", "kl_coef": 0.3},
+    ],
     ids=str,
 )
-def test_options_through_the_real_update(tiny_model, changes):
-    """The equation token by token, in Python, by autograd over whole logits."""
-    responses = responses_of([(4, i + 1) for i in range(8)])
-    g = torch.Generator().manual_seed(1)
-    for r in responses:  # ratios on both sides of the interval, and other logprobs of vLLM
-        r.old_logprobs = logprobs_of(tiny_model, r).detach() + 0.6 * torch.randn(len(r.response_ids), generator=g)
-        r.rollout_logprobs = r.old_logprobs + torch.randn(len(r.response_ids), generator=g)
-        r.ref_logprobs = r.old_logprobs + torch.randn(len(r.response_ids), generator=g)
-        r.advantages = r.advantages * torch.randn(len(r.response_ids), generator=g)  # as a critic's: of each token
-    found, _ = update_gradient(tiny_model, responses, objective="ce_gppo", max_micro_batch_tokens=30, **changes)
+def test_the_gradient_is_that_of_the_loss_over_whole_logits(tiny_model, changes, aggregation):
+    """By the real update, in one micro-batch and in many; by autograd over transformers' logits."""
+    batch = B.append(
+        rollout_of([(4, i + 1) for i in range(6)]), rollout_of([(6, n) for n in (3, 9, 1, 5)], 1, shared=True)
+    )
+    g, N = torch.Generator().manual_seed(1), len(batch.tokens)
+    old = naive_outputs(tiny_model, batch)[0].detach().float() + 0.6 * torch.randn(N, generator=g)
+    gaps = torch.randn(2, N, generator=g)
+    batch = replace(batch, old_logprobs=old, rollout_logprobs=old + gaps[0], reference_logprobs=old + gaps[1])
+    batch = B.with_token_mask(batch, loss.OBJECTIVES[changes.get("objective", "ce_gppo")].token_filter)
+    changes = changes | {"aggregation": aggregation}
+    found = [update_gradient(tiny_model, batch, **changes, max_micro_batch_tokens=n) for n in (10_000, 30, 1)]
+    config = resolved(**changes)
+    objective = train.objective_of_step(config, types.SimpleNamespace(step=0, control=(0.5, 0.0)))
     tiny_model.zero_grad()
-    total, kinds = torch.zeros(()), set()
-    for r in responses:
-        old_ones = r.old_logprobs, r.rollout_logprobs, r.ref_logprobs
-        for logprob, A, old, vllm, reference in zip(logprobs_of(tiny_model, r), r.advantages, *old_ones, strict=True):
-            delta = (logprob - old).exp()
-            if delta < 0.8 and A < 0:
-                kind, token = "low", -0.75 * 0.8 / delta.detach() * delta * A
-            elif delta > 1.2 and A > 0:
-                kind, token = "high", -1.0 * 1.2 / delta.detach() * delta * A
-            else:
-                kind, token = "inside", -delta * A
-            if "dual_clip" in changes and A < 0 and token > -1.5 * A:
-                kind, token = "dual", torch.tensor(-1.5 * A)
-            correction = (old - vllm).exp()
-            if changes.get("rollout_correction") == "tis":
-                kind, token = kind + " cut" * (correction > 2).item(), token * min(correction, torch.tensor(2.0))
-            elif changes.get("rollout_correction") == "mask" and not 0.5 <= correction <= 2:
-                kind, token = "masked", 0 * token
-            kinds.add(kind)
-            if "kl_coef" in changes:
-                kind, token = "kl", token + 0.3 * ((reference - logprob).exp() - (reference - logprob) - 1)
-            kinds.add(kind)
-            total = total + token
-    (total / sum(len(r.response_ids) for r in responses)).backward()
+    value, _ = loss.policy_loss(batch, *naive_outputs(tiny_model, batch), objective)
+    value.backward()
     expected = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
-    assert {"low", "high", "inside"} <= kinds and len(kinds) >= 3 + bool(changes)
-    torch.testing.assert_close(found, expected, atol=5e-6 * max(1.0, expected.abs().max().item()), rtol=1e-4)
+    largest = expected.abs().max().item()
+    assert largest > 1e-4
+    for gradient, ours in found:
+        torch.testing.assert_close(gradient, expected, atol=5e-6 * max(1.0, largest), rtol=1e-4)
+        assert ours == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
 
 
-def logprobs_of(model, response: Response) -> torch.Tensor:
-    """[R], by transformers with its own attention."""
-    log_p = torch.log_softmax(naive_logits(model, response), -1)
-    return log_p.gather(1, torch.tensor(response.response_ids)[:, None])[:, 0]
+def test_gradient_checkpointing_changes_only_memory(tiny_folder):
+    batch, gradients, saved = rollout_of([(6, n) for n in (3, 9, 1, 5)], shared=True), [], []
+    for checkpointing in (False, True):
+        model, _ = load_model(str(tiny_folder), gradient_checkpointing=checkpointing)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            Policy(model)(B.pack(batch), 1.0)
+        saved.append(sum(sizes))
+        gradients.append(update_gradient(model, batch)[0])
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-6)
+    assert saved[1] < saved[0] / 2
 
 
 def test_the_reference_is_the_base_policy(tiny_model, tiny_folder):
     """Its logprobs are those of the folder, also after the policy has changed. Without a kl_coef it is not loaded."""
-    config = resolved(model=str(tiny_folder), kl_coef=0.1, max_micro_batch_tokens=20)
     assert load_reference(resolved(model="no/such/model"), "cpu") is None
-    reference = load_reference(config, "cpu")
-    mini_batches = [responses_of([(4, 9), (3, 5)]), responses_of([(2, 3)], seed=1)]
-    expected = [logprobs_of(tiny_model, r).detach() for batch in mini_batches for r in batch]
+    reference = load_reference(resolved(model=str(tiny_folder), kl_coef=0.1), "cpu")
+    whole = rollout_of([(4, 9), (3, 5), (2, 3)])
+    expected = naive_outputs(tiny_model, whole)[0].detach()
     with torch.no_grad():
         for parameter in tiny_model.parameters():
             parameter.add_(1)
-    set_reference_logprobs(reference, mini_batches, config, Meter(tiny_model, "cpu"))
-    for r, logprobs in zip(sum(mini_batches, []), expected, strict=True):
-        torch.testing.assert_close(r.ref_logprobs, logprobs, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("aggregation", loss.AGGREGATIONS)
-def test_gradient_does_not_depend_on_the_cut(tiny_model, aggregation):
-    """One micro-batch or ten, through the real update: the same gradient, to a few roundings of its largest element."""
-    responses = responses_of([(4, i + 1) for i in range(10)])
-    gradients, cuts = [], []
-    for budget in (10_000, 14):
-        gradient, one = update_gradient(tiny_model, responses, max_micro_batch_tokens=budget, aggregation=aggregation)
-        gradients.append(gradient)
-        cuts.append((len(forward.micro_batches(responses, budget)), one.loss))
-    assert cuts[0][0] == 1 and cuts[1][0] >= 9 and cuts[0][1] == pytest.approx(cuts[1][1], rel=1e-6)
-    largest = gradients[0].abs().max().item()
-    assert largest > 1e-3
-    torch.testing.assert_close(gradients[0], gradients[1], atol=5e-6 * max(1.0, largest), rtol=1e-5)
-
-
-def test_compute_old_logprobs_fills_in_every_response(tiny_model):
-    responses = responses_of([(2, 3), (5, 8), (1, 1)])
-    for r in responses:
-        r.old_logprobs = r.entropy = None
-    forward.compute_old_logprobs(Policy(tiny_model), responses, 1.0, 12, "cpu")
-    for r in responses:
-        logprobs, entropy, _ = Policy(tiny_model)(forward.collate([r]), 1.0)
-        torch.testing.assert_close(r.old_logprobs, logprobs[0].detach(), atol=1e-5, rtol=0)
-        torch.testing.assert_close(r.entropy, entropy[0].detach(), atol=1e-5, rtol=0)
+    parts = P.with_reference_logprobs(reference, [whole[:2], whole[2:]], 1.0, 20, "cpu")
+    found = torch.cat([part.reference_logprobs for part in parts])
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(torch.cat([part.old_logprobs for part in parts]), whole.old_logprobs)
 
 
 def test_float32_master_weights_take_small_steps(tiny_folder):
@@ -337,92 +443,7 @@ def test_float32_master_weights_take_small_steps(tiny_folder):
     assert weight.dtype == torch.float32
     before = weight.detach().clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
-    naive_logits(model, Response([1], [2, 3], torch.zeros(2), False, "")).square().sum().backward()
+    naive_logits(model, rollout_of([(1, 2)])).square().sum().backward()
     optimizer.step()
     assert (weight != before).float().mean() > 0.9
     assert (weight.bfloat16() != before.bfloat16()).float().mean() < 0.1
-
-
-def test_folders_without_a_usable_model_are_refused(tiny_folder, tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
-        load_model(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"no config\.json"):
-        load_model(str(tmp_path))
-    (tiny_folder / "model.safetensors").rename(tiny_folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="safetensors"):
-        load_model(str(tiny_folder))
-    (tiny_folder / "config.json").write_text("{broken")
-    with pytest.raises(UserError, match="config.json cannot be read"):
-        load_model(str(tiny_folder))
-
-
-def test_a_head_with_softcapping_is_refused(tiny_model, tokenizer, tmp_path):
-    tiny_model.config.final_logit_softcapping = 30.0
-    tiny_model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="final_logit_softcapping = 30"):
-        load_model(str(tmp_path))
-
-
-def test_flops_are_those_of_the_matrix_products(tiny_model):
-    """Against torch's own count over forward and backward; its attention is not halved for causality."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    ids = torch.randint(200, (2, 33))
-    tiny_model.set_attn_implementation("sdpa")
-    with FlopCounterMode(display=False) as counter:
-        tiny_model(input_ids=ids).logits.sum().backward()
-    ours = perf.flops(tiny_model, prompt_and_response=66, response=66, squares=2 * 33**2)
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.15)
-
-
-def test_models_whose_layers_mix_neighbours_are_refused(tmp_path):
-    """LFM2's convolution reaches over the border between two sequences of a packed pass."""
-    path = build(str(tmp_path), "Lfm2")
-    with pytest.raises(UserError, match="a Lfm2ForCausalLM change by .* nats when two sequences share a pass"):
-        load_model(path)
-
-
-def test_models_with_other_names_in_their_files_are_refused(tmp_path):
-    """transformers fuses experts that the files hold one by one; vLLM would not find them."""
-    path = build(str(tmp_path), "Qwen3Moe")
-    with pytest.raises(UserError, match="of its weights, such as .*experts.*, have other names in its files"):
-        load_model(path)
-
-
-def test_a_chat_template_without_an_end_of_sequence_token_is_a_warning(tiny_folder, tokenizer, capsys):
-    load_model(str(tiny_folder))
-    assert "WARNING" not in capsys.readouterr().err
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}!{% endfor %}"
-    tokenizer.save_pretrained(tiny_folder)
-    load_model(str(tiny_folder))
-    assert "ends an answer with '!', which is no end-of-sequence token" in capsys.readouterr().err
-
-
-def test_an_end_of_sequence_token_beyond_the_vocabulary_is_refused(tiny_folder):
-    (tiny_folder / "generation_config.json").write_text('{"eos_token_id": [3, 9999]}')
-    with pytest.raises(UserError, match="end-of-sequence token 9999 is beyond its vocabulary of 262 tokens"):
-        load_model(str(tiny_folder))
-
-
-def test_the_doctor_says_whether_a_model_trains(tiny_folder, capsys):
-    doctor.main(doctor.Config(model=str(tiny_folder)))
-    shown = capsys.readouterr().out
-    assert len(shown.splitlines()) < 25 and f"{tiny_folder}: 0.1 M parameters, trains" in shown
-    (tiny_folder / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match="because of the model"):
-        doctor.main(doctor.Config(model=str(tiny_folder)))
-    assert "model.safetensors cannot be read: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("Falcon", "cannot replace the attention"),
-        ("Nemotron", "does not pass the starts of sequences on"),
-    ],
-)
-def test_architectures_whose_attention_is_not_ours_are_refused(tmp_path, name, message):
-    with pytest.raises(UserError, match=f"{message}.*docs/models.md"):
-        load_model(build(str(tmp_path), name))
