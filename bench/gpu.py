@@ -98,6 +98,8 @@ def run_part(config: Config) -> None:
         run_train(minutes, *settings, "--out", out, "--run-name", "whole", *shlex.split(config.train))
         shutil.copytree(whole, again)
         shutil.rmtree(again / "checkpoint-000002")
+        rows = (again / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (again / "metrics.jsonl").write_text("".join(row for row in rows if json.loads(row)["step"] < 2))
         run_train(minutes, "--resume", str(again))
         result = summary(whole, again)
     show("run", config, result, [("", "value"), *result.items()])

@@ -324,14 +324,15 @@ def test_pinned_memory_is_not_rounded_up(monkeypatch):
     assert torch._C._accelerator_getAllocatorSettings() == settings
 
 
-def test_a_checkpoint_copies_only_what_training_changes(tmp_path, tokenizer, tiny_model):
+def test_a_checkpoint_copies_only_what_training_changes(tiny_model):
     """Gathered tensors are copies already; a second copy of an offloaded 7B model would take 85 GiB."""
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
     Policy(tiny_model)(pack(rollout_of([(3, 2)])), 1.0)[0].sum().backward()
     optimizer.step()
-    saver, weight = checkpoint.Saver(tmp_path, tiny_model, tokenizer, optimizer), tiny_model.model.norm.weight
-    moments, gathered = optimizer.state[weight], torch.zeros(3)
-    copies = saver._apart({"a": [weight.detach()], "b": moments, "c": (gathered, 5), "d": {"step": moments["step"]}})
+    weight, gathered = tiny_model.model.norm.weight, torch.zeros(3)
+    moments = optimizer.state[weight]
+    record = {"a": [weight.detach()], "b": moments, "c": (gathered, 5), "d": {"step": moments["step"]}}
+    copies = checkpoint._apart(record, [(tiny_model, optimizer)])
     assert copies["c"][0] is gathered and copies["c"][1] == 5
     for copy, used in ((copies["a"][0], weight), (copies["b"]["exp_avg"], moments["exp_avg"])):
         assert torch.equal(copy, used) and copy.data_ptr() != used.data_ptr()
