@@ -190,6 +190,7 @@ def test_extremes_stay_finite(objective, dtype):
         value, info = policy_loss(case, objective, kl_coef=0.1, rollout_correction="tis")
         assert value.isfinite() and info["weight"].isfinite().all() and value.dtype == dtype
         assert info["log_ratio"].abs().max() == L.MAX_LOG_RATIO == 20
+        assert sign or not (info["clipped_low"] | info["clipped_high"]).any()
         if sign == 0 and objective != "kl_cov":  # whose distance to the old policy needs no advantage
             assert (gradient(case, objective) == 0).all()
 
@@ -198,6 +199,9 @@ def test_without_tokens_the_loss_is_0():
     case = random_case()
     value, info = policy_loss((case[0][[]], case[1][:0]), positive_nll_coef=1.0)
     assert value.item() == 0 and len(info["weight"]) == 0
+    one = random_case(B=1, T=1)  # the least divisor is 1
+    close(gradient(one, "rloo", positive_nll_coef=0.5), -one[0].advantages - 0.5)
+    close(policy_loss(one, "rloo")[1]["weight"], one[0].advantages)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -358,12 +362,13 @@ def test_tokens_are_picked_over_the_whole_mini_batch():
     }
 
 
-@pytest.mark.parametrize("scale, count", [(0.99, 0), (1.01, 200), (4.9, 200), (5.1, 0)])
+@pytest.mark.parametrize("scale, count", [(1.0, 0), (1.01, 200), (4.99, 200), (5.0, 0)])
 def test_clip_cov_picks_within_its_bounds_at_random_and_the_same_each_time(scale, count):
-    """Two values of covariance: `scale`, for half of a million tokens, and minus that would need another sign."""
+    """Every one of a million tokens has the covariance `scale`; a few are picked, in a small mini-batch one."""
     signs = torch.tensor([1.0, -1.0]).repeat(500_000)
     picked = FILTERS["clip_cov"](scale * signs, torch.zeros(10**6), signs)
     assert picked.sum() == count and torch.equal(picked, FILTERS["clip_cov"](scale * signs, None, signs))
+    assert FILTERS["clip_cov"](scale * signs[:100], None, signs[:100]).sum() == (count > 0)
     assert count == 0 or 50 < (picked.nonzero() < 500_000).sum() < 150, "spread over the mini-batch"
 
 
