@@ -50,7 +50,7 @@ class Step:
     problems = [Problem([], "", "", "walk", "walk")] * 4
 
     def __init__(self, learner, place, given):
-        self.learner, self.place, self.given, self.policy = learner, place, given, learner.policy
+        self.learner, self.place, self.given, self.policy = learner, place, given, learner[0]
 
     def learn(self) -> None:
         branch.train_step(self.learner, self.given[0], State("", step=9), CONFIG, *self.place)
@@ -60,7 +60,7 @@ class Step:
         return {row.pop("setting"): row for row in rows}
 
     def state(self) -> list[torch.Tensor]:
-        moments = self.learner.optimizer.state_dict()["state"]
+        moments = self.learner[1].state_dict()["state"]
         return [*self.policy.state_dict().values(), *(value for one in moments.values() for value in one.values())]
 
 

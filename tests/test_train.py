@@ -20,7 +20,7 @@ from ce_gppo import run as runs
 from ce_gppo.advantages import Critic
 from ce_gppo.batch import Rollout
 from ce_gppo.checkpoint import State
-from ce_gppo.entropy import QUADRANTS, betas_of_step, next_control, steered_betas
+from ce_gppo.entropy import QUADRANTS, betas_of_step, next_control
 from ce_gppo.messages import UserError
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs
@@ -66,7 +66,7 @@ def test_every_metric_is_described_finite_and_sane(finished):
     assert rows[-1]["kl/approx"] > 0, "the weights moved"
     control = (0.5, 0.0)  # the betas of each step follow from the entropies of the steps before
     for row in rows[1:]:
-        assert (row["optim/beta1"], row["optim/beta2"]) == pytest.approx(steered_betas(control[0], 0.75, 1.0))
+        assert (row["optim/beta1"], row["optim/beta2"]) == pytest.approx(((1 - control[0]) * 0.75, control[0]))
         control = next_control(resolved(entropy_target=1.0), control, row["entropy/mean"])
     samples = [json.loads(line) for line in (finished[0] / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [step for step in (1, 2, 3, 4) for _ in range(4)]
