@@ -106,7 +106,8 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
     model.resize_token_embeddings(len(tokenizer) + 60)
     model.save_pretrained(tmp_path / "padded")
     tokenizer.save_pretrained(tmp_path / "padded")
-    run(tmp_path, "--run-name", "hopeless", "--model", str(tmp_path / "padded"), *SMALL, "--steps", "2")
+    longer = ["--max-prompt-tokens", "64"]  # its tokens are bytes
+    run(tmp_path, "--run-name", "hopeless", "--model", str(tmp_path / "padded"), *longer, *SMALL, "--steps", "2")
     rows = metrics_of(tmp_path / "hopeless")
     assert [row["reward/group_solved_none"] for row in rows[1:]] == [1.0, 1.0]
     assert all(row["optim/updates"] == 0 and row["entropy/mean"] > 1 for row in rows[1:])
@@ -114,17 +115,6 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
     run(tmp_path, "--run-name", "cut", *SMALL, *changed)
     row = metrics_of(tmp_path / "cut")[1]
     assert row["response/truncated"] == 1 and row["optim/updates"] == 0
-
-
-@pytest.mark.slow
-def test_the_step_that_ends_a_run_is_logged(tmp_path):
-    """A learning rate that breaks the weights: exit code 1, and the step's row and samples are there."""
-    process = start(tmp_path, "--run-name", "hot", *SMALL, "--lr", "1e6", "--warmup-steps", "0")
-    output = process.communicate()[0]
-    rows = metrics_of(tmp_path / "hot")
-    assert process.returncode == 1 and "lower" in output, output
-    samples = [json.loads(line)["step"] for line in (tmp_path / "hot" / "samples.jsonl").read_text().splitlines()]
-    assert samples[-1] == rows[-1]["step"] > 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
