@@ -155,7 +155,7 @@ def keep_until(path: Path, last_step: int) -> list[dict]:
 
     If rows go, the whole file stays beside it, as <name>.until-step-<its last step>.jsonl, or <...>-2.jsonl.
     """
-    rows = read_rows(path) if path.exists() else []
+    rows = read_rows(path)
     kept = [row for row in rows if row["step"] <= last_step]
     if len(kept) < len(rows):
         endings = (
@@ -176,7 +176,7 @@ def rewrite(path: Path, rows: list[dict]) -> None:
 def read_rows(path: Path) -> list[dict]:
     """The rows of a run's file that have a step. Lines that training did not write, or only in part, are left out."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             row = json.loads(line)
             rows += [row] if type(row["step"]) is int else []

@@ -199,7 +199,7 @@ def watch_skipped(folder: Path, state: checkpoint.State, index: int, batch, upda
         path = folder / f"step-{state.step + 1:06d}-update-{index}-rank-{parallel.rank()}.pt"
         try:
             folder.mkdir(exist_ok=True)
-            torch.save({"batch": vars(batch), "update": vars(update), "lr": lr}, path)
+            torch.save({"batch": vars(batch), "loss": update.loss, "grad_norm": update.grad_norm, "lr": lr}, path)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
             messages.say(f"the inputs of a skipped update are not kept in {folder} ({error})", warning=True)
     return state.skipped >= MAX_SKIPPED_UPDATES

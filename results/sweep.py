@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from ce_gppo import config as t
 from ce_gppo.config import read_record
+from ce_gppo.log import read_rows
 from ce_gppo.messages import RunEnded, UserError
-from ce_gppo.run import lock_file, open_to_append, rows_of
+from ce_gppo.run import lock_file, open_to_append
 from results.series import RUN, read
 from results.settings import SETTINGS, SWEEPS, Sweep
 
@@ -127,13 +128,14 @@ class Run:
 
     def finished(self, steps: int) -> bool:
         """Whether the run is done: the sweep was killed before it wrote the row. Not if it has other arguments."""
-        if not any(row["step"] == steps and f"eval/{self.source}/avg_at_k" in row for row in rows_of(self.folder)):
+        last = [row for row in read_rows(self.folder / "metrics.jsonl") if row["step"] == steps]
+        if not any(f"eval/{self.source}/avg_at_k" in row for row in last):
             return False
         given = self.arguments.split()
         return read_record(self.folder / "config.json")["command"][1 : len(given) + 1] == given
 
     def row(self) -> dict:
-        metrics = rows_of(self.folder)
+        metrics = read_rows(self.folder / "metrics.jsonl")
         steps = [row for row in metrics if row["step"]]
         evaluations = [row for row in metrics if f"eval/{self.source}/avg_at_k" in row]
         series = {}

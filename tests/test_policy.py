@@ -170,7 +170,7 @@ def test_packed_prompts_are_shared_and_nothing_is_padded_but_attention(tokenizer
     assert [order[i] for i in packed.packing.inverse.tolist()] == list(range(12)) and not packed.packing.is_identity
     assert B.pack(rollout_of([(2, 3)])).packing.is_identity
     empty = B.pack(whole[:0])
-    assert len(empty.input_ids) == 1 and len(empty.targets) == 0 and empty.predecessors.dtype == torch.long
+    assert len(empty.input_ids) == 2 and len(empty.targets) == 0 and empty.predecessors.dtype == torch.long
 
 
 def test_padding_in_attention_is_bounded():

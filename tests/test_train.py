@@ -131,7 +131,7 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--responses-per-prompt", "1"], "responses_per_prompt = 1: must be at least 2"),
         (["--steps", "0"], "steps = 0: must be at least 1"),
         (["--seed", "4294967296"], "seed = 4294967296: must be at least 0 and at most 4294967295"),
-        (["--lr", "nan"], "lr = nan: must be above 0"),
+        (["--lr", "nan"], "lr = nan: must be at least 1e-10"),
         (["--dynamic-sampling", "always"], "dynamic_sampling 'always' is unknown; known: off, filter, refill"),
         (["--overlong", "0"], "overlong '0' is unknown; known: score, mask, or a number of tokens"),
         (["--overlong", "17"], "overlong = 17 is more than max_response_tokens = 16"),
@@ -329,7 +329,7 @@ def test_tokens_are_chosen_before_the_first_update(tiny_model, tmp_path):
     """Also in the first mini-batch, which needs old logprobs before its update only for that: a fifth of its tokens."""
     *_, learned = learn(tiny_model, tmp_path, objective="high_entropy", max_micro_batch_tokens=20, lr=1e-9)
     for part, done in zip(learned.measured, learned.updates, strict=True):
-        count, chosen = len(part.tokens) // 5, part.token_mask
+        count, chosen = math.ceil(len(part.tokens) / 5), part.token_mask
         assert chosen.sum() == count and part.entropy[chosen].min() > part.entropy[~chosen].max()
         assert done.sums.values()["weight/inside"] > 0
 
