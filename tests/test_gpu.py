@@ -258,16 +258,6 @@ def test_layers_of_two_kinds_stay_compiled(tmp_path, one_process, recwarn):
     assert not [str(w.message) for w in recwarn if "view tensor" in str(w.message)], "FSDP2 could lose its hooks"
 
 
-def test_compile_layers_on_a_gpu_only(monkeypatch, tiny_folder):
-    """Before FSDP2 wraps the layers, also if the weights are still on the host."""
-    compiled = []
-    monkeypatch.setattr("ce_gppo.model.compile_layers", compiled.append)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
-    for device, shard, times in (("cpu", "no", 0), ("cuda", "no", 1), ("cuda", "offload", 2)):
-        load_model(str(tiny_folder), device, shard=shard)
-        assert len(compiled) == times
-
-
 @pytest.mark.parametrize("ranks, responses", [(2, 80), (8, 128), (64, 512)])
 def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses):
     """Long-tailed lengths, of which none is longer than the mean of the ranks: at most 2 % above that mean."""

@@ -8,10 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 import reward
-from ce_gppo import checkpoint, config, messages, model, tracking
+from ce_gppo import checkpoint, config, messages, tracking
 from ce_gppo.config import Range
 from ce_gppo.messages import UserError, first_line
 from ce_gppo.problems import Problem
@@ -66,24 +65,6 @@ def test_a_resumed_run_that_lacks_a_setting_gets_the_default_and_a_note(tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
     assert config.parse(Config, ["--resume", str(tmp_path)])[0] == resolved()
     assert "has no kl_coef: the defaults are used" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("factor, shown", [(math.nan, "nan"), (0.0, "")])
-def test_damaged_weights_are_refused(tiny_folder, factor, shown):
-    weights = load_file(tiny_folder / "model.safetensors")
-    path = tiny_folder / "model.safetensors"
-    save_file({name: tensor * factor for name, tensor in weights.items()}, path, {"format": "pt"})
-    with pytest.raises(UserError, match=f"its logprobs are {shown}.* for every token, so its weights are damaged"):
-        model.load_model(str(tiny_folder))
-
-
-def test_an_unreadable_generation_config_is_refused_and_a_missing_one_is_not(tiny_folder, tokenizer):
-    file = tiny_folder / "generation_config.json"
-    file.write_text("{")
-    with pytest.raises(UserError, match="generation_config.json cannot be read"):
-        model.stop_token_ids(str(tiny_folder), tokenizer)
-    file.unlink()
-    assert model.stop_token_ids(str(tiny_folder), tokenizer) == [tokenizer.eos_token_id]
 
 
 @pytest.mark.slow
@@ -172,54 +153,6 @@ def test_a_source_that_is_a_verifier_but_for_its_case_is_refused():
         assert reward.assign(chosen, [problem])[1][0][0].verifier == "math"
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("config.json", "null", "config.json cannot be read: it is not a JSON object"),
-        ("config.json", "[" * 100_000, "config.json cannot be read"),
-        ("generation_config.json", "[]", "generation_config.json cannot be read: it is not a JSON object"),
-        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id 'x' in generation_config.json is no number"),
-        ("tokenizer.json", "{", "tokenizer.json cannot be read"),
-        ("tokenizer_config.json", "\0", "tokenizer_config.json cannot be read"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}', "names b.safetensors, which"),
-        ("model.safetensors.index.json", '{"weight_map": []}', "index.json (cannot be read|names weight_map)"),
-        ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "model.safetensors cannot be read"),
-        ("more.safetensors", "", "more.safetensors cannot be read"),
-    ],
-)
-def test_a_damaged_file_of_a_model_is_named(tiny_folder, name, content, message):
-    (tiny_folder / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        model.load_model(str(tiny_folder))
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"vocab_size": 400}, "embed_tokens.weight has the shape .*, 64. in the files, and .400, 64."),
-        ({"num_hidden_layers": 2, "layer_types": None}, "12 of its weights, such as .*, are not in its files"),
-        ({"tie_word_embeddings": False}, "1 of its weights, such as lm_head.weight, are not in its files"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "its weights are quantized .awq."),
-        ({"quantization_config": {}}, "its weights are quantized"),
-        ({"hidden_size": "64"}, "Validation error for field 'hidden_size': TypeError: .* expected int"),
-        ({"model_type": ["qwen2"]}, "cannot read its config"),
-    ],
-)
-def test_a_configuration_that_does_not_fit_the_weights_is_refused(tiny_folder, changes, message):
-    file = tiny_folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(UserError, match=message):
-        model.load_model(str(tiny_folder))
-
-
-def test_layers_that_the_configuration_leaves_out_are_told(tiny_folder, capsys):
-    weights = load_file(tiny_folder / "model.safetensors")
-    extra = {name.replace("layers.0", "layers.1"): tensor.clone() for name, tensor in weights.items()}
-    save_file(weights | extra, tiny_folder / "model.safetensors", {"format": "pt"})
-    model.load_model(str(tiny_folder))
-    assert "12 weights in its files, such as model.layers.1." in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("deep", ["[" * 100_000, "[]", "{}", "3", '{"config.json": "0"}'])
 def test_what_is_no_settings_no_recipe_and_no_manifest(tmp_path, monkeypatch, deep):
     for name, text in {"config.json": deep, "deep.toml": f"steps = {deep}"}.items():
@@ -268,7 +201,7 @@ def test_a_wandb_project_that_is_none_is_refused_and_a_failing_wandb_is_off(tmp_
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(full))
     monkeypatch.setattr(wandb, "teardown", lambda: None)
     assert tracking.start_wandb(tmp_path, resolved(), "abc") is None
-    assert "W&B fails and is off" in capsys.readouterr().err
+    assert "W&B cannot be reached, it is off" in capsys.readouterr().err
 
 
 def test_results_that_cannot_be_written_are_told_before_the_engine_starts(tiny_folder, write_rows):

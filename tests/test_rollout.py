@@ -12,7 +12,7 @@ import torch
 
 import rollout as module
 from ce_gppo.messages import RunEnded, UserError
-from ce_gppo.model import load_model, named_weights, stop_token_ids
+from ce_gppo.model import load_model, named_weights
 from ce_gppo.policy import Policy, with_old_logprobs
 from ce_gppo.problems import load_problems
 from helpers import BASE, DATA, resolved, rollout_of
@@ -294,12 +294,6 @@ def test_the_environment_of_vllm(cuda, level, monkeypatch):
     assert [os.environ[name] for name in names] == ["0", "1", level]
     bind = None if cuda else "nobind"
     assert os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == bind and ("OMP_NUM_THREADS" in os.environ) == (not cuda)
-
-
-def test_a_folder_cannot_change_the_sampling(tiny_folder, tokenizer):
-    """generation_config.json names end-of-sequence ids, several perhaps; its top_p and the like are not used."""
-    (tiny_folder / "generation_config.json").write_text('{"eos_token_id": [5, 9], "top_p": 0.1, "temperature": 0.1}')
-    assert stop_token_ids(str(tiny_folder), tokenizer) == sorted({5, 9, tokenizer.eos_token_id})
 
 
 def test_ids_past_the_vocabulary_are_survived():
