@@ -374,10 +374,8 @@ def test_skipped_updates_are_kept_and_counted_and_end_the_run_after_it_is_saved(
     state, lr = checkpoint.State("", step=6), 1e-5
     saver = types.SimpleNamespace(run=tmp_path, finish=lambda state: done.append(state.skipped))
     batch = types.SimpleNamespace(tokens=torch.tensor([1, 2]), texts=["a"], rewards=None)
-    done, bad, good = (
-        [],
-        *(types.SimpleNamespace(skipped=skipped, loss=0.5, grad_norm=math.nan) for skipped in (True, False)),
-    )
+    bad, good = (types.SimpleNamespace(skipped=skipped, loss=0.5, grad_norm=math.nan) for skipped in (True, False))
+    done = []
     for skipped, count in ((bad, 1), (bad, 2), (good, 0), *((bad, n) for n in range(1, 6))):
         assert run.watch_skipped(tmp_path / "skipped", state, 3, batch, skipped, lr) == (count == 5)
         assert state.skipped == count and (count == 5 or run.check_end(state, saver, lr) is None)
