@@ -24,9 +24,9 @@ import torch
 
 from ce_gppo import messages
 from ce_gppo.messages import UserError
-from ce_gppo.verifier import outside, puzzles
+from ce_gppo.verifier import puzzles
 from ce_gppo.verifier.answers import Undecided, can_be_given, equal_now, last_box
-from ce_gppo.verifier.workers import BackgroundScorer, judge
+from ce_gppo.verifier.workers import BackgroundScorer, as_components, file_of, judge
 
 
 def after_hashes(response: str) -> str | None:
@@ -70,31 +70,18 @@ def extract_answer(response: str, verifier: str = "math", *, thinking: bool = Fa
     return EXTRACT.get(verifier, any_answer)(after_thinking(response) if thinking else response)
 
 
-def boxed(response: str, answer: str) -> float:
-    """Of several boxes only the last one counts; they are not joined into a list."""
-    return equal_now(last_box(response), answer)
-
-
-def gsm8k(response: str, answer: str) -> float:
-    return equal_now(after_hashes(response), answer)
-
-
 def choice(response: str, answer: str) -> float:
     if not re.fullmatch(r"\(?[A-Z]\)?", answer):
         raise UserError(f"choice: answer {answer[:40]!r}, where one capital letter is needed")
     return equal_now(choice_letter(response), answer)
 
 
-def exact(response: str, answer: str) -> float:
-    return float((any_answer(response) or response.strip()) == answer.strip())
-
-
 VERIFIERS: dict[str, Callable[[str, str], float | dict[str, float]]] = {
-    "math": boxed,
-    "gsm8k": gsm8k,
+    "math": lambda response, answer: equal_now(last_box(response), answer),  # several boxes are not joined into a list
+    "gsm8k": lambda response, answer: equal_now(after_hashes(response), answer),
     "choice": choice,
     "countdown": puzzles.countdown,
-    "exact": exact,
+    "exact": lambda response, answer: float((any_answer(response) or response.strip()) == answer.strip()),
     "walk": puzzles.walk,
 }
 
@@ -117,8 +104,7 @@ def score(
     workers   processes, at most (default: up to 4); started when first needed, kept between calls
     budget    seconds in workers for the whole batch; responses not reached by then score 0, and a line says how many
     thinking  a verifier gets only the text after the last </think>, and none if the thinking does not end
-    Raises ValueError if the lengths differ, RuntimeError if no worker can be started, UserError for a verifier of the
-    user's own that raises or returns anything but numbers.
+    Raises RuntimeError if no worker can be started, UserError for a mistake in a user's own verifier.
     """
     if len(responses) != len(answers):
         raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
@@ -126,11 +112,10 @@ def score(
     jobs: dict[tuple[str, str, str], list[int]] = {}  # for workers: (verifier, response, answer) -> response indices
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
         verifier = verifiers[i] if verifiers else "math"
-        response = after_thinking(response) if thinking else response
-        job = verifier, response, answer
+        job = verifier, after_thinking(response) if thinking else response, answer
         if verifier in VERIFIERS:
             try:
-                components[i] = outside.as_components(VERIFIERS[verifier](response, answer), verifier)
+                components[i] = as_components(VERIFIERS[verifier](*job[1:]), verifier)
                 continue
             except Undecided as undecided:  # only math-verify can decide
                 job = "math", *undecided.args
@@ -201,20 +186,19 @@ def read_setting(rewards: str) -> dict[str, str]:
 
 def full_name(name: str, source: str) -> str:
     """A name in VERIFIERS, or <path of the user's file>:<function>. UserError for any other name."""
-    if name in VERIFIERS:
-        return name
-    if not (path := outside.file_of(name)):
+    path = file_of(name)
+    if name not in VERIFIERS and not path:
         known = ", ".join([*VERIFIERS, "or mine.py:score, your own"])
         raise UserError(f"rewards: verifier '{name}' of source {source or '(any)'} is unknown; known: {known}")
-    if not path.is_file():
+    if path and not path.is_file():
         raise UserError(f"rewards: verifier {name}: there is no file {path}")
-    return f"{path.resolve()}:{name.rpartition(':')[2]}"
+    return f"{path.resolve()}:{name.rpartition(':')[2]}" if path else name
 
 
 def files(rewards: str) -> list[Path]:
     """The files of the user's own functions. UserError for what is wrong with `rewards` whatever the data are."""
     names = [full_name(name, source) for source, name in read_setting(rewards).items()]
-    return sorted({path for name in names if (path := outside.file_of(name))})
+    return sorted({path for name in names if (path := file_of(name))})
 
 
 def assign(rewards: str, *sets: list) -> tuple[str, list[list]]:
@@ -240,14 +224,12 @@ def assign(rewards: str, *sets: list) -> tuple[str, list[list]]:
     tried = judge([(name, "", answer) for name, answer in sorted(own.items())], timeout=3.0, num_workers=1, budget=60.0)
     if failed := [name for (name, *_), result in tried.items() if result is None]:
         raise UserError(
-            f"verifier {failed[0]} takes over 3 s for an empty response, or ends its process: all rewards would be 0"
+            f"verifier {failed[0]} takes over 3 s for an empty response, or crashes: all rewards would be 0"
         )
     for problem in itertools.chain(*assigned):
         if problem.verifier in VERIFIERS:
             VERIFIERS[problem.verifier]("", problem.answer)
         if problem.verifier in ("math", "gsm8k") and not can_be_given(problem.answer):
-            raise UserError(
-                f"answer {problem.answer[:60]!r} of source {problem.source}: no response could equal it; something is "
-                "needed, with as many closing braces as opening ones"
-            )
+            what = "no response could equal it; something is needed, with as many closing braces as opening ones"
+            raise UserError(f"answer {problem.answer[:60]!r} of source {problem.source}: {what}")
     return ", ".join(f"{source} by {name}" for source, name in names.items()), assigned

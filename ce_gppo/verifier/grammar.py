@@ -192,13 +192,13 @@ WORDS = """percent % pct percentage; degree deg; radian rad; second sec; minute 
 hour hr hrs h = 3600 second; week = 604800 second; month; year yr yrs; inch in inche; foot ft feet = 12 inch;
 yard yd = 36 inch; mile mi = 63360 inch; acre; hectare ha; ounce oz; pound lb lbs = 16 ounce; ton tonne; cup;
 pint pt = 2 cup; quart qt = 4 cup; gallon gal = 16 cup; ohm; kelvin K; mole mol; cent; dollar usd = 100 cent; euro;
-sterling; yen; rupee rs; knot; am; pm; ordinal th st nd rd; revolution; unit"""
+sterling; yen; rupee rs; knot; am AM; pm PM; ordinal th st nd rd; revolution; unit"""
 METRIC = """meter metre - m; gram gramme - g gm; second - s; liter litre - l L; watt - W; joule - J; newton - N;
 volt - V; coulomb - C; tesla - T; hertz - Hz; pascal - Pa; byte - B; ampere amp - A; calorie - cal; electronvolt - eV"""
 PREFIXES = "nano n -9; micro u -6; milli m -3; centi c -2; deci d -1; kilo k 3; mega M 6; giga G 9"
 ABBREVIATIONS = {"mph": "mile/hour", "mpg": "mile/gallon", "kph": "km/h", "kmph": "km/h", "rpm": "revolution/minute"}
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
-BARE = {"%", "mm", "cm", "km", "in", "ft", "yd", "mi", "kg", "lb", "oz", "ml", "mL", "hr"}  # other pairs are products
+BARE = "% mm cm km in ft yd mi kg lb oz ml mL hr AM PM".split()  # other pairs of letters are products
 
 UNITS: dict[str, str] = {}  # word -> its unit
 CONVERSIONS: dict[str, tuple[str, Fraction]] = {}  # unit -> (another unit, its size in this one)
