@@ -93,14 +93,12 @@ def same(answer: str, truth: str, ask) -> bool:
     return equal(read(answer), read(truth), ask)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One comparison for each kind of node. a: the answer, b: the truth
-
 SETS = ("region", "tuple", "set")
 SET_VALUED = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")
 
 
 def equal(a: Node, b: Node, ask) -> bool:
+    """a: the answer, b: the truth. One comparison for each kind of node."""
     kinds = {a.kind, b.kind}
     if not squeeze(a.text) or not squeeze(b.text):
         return False
@@ -111,11 +109,9 @@ def equal(a: Node, b: Node, ask) -> bool:
     if kinds <= {"list", "set"} or kinds == {"list", "region"}:  # x < 2, x > 3 is x < 2 or x > 3
         return same_unordered(a.parts, b.parts, ask)
     if "region" in kinds or kinds in ({"tuple", "scalar"}, {"set", "scalar"}):
-        if not all(n.kind in SETS or n.kind == "scalar" and SET_VALUED.search(n.text) for n in (a, b)):
-            return False
-        if a.kind == b.kind == "region" and a.mark and b.mark and a.mark != b.mark:
-            return False  # x > 3 and y > 3
-        return squeeze(a.text) == squeeze(b.text) or ask(a.text, b.text)
+        comparable = all(n.kind in SETS or n.kind == "scalar" and SET_VALUED.search(n.text) for n in (a, b))
+        variables = {node.mark for node in (a, b) if node.kind == "region" and node.mark}  # not x > 3 and y > 3
+        return comparable and len(variables) < 2 and (squeeze(a.text) == squeeze(b.text) or ask(a.text, b.text))
     if kinds == {"scalar"}:
         return same_scalar(a, b, ask)
     if "ratio" in kinds and kinds <= {"ratio", "scalar"}:
@@ -185,31 +181,22 @@ NOT_EVALUATED = re.compile(r"\\ldots|\\int(?! ?_)")  # math-verify leaves out th
 
 def same_scalar(a: Node, b: Node, ask) -> bool:
     x, y = number(squeeze(a.text)), number(squeeze(b.text))
-    marks = {a.mark, b.mark}
-    radians = [rf"\frac{{\pi}}{{180}}({node.text})" if node.mark == "degree" else node.text for node in (a, b)]
-    if marks == {"degree", "radian"}:
-        return ask(*radians)
     if a.mark and b.mark and a.mark != b.mark:
         size = compare(a.mark, b.mark)
-        if size is None:
-            return False
-        if None not in (x, y):
-            return x * size == y
+        if size is None or None not in (x, y):
+            return size is not None and x * size == y
         a = Node("scalar", rf"\frac{{{size.numerator}}}{{{size.denominator}}}\cdot({a.text})", mark=b.mark)
     if x is not None and y is not None:
-        if a.mark == b.mark and (modulus := re.fullmatch(r"mod([1-9]\d{0,8})", a.mark)):
-            return (x - y) % int(modulus[1]) == 0
-        percent = [100 if node.mark == "percent" else 1 for node in (a, b)]
-        alike = percent[0] == percent[1] or not 0 < abs(x) < 1
-        return x == y and alike or x * percent[1] == y * percent[0]
+        percents = [100 if node.mark == "percent" else 1 for node in (a, b)]
+        alike = percents[0] == percents[1] or not 0 < abs(x) < 1
+        return x == y and alike or x * percents[1] == y * percents[0]
     if squeeze(a.text) == squeeze(b.text):
         return True
     texts = f"{a.text} {b.text}"
     if NOT_EVALUATED.search(texts) or WORD.search(texts):  # math-verify multiplies letters: east = seat
         return False
-    if a.mark != b.mark and "percent" in marks:
-        return ask(*(rf"\frac{{{node.text}}}{{100}}" if node.mark == "percent" else node.text for node in (a, b)))
-    return ask(a.text, b.text) or a.mark != b.mark and "degree" in marks and ask(*radians)
+    radians = (rf"\frac{{\pi}}{{180}}({node.text})" if node.mark == "degree" else node.text for node in (a, b))
+    return ask(a.text, b.text) or a.mark != b.mark and "degree" in (a.mark, b.mark) and ask(*radians)
 
 
 DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
@@ -226,18 +213,12 @@ def number(text: str) -> Fraction | None:
     return int(match[1] + "1") * above / below if below else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the grammar cannot decide: sympy is imported only here, in a worker
-
-
 def math_verify(answer: str, truth: str) -> bool:
-    r"""math-verify on two scalars or sets.
+    r"""math-verify on two scalars or sets. It is imported only here, in a worker.
 
-    Its pitfalls, and in brackets the remedies: it compares floats to 6 places and drops small differences (decimals
-    become fractions, and `equal_values` compares). It strips one-letter variables as units, takes any number out of
-    text that it cannot parse, compares the raw strings, and writes variables in lower case (all turned off). It has no
-    imaginary unit i, and reads I^2 as I (i becomes the root of -1). It adds up numbers side by side (a \cdot between
-    them). It drops primes and the base of 101_2 (such answers count as different).
+    Its pitfalls, and the remedies: it compares floats to 6 places (decimals become fractions; `equal_values`), takes
+    single letters for units, numbers out of any text, and small for capital letters (turned off). It has no unit i (a
+    root), adds up numbers side by side (\cdot), and drops primes and the base of 101_2 (such answers are different).
     """
     from latex2sympy2_extended import NormalizationConfig, latex2sympy2
     from math_verify import LatexExtractionConfig, grader, parse, parser
