@@ -25,10 +25,6 @@ class Undecided(Exception):
     """Only math-verify can decide whether these answers are equal."""
 
 
-def undecided(answer: str, truth: str) -> bool:
-    raise Undecided
-
-
 def equal_now(answer: str | None, truth: str) -> float:
     r"""1.0 if an answer equals the true one, else 0.0. Both may be LaTeX, with $; the truth may be in a \boxed{}.
 
@@ -38,18 +34,17 @@ def equal_now(answer: str | None, truth: str) -> float:
     if answer is None or len(answer) > max(MAX_CHARS, 2 * len(truth)):
         return 0.0
     answer, truth = normalize(answer), normalize(last_box(truth) or truth)
-    try:
-        return float(same(answer, truth, undecided))
-    except Undecided:
-        raise Undecided(answer, truth) from None
+
+    def ask(*_):
+        raise Undecided(answer, truth)
+
+    return float(same(answer, truth, ask))
 
 
 def last_box(response: str) -> str | None:
     """The content of the last \\boxed{} or \\fbox{}; None if there is none, or it is empty, or it is never closed."""
     boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", response))
-    if not boxes:
-        return None
-    start, depth = boxes[-1].end(), 1
+    start, depth = boxes[-1].end() if boxes else len(response), 1
     for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(response, start):  # \\. steps over escaped braces
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
@@ -64,10 +59,7 @@ def can_be_given(truth: str) -> bool:
 
 
 def squeeze(text: str) -> str:
-    r"""Equal squeezed strings are equal answers: without \text, the spaces that TeX ignores, and the case of words.
-
-    A letter by itself is a word only if it is the whole text: yes is YES, and a is A, but r/R is not R/r.
-    """
+    r"""Equal squeezed strings are equal answers: without \text, the spaces that TeX ignores, and the case of words."""
     if len(text) > LONGEST:
         return text
     text = re.sub(r"\\text ?\{([^{}]*)\}", r" \1", text)
@@ -83,7 +75,7 @@ TOWER = re.compile(r"\^[{(\s]*(\d+)\s*\^[{(\s]*(\d+)")
 
 
 def same(answer: str, truth: str, ask) -> bool:
-    """Whether two normalized answers are equal. ask: compares two LaTeX strings, where the grammar cannot decide."""
+    """Of two normalized answers. ask: compares two LaTeX strings, where the grammar cannot decide."""
     if squeeze(answer) == squeeze(truth):
         return squeeze(truth) != ""
     if max(len(answer), len(truth)) > LONGEST or max(depths(answer) + depths(truth), default=0) > MAX_DEPTH:
@@ -93,7 +85,6 @@ def same(answer: str, truth: str, ask) -> bool:
     return equal(read(answer), read(truth), ask)
 
 
-SETS = ("region", "tuple", "set")
 SET_VALUED = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")
 
 
@@ -109,7 +100,9 @@ def equal(a: Node, b: Node, ask) -> bool:
     if kinds <= {"list", "set"} or kinds == {"list", "region"}:  # x < 2, x > 3 is x < 2 or x > 3
         return same_unordered(a.parts, b.parts, ask)
     if "region" in kinds or kinds in ({"tuple", "scalar"}, {"set", "scalar"}):
-        comparable = all(n.kind in SETS or n.kind == "scalar" and SET_VALUED.search(n.text) for n in (a, b))
+        comparable = all(
+            n.kind in ("region", "set", "tuple") or n.kind == "scalar" and SET_VALUED.search(n.text) for n in (a, b)
+        )
         variables = {node.mark for node in (a, b) if node.kind == "region" and node.mark}  # not x > 3 and y > 3
         return comparable and len(variables) < 2 and (squeeze(a.text) == squeeze(b.text) or ask(a.text, b.text))
     if kinds == {"scalar"}:
@@ -125,15 +118,13 @@ def same_ordered(parts: tuple[Node, ...], others: tuple[Node, ...], ask) -> bool
 
 
 def same_unordered(parts: tuple[Node, ...], others: tuple[Node, ...], ask) -> bool:
-    if len(parts) != len(others):
-        return False
     left = list(others)
-    for part in parts:  # greedy is enough, for equality is transitive
+    for part in parts if len(parts) == len(others) else ():  # greedy is enough, for equality is transitive
         match = next((other for other in left if equal(part, other, ask)), None)
         if match is None:
             return False
         left.remove(match)
-    return True
+    return len(parts) == len(others)
 
 
 def same_choice(a: Node, b: Node, ask) -> bool:
@@ -230,8 +221,9 @@ def math_verify(answer: str, truth: str) -> bool:
     parser.latex2sympy = functools.partial(latex2sympy2.latex2sympy, conversion_config=cases_kept)
     if answer.count("'") != truth.count("'") or re.search(r"\d_", f"{answer} {truth}"):
         return False
-    normalization = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
-    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
+    normal = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normal)
+    modes = {"fallback_mode": "no_fallback", "extraction_mode": "first_match", "parsing_timeout": None}
     parsed = []
     for text in (truth, answer):
         text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
@@ -240,9 +232,7 @@ def math_verify(answer: str, truth: str) -> bool:
         text = re.sub(r"(?<![\w^{.])\d+ ?(?=[(\[])|[(\[] ?-?\d+ ?[)\]] ?(?=[(\[\d])", r"\g<0>\\cdot ", text)
         if not re.search(r"\\(?:sum|prod)|_\{?i", text):
             text = re.sub(r"(?<![\\a-zA-Z])i(?![a-zA-Z])", r"{\\sqrt{-1}}", text)
-        modes = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
-        found = parse(f"${text}$", [config], parsing_timeout=None, **modes)
-        if not found:
+        if not (found := parse(f"${text}$", [config], **modes)):
             return False
         parsed.append(found[0].doit() if isinstance(found[0], Set) else found[0])
     if all(isinstance(value, Expr | MatrixBase) for value in parsed):

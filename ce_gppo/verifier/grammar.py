@@ -1,7 +1,7 @@
 r"""Grammar: an answer in one spelling is read as a tree of nodes, by recursive descent, and a scalar with its unit.
 
-`read` tries one reader after the other, from the loosest binding to the tightest: a choice such as `(C) 12`, a region
-such as `x < 2 or x > 3`, a list, an equation, brackets. Each returns a node, or None if the text is not of its kind.
+`read` tries one reader after the other, from the loosest binding to the tightest, such as a choice, a list, an equation
+and brackets. Each returns a node, or None if the text is not of its kind.
 """
 
 import re
@@ -93,9 +93,7 @@ def read_brackets(text: str) -> Node | None:
     elements = [part for part in split(body[1:-1].removesuffix("\\"), ",")[::2] if part]
     brackets = body[0] + body[-1]
     if body[0] != "{":
-        if len(elements) == 1 and brackets not in ("()", "[]"):
-            return Node("tuple", text, (read(elements[0]),), brackets)  # [5) is not 5
-        return several("tuple", text, elements, brackets)
+        return several("tuple", text, elements, brackets) if elements[1:] or brackets in ("()", "[]") else None
     members = list(dict.fromkeys(variant for element in elements for variant in variants(element)))
     if any(member.startswith(("\\{", r"\emptyset")) for member in members):  # \{\emptyset\} is not \emptyset
         inner = (Node("set", m, (read(m),)) if m.startswith("\\{") else read(m) for m in members[:MAX_PARTS])
@@ -116,11 +114,9 @@ VARIABLE = re.compile(r"[a-zA-Z]|\\(?:alpha|beta|theta|lambda|phi|omega)")
 FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 
 
-def read_region(text: str, whole: bool = True) -> Node | None:
-    if not whole and enclosed(text) and r"\infty" in text:
-        return Node("region", text)
-    left, *gaps = split(text, r"\ne", ",")
-    if gaps[:1] == [r"\ne"] and set(gaps[2::2]) <= {","}:  # x \ne 0, 1 and x \ne \pm 1
+def read_region(text: str) -> Node | None:
+    left, *gaps = split(text, r"\ne", ",", r"\land")
+    if gaps[:1] == [r"\ne"] and set(gaps[2::2]) <= {",", r"\land"}:  # x \ne 0, 1 and x \ne \pm 1
         gaps = [variant for gap in gaps[1::2] for variant in variants(gap)]
         if len(gaps) > 1 and not any(split(gap, "=", r"\approx", *INTERVALS)[1:] for gap in gaps):
             return join_regions([read_region(rf"{left} \ne {gap}") for gap in gaps], r"\cap")
@@ -128,7 +124,7 @@ def read_region(text: str, whole: bool = True) -> Node | None:
         if len(pieces := split(text, separator)[::2]) > 1:
             # A comma may mean `and` or `or`. Only before \ne the meaning is clear.
             clear = separator != "," or all(split(piece, r"\ne")[1:] for piece in pieces[1:])
-            return join_regions([read_region(piece, whole=False) for piece in pieces], joint) if clear else None
+            return join_regions([read_region(piece) for piece in pieces], joint) if clear else None
     sides = split(text, *INTERVALS)
     if len(sides) == 5:  # 1 < x < 2
         both = [read_region(" ".join(part)) for part in (sides[:3], sides[2:])]
@@ -150,13 +146,11 @@ def join_regions(regions: list[Node | None], joint: str) -> Node | None:
     return Node("region", joint.join(f"({region.text})" for region in regions), parts, regions[0].mark)
 
 
-# Names: left sides of `= 3`. x_1, f(2), P(X=3), AB, m\angle ABC, \text{Area}, [ABC], a+b, V_1:V_2, \frac{a}{b}
-# Spaces are removed first: a pattern with many optional spaces would take exponential time.
+# Names: left sides of `= 3`, as x_1, f(2), P(X=3), AB, m\angle ABC, \text{Area}, a+b, V_1:V_2. Matched without spaces
 
 FUNCTION = r"(?:\\lim_\{[^{}]*\}|\\(?:sin|cos|tan) ?\d?(?=[A-Z\\]))?(?:m?\\(?:measured)?angle ?|\\triangle ?)?"
 SYMBOL = (
     r"(?:[a-zA-Z]|[A-Z]{2,4}|\\text\{[^{}]*\}|[A-Z]{2}\^2|\\sigma\^2"
-    r"|\\(?:sin|cos|tan)\((?:[A-Z+-]|\\[a-z]+)+\)"
     r"|\\(?:overline|vec|bar|hat|dot|overrightarrow|mathbb|mathcal)(?: [a-zA-Z]|\{[a-zA-Z]+\})"
     r"|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|rho|sigma|tau|omega|Delta|gcd|max|min|deg|det|Pr) ?)"
 )
@@ -183,13 +177,13 @@ def is_name(text: str, pattern: str = ANY_NAME) -> bool:
 
 WORDS = """percent % pct percentage; degree deg; radian rad; second sec; minute min = 60 second; day = 86400 second;
 hour hr hrs h = 3600 second; week = 604800 second; month; year yr yrs; inch in inche; foot ft feet = 12 inch;
-yard yd = 36 inch; mile mi = 63360 inch; acre; hectare ha; ounce oz; pound lb lbs = 16 ounce; ton tonne; cup;
-pint pt = 2 cup; quart qt = 4 cup; gallon gal = 16 cup; ohm; kelvin K; mole mol; cent; dollar usd = 100 cent; euro;
-sterling; yen; rupee rs; knot; am AM; pm PM; ordinal th st nd rd; revolution; unit"""
+yard yd = 36 inch; mile mi = 63360 inch; acre; ounce oz; pound lb lbs = 16 ounce; ton; kelvin K; ohm; cup; unit;
+pint pt = 2 cup; quart qt = 4 cup; gallon gal = 16 cup; cent; dollar usd = 100 cent; euro; sterling; yen; am AM;
+pm PM; ordinal th st nd rd"""
 METRIC = """meter metre - m; gram gramme - g gm; second - s; liter litre - l L; watt - W; joule - J; newton - N;
 volt - V; coulomb - C; tesla - T; hertz - Hz; pascal - Pa; byte - B; ampere amp - A; calorie - cal; electronvolt - eV"""
 PREFIXES = "nano n -9; micro u -6; milli m -3; centi c -2; deci d -1; kilo k 3; mega M 6; giga G 9"
-ABBREVIATIONS = {"mph": "mile/hour", "mpg": "mile/gallon", "kph": "km/h", "kmph": "km/h", "rpm": "revolution/minute"}
+ABBREVIATIONS = {"mph": "mile/hour", "mpg": "mile/gallon", "kph": "km/h", "kmph": "km/h"}
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 BARE = {"%", "mm", "cm", "km", "in", "ft", "yd", "mi", "kg", "lb", "oz", "ml", "hr", "AM", "PM"}  # others are products
 
@@ -260,17 +254,12 @@ def read_unit(text: str, counts: bool) -> str | None:
 
 def known(word: str) -> str | None:
     """The unit of a symbol, whose case matters (mW, MW), or of a word, in the plural too."""
-    for spelling in (word, word.lower(), word.lower().removesuffix("s")):
-        if spelling in UNITS and (spelling == word or len(word) > 3 or len(word) == len(spelling) == 3):
-            return UNITS[spelling]
-    return None
+    spellings = [word, word.lower(), word.lower().removesuffix("s")][: max(1, len(word) - 1)]
+    return next((UNITS[spelling] for spelling in spellings if spelling in UNITS), None)
 
 
 def compare(unit: str, other: str) -> Fraction | None:
     """How many of the other unit one unit is: 1000 g are a kg. None if they cannot be compared, as kg and cm."""
-    (name, *power), (other_name, *other_power) = unit.partition("^"), other.partition("^")
-    if "unit" in (name, other_name) and power == other_power:  # 12 square units are 12 cm^2, but not 12 cm
-        return Fraction(1)
     size, dimensions = Fraction(1), Counter()
     for text, sign in ((unit, 1), (other, -1)):
         for name, _, exponent in (part.partition("^") for part in text.split()):

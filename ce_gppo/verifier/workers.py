@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from ce_gppo.messages import UserError
+from ce_gppo.messages import UserError, first_line
 from ce_gppo.verifier.answers import math_verify, same
 
 MAX_MEMORY = 4 * 2**30  # bytes of address space per worker
@@ -52,19 +52,16 @@ class Worker:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         for _ in range(3):
             self.kill()
-            self.loaded = set()
             # It ends when its stdin closes, which this process's end does. Ctrl-C is meant for this process only.
-            folder = Path(__file__).parents[2]
+            folder, self.loaded = Path(__file__).parents[2], set()
             self.process = subprocess.Popen(COMMAND, cwd=folder, bufsize=0, start_new_session=True, **pipes)
             if self.read(STARTUP_SECONDS) == b"ready\n":
                 return
         raise RuntimeError(f"the verifiers' worker does not start; `{' '.join(COMMAND)}` shows why")
 
     def read(self, timeout: float) -> bytes | None:
-        """The next line; b"" if the worker has died, None if it took more than `timeout` seconds.
-
-        The time in which it waits for a core does not count: a busy machine would make right answers wrong.
-        """
+        """The next line; b"" if the worker has died, None if it took more than `timeout` seconds. The time in which
+        it waits for a core does not count: a busy machine would make right answers wrong."""
         began, _ = self.usage()
         for _ in range(PATIENCE):
             if wait([self.process.stdout], timeout):
@@ -97,8 +94,7 @@ class Worker:
         raise UserError(f"verifier {verifier}: its import crashes, or takes over {STARTUP_SECONDS:g} s")
 
     def request(self, line: list, timeout: float) -> Components | None:
-        """The reply. {} if the worker died; None after `timeout` seconds, and it is killed. UserError for a mistake in
-        a user's verifier."""
+        """The reply; {} if the worker died; None after `timeout` seconds. UserError for a user's mistake."""
         try:
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
             reply = self.read(timeout)
@@ -132,10 +128,8 @@ def _stop_workers():
 
 
 def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> dict[Job, Components | None]:
-    """The results of distinct jobs. None, which counts as wrong, if a verifier took too long or crashed.
-
-    Jobs that were not reached within `budget` seconds are missing. UserError for a mistake in a user's verifier.
-    """
+    """The results of distinct jobs: None, which counts as wrong, if a verifier took too long or crashed; none of jobs
+    that were not reached within `budget` seconds. UserError for a mistake in a user's verifier."""
     with _lock:
         results = {job: _cache.pop(job) for job in jobs if job in _cache}
         missing = [job for job in jobs if job not in results]
@@ -208,8 +202,8 @@ def serve():
         resource.setrlimit(what, 2 * (most if allowed == resource.RLIM_INFINITY else min(most, allowed),))
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1):  # so that a library cannot read requests or print into the replies
-        os.dup2(nothing, stream)
+    os.dup2(nothing, 0)  # so that a library cannot read requests
+    os.dup2(nothing, 1)  # or print into the replies
     logging.disable()
     print("ready", file=replies, flush=True)
     for line in requests:
@@ -276,10 +270,8 @@ def call(verifier: str, response: str | None, answer: str) -> Components:
 def told(error: BaseException, path: Path) -> str:
     """An error as one line of text, with the number of the last line of the user's file in its traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        lines = [error.lineno]
-    text = (str(error).strip().splitlines() or [""])[0][:200]
-    return f"{type(error).__name__}{': ' if text else ''}{text}" + (f" (line {lines[-1]})" if lines else "")
+    lines = lines or [error.lineno] if isinstance(error, SyntaxError) else lines
+    return f"{type(error).__name__}: {first_line(error)}" + (f" (line {lines[-1]})" if lines else "")
 
 
 def as_components(value, verifier: str) -> Components:
