@@ -12,6 +12,7 @@ A verifier takes a response and the true answer. It returns a number, 1 for righ
 whose sum is the reward, such as {"correctness": 1.0, "format": 0.1}: it is correct if `correctness` is 1 or more.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -24,9 +25,9 @@ import torch
 
 from ce_gppo import messages
 from ce_gppo.messages import UserError
-from ce_gppo.verifier import outside, puzzles
+from ce_gppo.verifier import puzzles
 from ce_gppo.verifier.answers import Undecided, can_be_given, equal_now, last_box
-from ce_gppo.verifier.workers import BackgroundScorer, judge
+from ce_gppo.verifier.workers import BackgroundScorer, as_components, file_of, judge
 
 
 def after_hashes(response: str) -> str | None:
@@ -36,10 +37,8 @@ def after_hashes(response: str) -> str | None:
 
 
 def choice_letter(response: str) -> str | None:
-    """The content of the last box. Without a box: the capital letter after the last "answer is", "answer:" or ####.
-
-    None if two letters stand there: `C or D`, `C, D`.
-    """
+    """The content of the last box, or else the capital letter after the last "answer is", "answer:" or ####.
+    None if two letters stand there: `C or D`, `C, D`."""
     letters = re.findall(
         r"(?:[Aa]nswer(?: is)?:?|ANSWER:?|####)[ \t*$]{0,4}(?:\\(?:text|textbf|mathrm)\{|\\\()?\(?([A-Z])(?![A-Za-z])"
         r"([)*$} ]{0,4}(?:,|/|&|or|and) ?(?:or |and )?[(*$]{0,4}[A-HJ-Z](?![A-Za-z]))?",
@@ -49,15 +48,11 @@ def choice_letter(response: str) -> str | None:
 
 
 def any_answer(response: str) -> str | None:
-    """The content of the last <answer></answer>. Without these tags: the last box."""
     return puzzles.last_tag(response) or last_box(response)
 
 
 def after_thinking(response: str) -> str:
-    """The text after the last </think>; "" if <think> was opened again, or if there is no </think>.
-
-    Without </think> the thinking was cut: the prompt may have opened it, as DeepSeek-R1's chat template does.
-    """
+    """The text after the last </think>; "" if it was opened again, or never closed (the prompt may have opened it)."""
     _, end, rest = response.rpartition("</think>")
     return rest if end and "<think>" not in rest else ""
 
@@ -70,31 +65,18 @@ def extract_answer(response: str, verifier: str = "math", *, thinking: bool = Fa
     return EXTRACT.get(verifier, any_answer)(after_thinking(response) if thinking else response)
 
 
-def boxed(response: str, answer: str) -> float:
-    """Of several boxes only the last one counts; they are not joined into a list."""
-    return equal_now(last_box(response), answer)
-
-
-def gsm8k(response: str, answer: str) -> float:
-    return equal_now(after_hashes(response), answer)
-
-
 def choice(response: str, answer: str) -> float:
     if not re.fullmatch(r"\(?[A-Z]\)?", answer):
         raise UserError(f"choice: answer {answer[:40]!r}, where one capital letter is needed")
     return equal_now(choice_letter(response), answer)
 
 
-def exact(response: str, answer: str) -> float:
-    return float((any_answer(response) or response.strip()) == answer.strip())
-
-
 VERIFIERS: dict[str, Callable[[str, str], float | dict[str, float]]] = {
-    "math": boxed,
-    "gsm8k": gsm8k,
+    "math": lambda response, answer: equal_now(last_box(response), answer),  # several boxes are not joined into a list
+    "gsm8k": lambda response, answer: equal_now(after_hashes(response), answer),
     "choice": choice,
     "countdown": puzzles.countdown,
-    "exact": exact,
+    "exact": lambda response, answer: float((any_answer(response) or response.strip()) == answer.strip()),
     "walk": puzzles.walk,
 }
 
@@ -117,50 +99,41 @@ def score(
     workers   processes, at most (default: up to 4); started when first needed, kept between calls
     budget    seconds in workers for the whole batch; responses not reached by then score 0, and a line says how many
     thinking  a verifier gets only the text after the last </think>, and none if the thinking does not end
-    Raises ValueError if the lengths differ, RuntimeError if no worker can be started, UserError for a verifier of the
-    user's own that raises or returns anything but numbers.
+    Raises RuntimeError if no worker can be started, UserError for a mistake in a user's own verifier.
     """
-    if len(responses) != len(answers):
-        raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
     components = [{"correctness": 0.0} for _ in responses]
     jobs: dict[tuple[str, str, str], list[int]] = {}  # for workers: (verifier, response, answer) -> response indices
     for i, (response, answer) in enumerate(zip(responses, answers, strict=True)):
         verifier = verifiers[i] if verifiers else "math"
-        response = after_thinking(response) if thinking else response
-        job = verifier, response, answer
+        job = verifier, after_thinking(response) if thinking else response, answer
         if verifier in VERIFIERS:
             try:
-                components[i] = outside.as_components(VERIFIERS[verifier](response, answer), verifier)
+                components[i] = as_components(VERIFIERS[verifier](*job[1:]), verifier)
                 continue
             except Undecided as undecided:  # only math-verify can decide
                 job = "math", *undecided.args
         jobs.setdefault(job, []).append(i)
     results = judge(list(jobs), timeout, workers or min(4, os.cpu_count() or 1), budget)
-    unread = late = 0
-    for job, indices in jobs.items():
-        for i in indices:
-            components[i] = results.get(job) or components[i]
-        unread += len(indices) * (job not in results)
-        late += len(indices) * (results.get(job, {}) is None and job[0] != "math")
+    for i, job in ((i, job) for job, indices in jobs.items() for i in indices):
+        components[i] = results.get(job) or components[i]
+    unread = sum(len(indices) for job, indices in jobs.items() if job not in results)
+    late = sum(len(jobs[job]) for job, result in results.items() if result is None and job[0] != "math")
     for count, why in ((unread, f"unread: a batch has {budget:g} s"), (late, f"after {timeout:g} s, or a crash")):
         if count:
             messages.say(f"reward: {count} of {len(responses)} answers scored 0 {why}", warning=True)
     return components
 
 
-def in_background(problems: list, **options) -> BackgroundScorer:
-    """Scores groups of responses to these problems while others are still being sampled. options: those of `score`."""
-    return BackgroundScorer(score, problems, **options)
+# Takes problems and options of `score`. Scores groups of responses while others are still being sampled.
+in_background = functools.partial(BackgroundScorer, score)
 
 
 def with_rewards(rollout, components: list[list[dict[str, float]]], max_tokens: int, overlong: str):
     """The rollout with `components`, `correct` [B] and `rewards` [B]: the sum of the components and DAPO's penalty.
-
-    components: of each prompt's responses, as a BackgroundScorer's `finish` returns them.
-    """
+    components: of each prompt's responses, as a BackgroundScorer's `finish` returns them."""
     flat = list(itertools.chain(*components))
-    penalties = [overlong_penalty(length, max_tokens, overlong) for length in rollout.lengths.tolist()]
-    rewards = [sum(each.values()) + penalty for each, penalty in zip(flat, penalties, strict=True)]
+    pairs = zip(flat, rollout.lengths.tolist(), strict=True)
+    rewards = [sum(each.values()) + overlong_penalty(length, max_tokens, overlong) for each, length in pairs]
     correct = torch.tensor([each["correctness"] >= 1 for each in flat], dtype=torch.bool)  # [B]
     return replace(rollout, components=flat, correct=correct, rewards=torch.tensor(rewards, dtype=torch.float64))
 
@@ -168,19 +141,15 @@ def with_rewards(rollout, components: list[list[dict[str, float]]], max_tokens: 
 def unequal(rollout):
     """Whether the responses to each prompt differ in their rewards, without the penalty for length: bool [P]."""
     scores = torch.tensor([sum(each.values()) for each in rollout.components], dtype=torch.float64)  # [B]
-    scores = rollout.by_group(scores)  # [P, G]
-    return scores.amax(1) - scores.amin(1) > 1e-6
+    lowest, highest = rollout.by_group(scores).aminmax(dim=1)  # [P] each
+    return highest - lowest > 1e-6
 
 
 def overlong_penalty(length: int, max_length: int, overlong: str) -> float:
     """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0], if `overlong` is a number of tokens."""
-    if not overlong.isdecimal():
-        return 0.0
-    return max(-1.0, min(0.0, (max_length - int(overlong) - length) / int(overlong)))
+    excess = (max_length - int(overlong) - length) / int(overlong) if overlong.isdecimal() else 0.0
+    return max(-1.0, min(0.0, excess))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The verifier of each problem: by the setting `rewards`, by the name of its source, or else `math`
 
 EVERY = ""  # stands for every source that has no entry of its own
 
@@ -201,53 +170,46 @@ def read_setting(rewards: str) -> dict[str, str]:
 
 def full_name(name: str, source: str) -> str:
     """A name in VERIFIERS, or <path of the user's file>:<function>. UserError for any other name."""
-    if name in VERIFIERS:
-        return name
-    if not (path := outside.file_of(name)):
+    path = file_of(name)
+    if name not in VERIFIERS and not path:
         known = ", ".join([*VERIFIERS, "or mine.py:score, your own"])
         raise UserError(f"rewards: verifier '{name}' of source {source or '(any)'} is unknown; known: {known}")
-    if not path.is_file():
+    if path and not path.is_file():
         raise UserError(f"rewards: verifier {name}: there is no file {path}")
-    return f"{path.resolve()}:{name.rpartition(':')[2]}"
+    return f"{path.resolve()}:{name.rpartition(':')[2]}" if path else name
 
 
 def files(rewards: str) -> list[Path]:
     """The files of the user's own functions. UserError for what is wrong with `rewards` whatever the data are."""
-    names = [full_name(name, source) for source, name in read_setting(rewards).items()]
-    return sorted({path for name in names if (path := outside.file_of(name))})
+    paths = (file_of(full_name(name, source)) for source, name in read_setting(rewards).items())
+    return sorted(set(filter(None, paths)))
 
 
 def assign(rewards: str, *sets: list) -> tuple[str, list[list]]:
     """(a text with the verifier of each source; the sets of problems, each problem with its `verifier`).
 
-    UserError, before the run starts, for an unknown source or verifier, for a function that cannot be imported, or that
-    raises or returns nonsense for an empty response, and for a true answer that its verifier cannot read, or that no
-    response could give.
+    UserError, before the run starts, for an unknown source or verifier, for a function that cannot be imported or fails
+    on an empty response, and for a true answer that its verifier cannot read, or that no response could give.
     """
     chosen, sources = read_setting(rewards), sorted({problem.source for problem in itertools.chain(*sets)})
     if unknown := sorted(chosen.keys() - {EVERY, *sources}):
         raise UserError(f"rewards: no problem has the source '{unknown[0]}'; the data's: {', '.join(sources)}")
     names = {}
     for source in sources:
-        lower, default = source.lower(), "math" if source not in VERIFIERS else source
-        names[source] = chosen.get(source) or chosen.get(EVERY) or default
-        if not {source, EVERY} & chosen.keys() and source != lower and lower in VERIFIERS:
+        names[source] = chosen.get(source) or chosen.get(EVERY) or (source if source in VERIFIERS else "math")
+        if not {source, EVERY} & chosen.keys() and source not in VERIFIERS and (lower := source.lower()) in VERIFIERS:
             known = f"'{lower}', which has a verifier; say --rewards {source}={lower}, or {source}=math"
             raise UserError(f"source '{source}' is not {known}")
     full = {source: full_name(name, source) for source, name in names.items()}
     assigned = [[replace(problem, verifier=full[problem.source]) for problem in problems] for problems in sets]
-    own = {p.verifier: p.answer for p in itertools.chain(*assigned) if p.verifier not in VERIFIERS}
-    tried = judge([(name, "", answer) for name, answer in sorted(own.items())], timeout=3.0, num_workers=1, budget=60.0)
+    own = {p.verifier: (p.verifier, "", p.answer) for p in itertools.chain(*assigned) if p.verifier not in VERIFIERS}
+    tried = judge(sorted(own.values()), timeout=3.0, num_workers=1, budget=60.0)
     if failed := [name for (name, *_), result in tried.items() if result is None]:
-        raise UserError(
-            f"verifier {failed[0]} takes over 3 s for an empty response, or ends its process: all rewards would be 0"
-        )
+        raise UserError(f"verifier {failed[0]} takes over 3 s for an empty response, or ends its process")
     for problem in itertools.chain(*assigned):
         if problem.verifier in VERIFIERS:
             VERIFIERS[problem.verifier]("", problem.answer)
         if problem.verifier in ("math", "gsm8k") and not can_be_given(problem.answer):
-            raise UserError(
-                f"answer {problem.answer[:60]!r} of source {problem.source}: no response could equal it; something is "
-                "needed, with as many closing braces as opening ones"
-            )
+            what = "no response could equal it; something is needed, with as many closing braces as opening ones"
+            raise UserError(f"answer {problem.answer[:60]!r} of source {problem.source}: {what}")
     return ", ".join(f"{source} by {name}" for source, name in names.items()), assigned

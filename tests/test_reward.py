@@ -65,7 +65,7 @@ def test_one_at_a_time_is_the_same_and_so_is_any_order(found):
 
 
 def test_lengths_must_agree():
-    with pytest.raises(ValueError, match="2 responses but 3 answers"):
+    with pytest.raises(ValueError, match="argument 2 is longer"):
         score(["a", "b"], ["1", "2", "3"])
     assert score([], []) == []
 

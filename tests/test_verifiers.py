@@ -21,7 +21,7 @@ import torch
 import reward
 from ce_gppo.messages import UserError
 from ce_gppo.problems import Problem
-from ce_gppo.verifier import outside, puzzles, workers
+from ce_gppo.verifier import puzzles, workers
 from ce_gppo.verifier.answers import Undecided
 from helpers import ROOT, score
 from reward import VERIFIERS, extract_answer
@@ -268,7 +268,7 @@ def test_every_verifier_scores_any_text():
         answer = {"countdown": TASK, "choice": "C", "walk": "4 to 8"}.get(verifier, "4")
         for text in texts:
             with contextlib.suppress(Undecided):
-                assert outside.as_components(verify(text, answer), verifier)["correctness"] in (0, 1)
+                assert workers.as_components(verify(text, answer), verifier)["correctness"] in (0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -393,10 +393,10 @@ def test_a_users_function_gives_components_and_cannot_stop_the_run(mine, tmp_pat
     ],
 )
 def test_a_broken_function_is_a_sentence(mine, code, message):
-    """By outside.call, which the worker calls. The next test has the way from the worker."""
-    outside.load.cache_clear()
+    """By workers.call, which the worker calls. The next test has the way from the worker."""
+    workers.load.cache_clear()
     with pytest.raises(UserError, match=message) as error:
-        outside.call(mine(code), "four", "4")
+        workers.call(mine(code), "four", "4")
     assert "\n" not in str(error.value) and "mine.py" in str(error.value)
 
 
@@ -412,16 +412,18 @@ def test_the_sentence_arrives_from_the_worker(mine):
 
 @pytest.mark.parametrize("value", [1, True, 0.5, -1, Fraction(1, 2), torch.tensor(0.25)])
 def test_numbers_of_any_kind_are_numbers(value):
-    assert outside.as_components(value, "mine") == {"correctness": float(value)}
-    assert outside.as_components({"correctness": value, "b": 1}, "mine") == {"correctness": float(value), "b": 1.0}
+    assert workers.as_components(value, "mine") == {"correctness": float(value)}
+    assert workers.as_components({"correctness": value, "b": 1}, "mine") == {"correctness": float(value), "b": 1.0}
 
 
 def test_the_users_files_are_named(tmp_path):
-    """For the fingerprints of a run. Those beside them are not; nor does a file have to be there."""
+    """For the fingerprints of a run. Those beside them are not."""
     settings = f"x={tmp_path}/b.py:score,{tmp_path}/a.py:score,y={tmp_path}/a.py:other,z=math"
-    assert reward.files(settings) == [tmp_path / "a.py", tmp_path / "b.py"]
+    (tmp_path / "a.py").touch()
     with pytest.raises(UserError, match="there is no file .*b.py"):
-        reward.check_names(settings)
+        reward.files(settings)
+    (tmp_path / "b.py").touch()
+    assert reward.files(settings) == [tmp_path / "a.py", tmp_path / "b.py"]
 
 
 @pytest.mark.parametrize("name", ["reward", "loss", "data", "helper"])

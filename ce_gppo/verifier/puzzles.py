@@ -1,7 +1,9 @@
 """The rules of the puzzles, `countdown` and `walk`, and their verifiers. Model output is read here, never evaluated."""
 
 import json
+import operator
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 from ce_gppo.messages import UserError
@@ -16,16 +18,25 @@ MAX_DIGITS = 9
 MAX_NUMBERS = 20
 FORMAT = 0.1  # reward for the format in GRPO-Zero and TinyZero
 
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 TOKEN = re.compile(r"[0-9]+|[-+*/()]")  # not \d, which matches the digits of every script
 
 
 def countdown(response: str, answer: str) -> dict[str, float]:
     """Components: `correctness`, 1 if the last <answer></answer> solves the puzzle; `format`, 0.1 if the response ends
-    with that tag and its expression can be read.
-
-    answer: {"numbers": [19, 36, 55, 7], "target": 65}. UserError for any other form.
-    """
-    numbers, target = read_numbers(answer)
+    with that tag and its expression can be read. answer: {"numbers": [19, 36, 55, 7], "target": 65}."""
+    try:
+        task = json.loads(answer)
+        numbers, target = task["numbers"], task["target"]
+        valid = all(type(n) is int and abs(n) < 10**MAX_DIGITS for n in [*numbers, target])
+        valid = valid and 1 <= len(numbers) <= MAX_NUMBERS and min(numbers) >= 0
+    except (ValueError, TypeError, KeyError):
+        valid = False
+    if not valid:
+        raise UserError(
+            f'countdown: answer {answer[:60]!r}, where {{"numbers": [19, 36, 55, 7], "target": 65}} is needed: '
+            f"at most {MAX_NUMBERS} whole numbers of at most {MAX_DIGITS} digits"
+        )
     value, used = evaluate(last_tag(response) or "") or (None, [])
     right = value == target and sorted(used) == sorted(numbers)
     well_formed = value is not None and response.rstrip().endswith("</answer>")
@@ -39,48 +50,24 @@ def last_tag(response: str) -> str | None:
     return (end and begin and answer.strip()) or None
 
 
-def read_numbers(answer: str) -> tuple[list[int], int]:
-    """(numbers, target)"""
-    try:
-        task = json.loads(answer)
-        numbers, target = task["numbers"], task["target"]
-        whole = all(type(n) is int and abs(n) < 10**MAX_DIGITS for n in [*numbers, target])
-        if whole and 1 <= len(numbers) <= MAX_NUMBERS and min(numbers) >= 0:
-            return numbers, target
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise UserError(
-        f'countdown: answer {answer[:60]!r}, where {{"numbers": [19, 36, 55, 7], "target": 65}} is needed: '
-        f"at most {MAX_NUMBERS} whole numbers of at most {MAX_DIGITS} digits"
-    )
-
-
 def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
-    """(value, its numbers) of an expression. None if it is not valid, divides by 0, or exceeds a bound of this file.
+    """(value, its numbers) of an expression, by recursive descent: a sum of products of factors.
 
-    The bounds keep numerator and denominator of every value below MAX_CHARS digits.
-
-        sum      product, then any number of: + or -, product
-        product  factor, then any number of: * or /, factor
-        factor   a number, ( sum ), or - factor
+    None if it is not valid, divides by 0, or exceeds a bound of this file, so that numbers stay short.
     """
-    tokens = TOKEN.findall(text[: MAX_CHARS + 1])
-    if len(text) > MAX_CHARS or "".join(tokens) != re.sub(r"[ \t\n]", "", text):
+    tokens = TOKEN.findall(text[: MAX_CHARS + 1])[::-1]  # the next one is the last
+    if len(text) > MAX_CHARS or "".join(tokens[::-1]) != re.sub(r"[ \t\n]", "", text):
         return None
-    tokens.reverse()  # the next one is the last
     numbers: list[int] = []
 
-    def total(depth: int) -> Fraction:
-        value = product(depth)
-        while tokens and tokens[-1] in "+-":
-            value = value + product(depth) if tokens.pop() == "+" else value - product(depth)
+    def chain(operators: str, part: Callable[[int], Fraction], depth: int) -> Fraction:
+        value = part(depth)
+        while tokens and tokens[-1] in operators:
+            value = OPERATORS[tokens.pop()](value, part(depth))
         return value
 
-    def product(depth: int) -> Fraction:
-        value = factor(depth)
-        while tokens and tokens[-1] in "*/":
-            value = value * factor(depth) if tokens.pop() == "*" else value / factor(depth)
-        return value
+    def total(depth: int) -> Fraction:
+        return chain("+-", lambda depth: chain("*/", factor, depth), depth)
 
     def factor(depth: int) -> Fraction:
         token = tokens.pop() if tokens and depth <= MAX_DEPTH else ""
@@ -110,15 +97,13 @@ def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
 LARGEST = 59  # numbers are 0 to LARGEST
 MAX_MOVES = 6
 MOVES = (*(f"+{n}" for n in range(1, 11)), *(f"-{n}" for n in range(1, 11)), "*2", "*3")
-
 LINE = re.compile(r"([-+*][0-9]{1,2}) =(0|[1-9][0-9]?)")
 START_AND_TARGET = re.compile(r"(0|[1-9][0-9]?) to (0|[1-9][0-9]?)")
 
 
 def after(move: str, number: int) -> int:
     """The number after a move. It may be out of range."""
-    operand = int(move[1:])
-    return {"+": number + operand, "-": number - operand, "*": number * operand}[move[0]]
+    return OPERATORS[move[0]](number, int(move[1:]))
 
 
 def legal_moves(number: int) -> list[str]:
@@ -129,8 +114,7 @@ def legal_moves(number: int) -> list[str]:
 def walk(response: str, answer: str) -> float:
     """1.0 if there are at most six lines, each a legal move with its right result, and the last reaches the target.
 
-    Else 0.0. Spaces and newlines around the response are ignored. answer: "17 to 30", start and target. UserError for
-    any other form.
+    Else 0.0. Spaces and newlines around the response are ignored. answer: "17 to 30", start and target.
     """
     numbers = [int(number) for number in match.groups()] if (match := START_AND_TARGET.fullmatch(answer)) else []
     if not numbers or max(numbers) > LARGEST:

@@ -1,35 +1,38 @@
-"""Processes that can be killed, for verifiers that may hang; and a thread that scores while others are being sampled.
+r"""Processes that can be killed, for what may hang or crash: math-verify, and a user's own function mine.py:score.
 
-math-verify hangs on some answers, and a user's own function may. math-verify's time limit does not help: signal.alarm
-fails outside the main thread, and does not interrupt C (Math-Verify#50, #55).
+math-verify hangs on some answers. Its own time limit does not help: signal.alarm fails outside the main thread, and
+does not interrupt C (Math-Verify#50, #55).
 """
 
 import atexit
 import contextlib
+import functools
+import importlib.util
 import json
 import logging
+import math
 import os
-import queue
 import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from ce_gppo.messages import UserError
-from ce_gppo.verifier import outside
-from ce_gppo.verifier.answers import same
+from ce_gppo.messages import UserError, first_line
+from ce_gppo.verifier.answers import math_verify, same
 
 MAX_MEMORY = 4 * 2**30  # bytes of address space per worker
 MAX_CACHED = 100_000  # results
 PATIENCE = 10  # times its limit, at most, that a worker has on a busy machine
 STARTUP_SECONDS = 60.0  # a worker needs about 1 s on an idle machine, most of it for sympy
-MATH = "math"  # the name for math-verify; all other names are those of outside.load
+MATH = "math"  # the name for math-verify; all other names are those of `load`
 
 Job = tuple[str, str, str]  # verifier, response (of math only its answer), true answer
 Components = dict[str, float]
@@ -46,27 +49,19 @@ class Worker:
     def start(self):
         if self.process and self.process.poll() is None:
             return
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         for _ in range(3):
             self.kill()
-            self.loaded = set()
-            self.process = subprocess.Popen(
-                COMMAND,
-                cwd=Path(__file__).parents[2],
-                bufsize=0,
-                stdin=subprocess.PIPE,  # closes when this process ends in any way, and the worker then ends
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is meant for the main process only
-            )
+            # It ends when its stdin closes, which this process's end does. Ctrl-C is meant for this process only.
+            folder, self.loaded = Path(__file__).parents[2], set()
+            self.process = subprocess.Popen(COMMAND, cwd=folder, bufsize=0, start_new_session=True, **pipes)
             if self.read(STARTUP_SECONDS) == b"ready\n":
                 return
         raise RuntimeError(f"the verifiers' worker does not start; `{' '.join(COMMAND)}` shows why")
 
     def read(self, timeout: float) -> bytes | None:
-        """The next line; b"" if the worker has died, None if it took more than `timeout` seconds.
-
-        The time in which it waits for a core does not count: a busy machine would make right answers wrong.
-        """
+        """The next line; b"" if the worker has died, None if it took more than `timeout` seconds. The time in which
+        it waits for a core does not count: a busy machine would make right answers wrong."""
         began, _ = self.usage()
         for _ in range(PATIENCE):
             if wait([self.process.stdout], timeout):
@@ -82,32 +77,24 @@ class Worker:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] == "R"
 
     def ask(self, job: Job, timeout: float) -> Components | None:
-        """What the job's verifier gives. None if it takes more than `timeout` seconds, or crashes twice.
-
-        UserError for a mistake in a user's verifier.
-        """
+        """What the job's verifier gives. None if it takes more than `timeout` seconds, or crashes twice."""
         for _ in range(2):  # perhaps something else than this answer killed the worker
             self.load(job[0])
-            died, reply = self.request([*job, timeout], timeout)
-            if not died:
+            if (reply := self.request([*job, timeout], timeout)) != {}:
                 return reply
         return None
 
     def load(self, verifier: str) -> None:
         """Start, and import this verifier, which may take longer than to score a response. UserError if that fails."""
-        for _ in range(2):  # as in `ask`
+        for _ in range(2):
             self.start()
-            if verifier in self.loaded:
+            if verifier in self.loaded or self.request([verifier, None, "", STARTUP_SECONDS], STARTUP_SECONDS):
+                self.loaded.add(verifier)
                 return
-            died, reply = self.request([verifier, None, None, STARTUP_SECONDS], STARTUP_SECONDS)
-            if not died:
-                break
-        if reply is None:
-            raise UserError(f"verifier {verifier}: its import crashes, or takes over {STARTUP_SECONDS:g} s")
-        self.loaded.add(verifier)
+        raise UserError(f"verifier {verifier}: its import crashes, or takes over {STARTUP_SECONDS:g} s")
 
-    def request(self, line: list, timeout: float) -> tuple[bool, Components | None]:
-        """(whether the worker died, its reply). After `timeout` seconds it is killed, and the reply is None."""
+    def request(self, line: list, timeout: float) -> Components | None:
+        """The reply; {} if the worker died; None after `timeout` seconds. UserError for a user's mistake."""
         try:
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
             reply = self.read(timeout)
@@ -115,11 +102,11 @@ class Worker:
             reply = b""
         if not reply:
             self.kill()
-            return reply is not None, None
+            return None if reply is None else {}
         reply = json.loads(reply)
         if isinstance(reply, str):
             raise UserError(reply)
-        return False, reply
+        return reply
 
     def kill(self):
         if self.process:
@@ -141,35 +128,31 @@ def _stop_workers():
 
 
 def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> dict[Job, Components | None]:
-    """The results of distinct jobs. None, which counts as wrong, if a verifier took too long or crashed.
-
-    Jobs that were not reached within `budget` seconds are missing. UserError for a mistake in a user's verifier.
-    """
+    """The results of distinct jobs: None, which counts as wrong, if a verifier took too long or crashed; none of jobs
+    that were not reached within `budget` seconds. UserError for a mistake in a user's verifier."""
     with _lock:
         results = {job: _cache.pop(job) for job in jobs if job in _cache}
-        waiting = [job for job in jobs if job not in results]
-        waiting.sort(key=lambda job: -abs(len(job[1]) - len(job[2])))  # popped first: lengths like the true answer's
-        verifiers = sorted({job[0] for job in waiting})
+        missing = [job for job in jobs if job not in results]
+        missing.sort(key=lambda job: abs(len(job[1]) - len(job[2])))  # first: as long as the true answer
+        waiting = iter(missing)  # for all threads
 
         def work(worker: Worker):
-            for verifier in verifiers:
+            for verifier in sorted({job[0] for job in missing}):
                 worker.load(verifier)
             end = time.monotonic() + budget
-            while waiting and time.monotonic() < end:
-                try:
-                    job = waiting.pop()
-                except IndexError:  # another thread was faster
+            for job in waiting:
+                if time.monotonic() >= end:
                     return
                 results[job] = worker.ask(job, timeout)
 
-        num_workers = min(num_workers, len(waiting))
+        num_workers = min(num_workers, len(missing))
         _workers.extend(Worker() for _ in range(num_workers - len(_workers)))
-        if waiting:
+        if missing:
             with ThreadPoolExecutor(num_workers) as threads:
                 try:
                     list(threads.map(work, _workers[:num_workers]))
                 finally:
-                    waiting.clear()  # also after an exception, so that no thread continues
+                    list(waiting)  # also after an exception, so that no thread continues
         _cache.update({job: result for job, result in results.items() if job[0] == MATH})  # other jobs are too large
         for job in list(_cache)[: max(0, len(_cache) - MAX_CACHED)]:
             del _cache[job]
@@ -181,87 +164,129 @@ class BackgroundScorer:
 
     def __init__(self, score: Callable, problems: list, **options):
         """problems: one for each group to come, with `answer` and `verifier`. options: keyword arguments of `score`."""
-        self.score, self.problems, self.options = score, problems, options
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()
+        self.score, self.problems = functools.partial(score, **options), problems
         self.components: list[list[Components]] = [[] for _ in problems]
-        self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
+        self.waiting: deque[tuple[int, str]] = deque()
+        self.thread, self.batches = ThreadPoolExecutor(1), []
 
     def add(self, index: int, texts: list[str]) -> None:
         """A group of responses to the problem of this index."""
-        self.waiting.put((index, texts))
+        self.waiting.extend((index, text) for text in texts)
+        self.batches.append(self.thread.submit(self._score_waiting))
 
     def finish(self) -> list[list[Components]]:
         """Wait, and return what each group's responses got. Raises the error that `score` raised, if any."""
-        self.waiting.put(None)
-        self.thread.join()
-        if self.error:
-            raise self.error
+        self.thread.shutdown()
+        for batch in self.batches:
+            batch.result()
         return self.components
 
-    def _work(self) -> None:
-        last = False
-        while not last and not self.error:
-            groups = [self.waiting.get()]
-            while not self.waiting.empty():
-                groups.append(self.waiting.get())
-            last = groups[-1] is None
-            responses = [(index, text) for index, texts in filter(None, groups) for text in texts]
-            problems = [self.problems[index] for index, _ in responses]
-            answers, verifiers = [p.answer for p in problems], [p.verifier for p in problems]
-            try:
-                scores = self.score([text for _, text in responses], answers, verifiers, **self.options)
-                for (index, _), components in zip(responses, scores, strict=True):
-                    self.components[index].append(components)
-            except Exception as error:
-                self.error = error
+    def _score_waiting(self) -> None:
+        batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
+        problems = [self.problems[index] for index, _ in batch]
+        answers, verifiers = [p.answer for p in problems], [p.verifier for p in problems]
+        scores = self.score([text for _, text in batch], answers, verifiers)
+        for (index, _), components in zip(batch, scores, strict=True):
+            self.components[index].append(components)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The worker's side
 
 
 def serve():
-    """The worker's side: one "ready", then a JSON reply for each JSON line [verifier, response, answer, seconds].
-
-    Without a response it only imports the verifier. A reply is the components, or a sentence about what is wrong.
-    """
+    """One "ready", then a JSON reply for each JSON line [verifier, response, answer, seconds]: the components, or a
+    sentence about what is wrong. Without a response the verifier is only imported."""
     for what, most in ((resource.RLIMIT_AS, MAX_MEMORY), (resource.RLIMIT_CORE, 0)):
         allowed = resource.getrlimit(what)[1]
         resource.setrlimit(what, 2 * (most if allowed == resource.RLIM_INFINITY else min(most, allowed),))
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1):  # so that a library cannot read requests or print into the replies
-        os.dup2(nothing, stream)
+    os.dup2(nothing, 0)  # so that a library cannot read requests
+    os.dup2(nothing, 1)  # or print into the replies
     logging.disable()
     print("ready", file=replies, flush=True)
     for line in requests:
         verifier, response, answer, seconds = json.loads(line)
-        limit(seconds)
-        reply = answer_to(verifier, response, answer)
-        limit(0)
+        signal.setitimer(
+            signal.ITIMER_PROF, 2 * seconds + 1
+        )  # without a parent to kill it, the kernel ends this process
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds + 1)
+        try:
+            reply = math_components(response, answer) if verifier == MATH else call(verifier, response, answer)
+        except UserError as error:
+            reply = str(error)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(reply), file=replies, flush=True)
 
 
-def limit(seconds: float) -> None:
-    """Without a parent to kill it, the kernel ends this process. 0: it does not."""
-    signal.setitimer(signal.ITIMER_PROF, seconds and 2 * seconds + 1)  # of a core
-    signal.setitimer(signal.ITIMER_REAL, seconds and PATIENCE * seconds + 1)
-
-
-def answer_to(verifier: str, response: str | None, answer: str) -> Components | str:
-    if verifier == MATH and response is None:  # imports sympy, prepares the parser
-        outside.math_verify(r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}")
-        return {}
-    if verifier == MATH:
-        try:
-            return {"correctness": float(same(response, answer, outside.math_verify))}
-        except Exception:  # sympy can raise any error: the answers then count as different
-            return {"correctness": 0.0}
+def math_components(response: str | None, answer: str) -> Components:
+    if response is None:  # imports sympy, prepares the parser
+        response, answer = r"\frac{\sqrt{2}}{2}+x^{2}", r"x^2+\frac{1}{\sqrt{2}}"
     try:
-        if response is not None:
-            return outside.call(verifier, response, answer)
-        outside.load(verifier)
-        return {}
-    except UserError as error:
-        return str(error)
+        return {"correctness": float(same(response, answer, math_verify))}
+    except Exception:  # sympy can raise any error: the answers then count as different
+        return {"correctness": 0.0}
+
+
+def file_of(verifier: str) -> Path | None:
+    """mine.py of mine.py:score; None for the name of a verifier."""
+    path, _, function = verifier.rpartition(":")
+    return Path(path) if path.endswith(".py") and function.isidentifier() else None
+
+
+@functools.cache
+def load(verifier: str) -> Callable:
+    """The function of /path/mine.py:score. UserError if the file or the function is missing."""
+    path, name = file_of(verifier), verifier.rpartition(":")[2]
+    # The files beside it hide no library, and this program's files (reward.py, loss.py) do not hide them.
+    program = [folder for folder in sys.path if Path(folder, "ce_gppo").is_dir()]
+    sys.path[:] = [folder for folder in sys.path if folder not in program] + [str(path.parent), *program]
+    try:
+        spec = importlib.util.spec_from_file_location(f"verifier_{path.stem}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"verifier {verifier}: {path} cannot be imported: {told(error, path)}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"verifier {verifier}: {path} has no function {name}; it has: {', '.join(functions) or 'none'}")
+    return function
+
+
+def call(verifier: str, response: str | None, answer: str) -> Components:
+    """The components that a user's function returns. UserError if it raises, or returns anything else."""
+    function = load(verifier)
+    try:
+        return as_components(0.0 if response is None else function(response, answer), verifier)
+    except (MemoryError, RecursionError, UserError):  # a hostile response can cause the first two; they end the worker
+        raise
+    except (Exception, SystemExit) as error:
+        what = told(error, file_of(verifier))
+        raise UserError(f"verifier {verifier} raised {what}; a wrong response should be 0, not an error") from None
+
+
+def told(error: BaseException, path: Path) -> str:
+    """An error as one line of text, with the number of the last line of the user's file in its traceback."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    lines = lines or [error.lineno] if isinstance(error, SyntaxError) else lines
+    return f"{type(error).__name__}: {first_line(error)}" + (f" (line {lines[-1]})" if lines else "")
+
+
+def as_components(value, verifier: str) -> Components:
+    """A verifier's result as named components; a number becomes `correctness`. UserError for any other result."""
+    components = value if isinstance(value, dict) else {"correctness": value}
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        numbers = {name: float(number) for name, number in components.items() if not isinstance(number, str)}
+        named = all(isinstance(name, str) and name.isprintable() and name not in ("", "mean") for name in components)
+        complete = "correctness" in numbers and len(numbers) == len(components)
+        if named and complete and all(map(math.isfinite, numbers.values())):
+            return numbers
+    raise UserError(
+        f"verifier {verifier} returned {repr(value)[:80]}; a number is needed, or a dictionary of numbers by name with "
+        "'correctness' among them ('mean' is taken)"
+    )
 
 
 if __name__ == "__main__":
