@@ -131,8 +131,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         context = config.max_prompt_tokens + max(config.max_response_tokens, config.eval_response_tokens)
         engine = Engine(source, tokenizer, context, config.gpu_memory_utilization, config.rollout_tp, config.seed)
         check_engine(engine, model, policy, problems[0].prompt_ids, config, device)
-        extract = partial(reward.extract_answer, thinking=config.thinking)
-        log = Log(folder, config, state, tokenizer, extract) if parallel.is_main() else None
+        log = Log(folder, config, state, tokenizer, reward.extract_answer) if parallel.is_main() else None
     meter = Meter(model, device)
     saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic, log.accuracies if log else dict)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
@@ -164,7 +163,6 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         messages.say(f'stopped after step {state.step}; continue with: make train ARGS="--resume {folder}"')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # A step: sample, select, learn, report
 
 
@@ -310,8 +308,7 @@ def report(
 def objective_of_step(config: Config, state: checkpoint.State) -> loss.Objective:
     beta1, beta2 = betas_of_step(config, state.step + 1, state.control)
     moved = {"beta1": beta1, "beta2": beta2, "entropy_coef": bonus_of_step(config, state.control)}
-    if config.advantages == "gae":
-        moved["kl_coef"] = 0.0  # the critic has it in the reward, see advantages.py
+    moved |= {"kl_coef": 0.0} if config.advantages == "gae" else {}  # the critic has it in the reward
     fields = {name: getattr(config, name) for name in loss.Objective.__dataclass_fields__ if name != "name"}
     return loss.Objective(config.objective, **fields | moved)
 
