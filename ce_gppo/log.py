@@ -1,6 +1,7 @@
 """What a run writes and prints: its plan, JSONL files, a bar or lines, and at the end a table and advice."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -48,9 +49,10 @@ def plan(config, folder: Path, model, device: str, problems: str, step: int) -> 
 class Log:
     """The files of a run and its W&B run. When `step` or `add` returns, all is on the disk."""
 
-    def __init__(self, folder: Path, config, state, tokenizer, extract: Callable[[str, str], str | None]):
+    def __init__(self, folder: Path, config, state, tokenizer, extract: Callable):
         """state: of the checkpoint that the run goes on from, or a new one. extract: reward.extract_answer."""
-        self.folder, self.config, self.tokenizer, self.extract = folder, config, tokenizer, extract
+        self.folder, self.config, self.tokenizer = folder, config, tokenizer
+        self.extract = functools.partial(extract, thinking=config.thinking)
         with explained(f"the files in {folder} cannot be written"):
             # Without a checkpoint the evaluation before step 1 is done again, too.
             rows, *_ = [keep_until(folder / f"{name}.jsonl", state.step or -1) for name in FILES]
