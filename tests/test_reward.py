@@ -1,6 +1,5 @@
 """The verifier of mathematics: pairs with the verdict of a careful mathematician, hostile answers, dying workers."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -164,8 +163,7 @@ def test_reading_hostile_text_raises_nothing():
     for _ in range(5_000):
         answer, truth = ("".join(rng.choices(tokens, k=rng.randint(1, 12))) for _ in range(2))
         truth = rng.choice([truth, answer + truth])
-        with contextlib.suppress(answers.Undecided):
-            answers.same(answers.normalize(answer), answers.normalize(truth))
+        answers.same(answers.normalize(answer), answers.normalize(truth), lambda *_: False)
 
 
 def test_a_hanging_answer_costs_only_itself(no_cache):

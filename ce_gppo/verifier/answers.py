@@ -1,9 +1,8 @@
 r"""Answers: whether two of them are the same. The grammar's one door; spelling.py and grammar.py read them.
 
-Numbers are exact: 0.333 is not 1/3, but 0.333\ldots is. A unit may be left out, but not be a different one: 60 km/h is
-60, and not 60 mph; 25\% is \frac14 and 25, but 0.25\% is not 0.25. The order of a list or set does not count, that of a
-tuple does. `x = 3` is 3, as its left side is a name; `x^2 = 4` is not 4. `(C) 12` is C and 12, but not D. Scalars that
-are no number, and sets of reals, are left to math-verify, which may hang and is therefore asked only in a worker.
+Numbers are exact: 0.333 is not 1/3, but 0.333\ldots is. A unit may be left out, but not be a different one. The order
+of a list or set does not count, that of a tuple does. `x = 3` is 3, as its left side is a name; `x^2 = 4` is not 4.
+Scalars that are no number, and sets of reals, are left to math-verify: it may hang, and is asked only in a worker.
 """
 
 import functools
