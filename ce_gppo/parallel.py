@@ -68,7 +68,8 @@ def all_gather(value) -> list:
     Tensors must be on the CPU: others would arrive on the sender's GPU everywhere.
     """
     leaves = tree_leaves(value)
-    leaves += tree_leaves([vars(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf)])
+    for leaf in leaves:  # the list grows
+        leaves += tree_leaves(vars(leaf)) if dataclasses.is_dataclass(leaf) else []
     if any(isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu" for leaf in leaves):
         raise ValueError("all_gather: a tensor is not on the CPU")
     values = [value] * world_size()
