@@ -11,8 +11,9 @@ import pytest
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ["PYTHONPATH"] = f"{Path(__file__).parents[1]}:{Path(__file__).parent}"  # for preloaded.py
 
-# A shell's background job ignores Ctrl-C. The runs of the tests would inherit that.
+# A shell's background job ignores Ctrl-C, and nohup a closed terminal. The runs of the tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests run in two processes (pytest-xdist). With more threads than cores, they would wait for each other in busy loops.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
