@@ -14,7 +14,7 @@ from ce_gppo.messages import UserError
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy
 from ce_gppo.problems import Problem
-from helpers import resolved, rollout_of
+from helpers import Forked, quick, resolved, rollout_of
 from results import branch, draw
 from results.settings import SETTINGS
 
@@ -191,3 +191,17 @@ def test_a_start_without_a_whole_checkpoint(tmp_path, monkeypatch):
 def test_stored_branches_give_the_stored_pages():
     for path in (draw.Path(branch.__file__).parent).glob("*-branches.jsonl"):
         assert draw.table_of_branches(draw.read_branches(path)) == path.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+def test_with_vllm_the_command_branches_and_draws(tmp_path):
+    results = tmp_path / "branches.jsonl"
+    process = Forked(
+        *("results.branch", "--results", str(results), "--branches", "2", "--settings", "gppo"),
+        *("--held-out", "8", *quick(tmp_path), "--prompts-per-step", "8", "--max-kept-prompts", "8"),
+    )
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    rows = draw.read_branches(results)
+    assert {(r["setting"], r["step"]) for r in rows} >= {(name, step) for name in ("grpo", "gppo") for step in (1, 6)}
+    assert results.with_suffix(".png").stat().st_size > 10_000 and "gppo" in results.with_suffix(".md").read_text()

@@ -154,7 +154,8 @@ def test_a_run_stopped_in_any_part_of_a_step_ends_within_20_seconds_and_loses_at
 @pytest.mark.skipif("KILLS" not in os.environ, reason="make torture")
 def test_torture(tmp_path):
     """A run of twelve steps with many kills at random moments equals a run without kills."""
-    arguments = [*SMALL, "--steps", "12", "--checkpoint-every", "1", "--run-name", "it"]
+    longer = ("--prompts-per-step", "32", "--max-kept-prompts", "32", "--mini-batch-prompts", "4")  # steps
+    arguments = [*SMALL, *longer, "--steps", "12", "--checkpoint-every", "1", "--run-name", "it"]
     whole, cut = tmp_path / "whole" / "it", tmp_path / "cut" / "it"
     run(tmp_path / "whole", *arguments)
     seconds = sum(row["time/step"] for row in metrics_of(whole)[1:]) / 12

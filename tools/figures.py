@@ -128,7 +128,7 @@ def figure(groups: dict[str, list[list[dict]]]) -> plt.Figure:
     for axis, (label, runs) in zip(below, groups.items(), strict=True):
         draw_velocity(axis, runs)
         axis.set(title=f"entropy velocity, {label}", xlabel="step")
-    below[0].set_ylabel("nats per token")
+    below[0].set_ylabel("rate in the logits")
     if below[0].get_legend_handles_labels()[0]:
         below[-1].legend(*below[0].get_legend_handles_labels(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in (entropy, held_out, clipped, *below):
