@@ -28,7 +28,7 @@ help:  ## list the targets
 train: setup $(RUN_DATA)  ## train; settings by ARGS="--lr 3e-5 --seed 1" (ARGS=--help lists them), or RECIPE=<name>; GPUS=8
 	@.venv/bin/$(if $(GPUS),torchrun --standalone --nproc_per_node $(GPUS),python) train.py $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)
 
-eval: setup $(if $(and $(MODEL),$(BENCH)),,data)  ## evaluate: MODEL=out/<run>/checkpoint-000040 BENCH=aime24,aime25 K=32
+eval: setup $(if $(and $(MODEL),$(BENCH)),,data)  ## evaluate: MODEL=out/<run>/checkpoint-000060 BENCH=aime24,aime25 K=32
 	@.venv/bin/python -m tools.evaluate $(if $(MODEL),--model $(MODEL)) $(if $(BENCH),--bench $(BENCH)) $(if $(K),--k $(K)) $(ARGS)
 
 figures: setup  ## draw curves of runs: RUNS="out/a out/b"
