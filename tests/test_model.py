@@ -235,9 +235,8 @@ def test_a_model_that_will_be_sharded_stays_on_the_host(monkeypatch, tiny_folder
     assert calls == [moved, *["compiled"] * (device != "cpu")]
 
 
+@torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True)  # and restored: monkeypatch would delete these
 def test_only_the_layers_are_compiled(tiny_model, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
     compile_layers(tiny_model, backend="eager")
