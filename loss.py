@@ -232,7 +232,7 @@ def policy_loss(batch, logprobs: Tensor, entropy: Tensor | None, objective: Obje
         token_loss = spec.token_loss(tokens, o)  # [N]
         if o.dual_clip is not None:  # arXiv 1912.09729: bounds the loss of NA, and ends its gradient, at delta > c
             token_loss = torch.where(A < 0, torch.minimum(token_loss, -o.dual_clip * A), token_loss)
-        if o.rollout_correction != "none":
+        if o.rollout_correction in CAPS:
             token_loss = token_loss * correction_weights(batch, o.rollout_correction)
         info = {"log_ratio": log_ratio, "ratio": ratio}
         if o.kl_coef:  # k3 of KL(pi || pi_ref), as in GRPO, arXiv 2402.03300, eq. 4
@@ -271,10 +271,11 @@ def mean_of_response(values: Tensor, batch) -> Tensor:
 # Corrections where vLLM's probabilities are not the trainer's: r_t = pi_old / pi_vllm, and a cap c.
 #   tis      min(r_t, c)                               seq-tis, seq-mask   the same of r_1 ... r_T, over a response
 #   mask     1 if 1/c <= r_t <= c, 0 otherwise         geo-mask            the same of (r_1 ... r_T)^(1/T)
+#   bypass   no weights: pi_old is vLLM's from the second update on, which saves a pass; ratios are less exact
 # By token they are biased, with a low variance. The product is unbiased; its variance grows with length. Masked tokens
 # stay in the denominator of the loss; in verl they leave it.
 CAPS = {"tis": 2.0, "mask": 2.0, "seq-tis": 2.0, "seq-mask": 2.0, "geo-mask": 1.001}
-CORRECTIONS = ("none", *CAPS)
+CORRECTIONS = ("none", "bypass", *CAPS)
 
 
 def correction_weights(batch, kind: str, cap: float | None = None) -> Tensor:

@@ -74,10 +74,9 @@ class Config:
     kl_coef: t.NonNegative = 0.0  # KL from the model that the run began with, in the loss; gae: in the reward; 0: off
     entropy_coef: t.NonNegative = 0.0  # entropy bonus; the paper compares with one
     positive_nll_coef: t.NonNegative = 0.0  # adds the mean negative log-likelihood of the correct responses [0.1]
-    rollout_correction: t.one_of(loss.CORRECTIONS) = "none"  # for vLLM/trainer logprob differences: tis, mask, ...
+    rollout_correction: t.one_of(loss.CORRECTIONS) = "none"  # for vLLM/trainer logprob differences, see loss.py
 
     # Updates.
-    old_logprobs: t.one_of(["trainer", "sampler"]) = "trainer"  # sampler: vLLM's; saves a pass, ratios are less exact
     mini_batch_prompts: t.Count = 8  # groups per update; max_kept_prompts / mini_batch_prompts updates an epoch [16]
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
     lr: t.Rate = 8e-5  # AdamW learning rate [1e-6]
@@ -254,7 +253,7 @@ def origins_of_old_logprobs(config: Config, count: int, critic_warmup: bool) -> 
     """Of each of `count` mini-batches: a pass before the updates, vLLM, or its own update, if that is the first one."""
     if critic_warmup or config.spec.token_filter:  # no update; or one that picks tokens before it begins
         return ["pass"] * count
-    later = "sampler" if config.old_logprobs == "sampler" else "pass"
+    later = "sampler" if config.rollout_correction == "bypass" else "pass"
     return ["update", *[later] * (count - 1)][:count]  # in the first update the ratio is 1: its pass gives them
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tomllib
 import typing
@@ -146,11 +145,8 @@ def command(main: Callable, Config: type | None = None, description: str | None 
 
 
 def cli(Config: type, args: list[str], **options):
-    """The settings on the command line. The help has 40 columns at least: with three or fewer tyro never ends it."""
     import tyro  # not at the top: bench.gpu runs without it
 
-    if shutil.get_terminal_size().columns < 40:
-        os.environ["COLUMNS"] = "40"
     return tyro.cli(Config, args=args, **options)
 
 
@@ -226,8 +222,8 @@ def conflicts(given, c) -> Iterator[str]:
     if gae and c.steps <= c.warmup_steps:
         only = f"with advantages = gae only the critic learns in the first warmup_steps = {c.warmup_steps}"
         yield f"steps = {c.steps}: {only}, and the policy would stay as it is"
-    if c.old_logprobs == "sampler" and (c.spec.token_filter or c.rollout_correction != "none"):
-        yield f"{c.objective} with rollout_correction = {c.rollout_correction} needs old_logprobs = trainer"
+    if c.rollout_correction == "bypass" and c.spec.token_filter:
+        yield f"rollout_correction = bypass: {c.objective} picks tokens by the trainer's old logprobs; leave it out"
     if "/" in c.run_name or c.run_name in (".", ".."):
         yield f"run_name = {c.run_name}: a name is needed, not a path; --out names the folder of the runs"
     if ranks % c.rollout_tp and c.rollout_tp > 1:

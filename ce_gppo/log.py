@@ -213,9 +213,9 @@ def faults(steps: list[dict], c) -> Iterator[str]:
         values = [row[name] for row in steps[-min(LAST, (len(steps) + 1) // 2) :] if name in row]
         return sum(values) / len(values) if values else default
 
-    if (kl := at_end("mismatch/kl")) > MAX_MISMATCH and c.rollout_correction == "none":
-        cure = "old_logprobs to trainer and " * (c.old_logprobs == "sampler") + "rollout_correction to tis"
-        yield f"vLLM and the trainer gave tokens different probabilities (mismatch/kl {kl:.2g} nats): set {cure}."
+    if (kl := at_end("mismatch/kl")) > MAX_MISMATCH and c.rollout_correction in ("none", "bypass"):
+        gap = f"vLLM and the trainer gave tokens different probabilities (mismatch/kl {kl:.2g} nats)"
+        yield f"{gap}: set rollout_correction to tis."
 
     trained = [row for row in steps if "kl/approx" in row]
     far = [row for row in trained if row["kl/approx"] > MAX_KL]

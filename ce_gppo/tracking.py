@@ -150,7 +150,7 @@ def token_rows(by_rank: list[list], problems: list, tokenizer) -> list[dict]:
     """Rows of tokens.jsonl: a right and a wrong response of the first, the last and some updates between.
 
     by_rank: every rank's updates. A row has lists with a number for each token that is kept, None if not finite:
-    old_logprobs, entropy (of the weights that sampled it; with old_logprobs = sampler the entropy is the update's),
+    old_logprobs, entropy (of the weights that sampled it; with a bypass the entropy is the update's),
     advantage, ratio, clipped (-1 below the interval with A < 0, 1 above it with A > 0), weight, velocity.
     """
     rows, updates = [], list(zip(*by_rank, strict=True))

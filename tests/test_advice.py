@@ -113,7 +113,7 @@ def test_at_most_two_faults_the_gravest_first():
 
 
 def test_sentences_that_depend_on_other_settings():
-    assert "set old_logprobs to trainer and rollout_correction" in faults(run(mismatch_kl=1), old_logprobs="sampler")[0]
+    assert "set rollout_correction to tis" in faults(run(mismatch_kl=1), rollout_correction="bypass")[0]
     assert faults(run(mismatch_kl=1), rollout_correction="tis") == []
     assert "lower lr (0.0001) or beta1 (0.75) or epochs (3)." in faults(run(kl_approx=1), epochs=3)[0]
     assert "lower lr (0.0001)." in faults(run(kl_approx=1), objective="grpo")[0]

@@ -304,7 +304,7 @@ def factor_of(kind: str, ratios: list[float], t: int, c: float) -> float:
 def test_rollout_corrections_scale_the_gradient_and_leave_the_ratio_alone(kind, cap, monkeypatch):
     """vLLM's logprobs differ by much in some responses and by little in others, in both directions."""
     assert L.CAPS == {"tis": 2, "mask": 2, "seq-tis": 2, "seq-mask": 2, "geo-mask": 1.001}
-    assert L.CORRECTIONS == ("none", "tis", "mask", "seq-tis", "seq-mask", "geo-mask")
+    assert L.CORRECTIONS == ("none", "bypass", "tis", "mask", "seq-tis", "seq-mask", "geo-mask")
     batch, logprobs = random_case(14, B=60)
     size = torch.tensor([2.0, 0.2, 0.002], dtype=torch.float64).repeat(20)[batch.sequence]
     gap = size * torch.randn(len(size), generator=torch.Generator().manual_seed(14), dtype=torch.float64)

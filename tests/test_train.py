@@ -280,13 +280,14 @@ def test_old_logprobs_only_of_what_trains(tiny_model, tmp_path):
     assert not torch.equal(tiny_model.lm_head.weight, before.lm_head.weight) and learned.lr == 0.5
 
 
-def test_old_logprobs_of_the_sampler(tiny_model, tmp_path):
+def test_bypass_takes_the_old_logprobs_of_the_sampler(tiny_model, tmp_path):
     """From the second mini-batch on they are vLLM's, without a pass; the first has the trainer's, which are free."""
-    rollout, (first, second), learned = learn(tiny_model, tmp_path, old_logprobs="sampler")
+    rollout, (first, second), learned = learn(tiny_model, tmp_path, rollout_correction="bypass")
     assert [part.index.tolist() for part in learned.measured] == [first.tolist()]
     by_hand = [update.sums.values() for update in learned.updates]
     assert by_hand[0]["ratio/max"] == 1 and by_hand[1]["kl/approx"] > 1, "vLLM's are around -0.5, the policy's -6"
-    assert train.origins_of_old_logprobs(resolved(old_logprobs="sampler"), 3, False) == ["update", "sampler", "sampler"]
+    bypass = resolved(rollout_correction="bypass")
+    assert train.origins_of_old_logprobs(bypass, 3, False) == ["update", "sampler", "sampler"]
     assert train.origins_of_old_logprobs(resolved(), 3, False) == ["update", "pass", "pass"]
     assert train.origins_of_old_logprobs(resolved(objective="kl_cov"), 2, False) == ["pass", "pass"]
     assert train.origins_of_old_logprobs(resolved(), 2, True) == ["pass", "pass"]
