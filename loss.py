@@ -242,9 +242,8 @@ def policy_loss(batch, logprobs: Tensor, entropy: Tensor | None, objective: Obje
         share = shares(batch, o, totals)  # [N]
         loss = (token_loss * share).sum()  # this micro-batch's part of the mini-batch's loss
         if o.positive_nll_coef:  # the mean over the tokens of the correct responses, in every aggregation
-            loss = (
-                loss - o.positive_nll_coef / max(1.0, totals.correct_tokens) * leaf[batch.correct[batch.sequence]].sum()
-            )
+            likelihood = leaf[batch.correct[batch.sequence]].sum() / max(1.0, totals.correct_tokens)
+            loss = loss - o.positive_nll_coef * likelihood
 
         weight = -torch.autograd.grad(loss, leaf)[0]  # [N]  a token's loss depends on its own logprob only
         # Surrogate: the value of the loss, and by these weights its gradient, now with respect to the model's logprobs.

@@ -124,7 +124,8 @@ def largest_share(ranks: int, responses: int, mean: int, longest: int) -> float:
         normal = torch.randn(responses, generator=generator)  # [responses]
         lengths = ((0.8 * normal - 0.32).exp() * mean).clamp(1, longest).long().tolist()  # 0.32: half of 0.8 squared
         loads = [0] * ranks
-        for length, owner in zip(lengths, parallel.largest_first(lengths, ranks), strict=True):
+        owners = parallel.deal(list(range(responses)), lengths, lengths, ranks)
+        for length, owner in zip(lengths, owners, strict=True):
             loads[owner] += length
         found.append(max(loads) / sum(lengths))
     return sum(found) / len(found)

@@ -13,6 +13,7 @@ from ce_gppo import parallel
 
 BY_TOKEN = ("tokens", "rollout_logprobs", "advantages", "old_logprobs", "entropy", "reference_logprobs")
 BY_TOKEN += ("values", "returns", "token_mask")
+REPEATED = 0.25  # of a token's memory, at most, is what attention keeps of it, and so of each repetition of a prompt
 
 
 @dataclass(frozen=True)
@@ -123,19 +124,20 @@ def gather(rollout: Rollout, prompts: list[list[int]], own: list[int]) -> Rollou
 
 def local_batch(rollout: Rollout) -> Rollout:
     """The responses that this rank works on, in their order; the ranks' shares have nearly equal numbers of tokens."""
-    owners = parallel.largest_first(rollout.sizes.tolist(), parallel.world_size())
-    return rollout[torch.tensor(owners, dtype=torch.long) == parallel.rank()]
+    columns = (column.tolist() for column in (rollout.prompt_of, rollout.sizes, rollout.lengths))
+    return rollout[torch.tensor(parallel.deal(*columns, parallel.world_size())) == parallel.rank()]
 
 
 def micro_batches(rollout: Rollout, max_tokens: int) -> list[Rollout]:
-    """Parts of at most max_tokens packed tokens, in order. Every rank gets the same number, some perhaps empty.
+    """Parts of at most max_tokens tokens, in order. Every rank gets the same number, some perhaps empty.
 
-    Neighbours that share a prompt have it once in a part. A longer response gets a part of its own. Collective.
+    Neighbours that share a prompt have it once in a part; attention sees it in each sequence, see REPEATED. A response
+    that is longer gets a part of its own. Collective.
     """
     cuts, tokens, previous = [0], 0, None
     columns = (column.tolist() for column in (rollout.prompt_of, rollout.sizes, rollout.lengths))
     for i, (prompt, size, length) in enumerate(zip(*columns, strict=True)):
-        tokens += length if prompt == previous else size
+        tokens += length + REPEATED * (size - length) if prompt == previous else size
         if tokens > max_tokens and i > cuts[-1]:
             cuts.append(i)
             tokens = size  # its prompt once more

@@ -96,9 +96,6 @@ def read_schedule(text: str) -> list[tuple[int, float, float]]:
         if not (beta1 <= 1 and beta2 <= 1):
             raise UserError(f"beta_schedule: the betas in '{point}' must be at least 0 and at most 1")
         if step <= (points[-1][0] if points else 1):
-            raise UserError(
-                f"beta_schedule: the steps must rise, and the first be 2 or later, as step 1 has beta1 and beta2; "
-                f"'{point}' does not"
-            )
+            raise UserError(f"beta_schedule: step {step} in '{point}' must be above 1 and the step before it")
         points.append((step, beta1, beta2))
     return points

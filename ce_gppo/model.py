@@ -121,16 +121,11 @@ def check_config(path: str) -> transformers.PretrainedConfig:
 def check_loaded(info: dict, path: str) -> None:
     """UserError for weights that transformers made at random; a warning for weights in the files that it left out."""
     if wrong := info["missing_keys"] | {name for name, _, _ in info["mismatched_keys"]}:
-        raise UserError(
-            f"model '{path}': {len(wrong)} of its weights, such as {min(wrong)}, are not in its files, or not in the "
-            "shape that config.json gives them"
-        )
+        found = f"{len(wrong)} of its weights, such as {min(wrong)}, are not in its files, or not in the shape"
+        raise UserError(f"model '{path}': {found} that config.json gives them")
     if unused := info["unexpected_keys"]:
-        say(
-            f"model '{path}': {len(unused)} weights in its files, such as {min(unused)}, are not in a model of its "
-            "config.json: they are left out, and checkpoints will lack them",
-            warning=True,
-        )
+        found = f"{len(unused)} weights in its files, such as {min(unused)}, are not in a model of its config.json"
+        say(f"model '{path}': {found}: they are left out, and checkpoints will lack them", warning=True)
 
 
 def check_names(model: PreTrainedModel, path: str) -> None:
@@ -142,10 +137,8 @@ def check_names(model: PreTrainedModel, path: str) -> None:
     own = {name.removeprefix(prefix): weight for name, weight in model.named_parameters()}
     head = model.get_output_embeddings().weight  # if it is tied, either name may be in the files
     if missing := [name for name, weight in own.items() if name not in stored and weight is not head]:
-        raise UserError(
-            f"model '{path}': {len(missing)} of its weights, such as {missing[0]}, have other names in its files, so "
-            "they could not be sent to vLLM; a dense model trains"
-        )
+        found = f"{len(missing)} of its weights, such as {missing[0]}, have other names in its files"
+        raise UserError(f"model '{path}': {found}, so they could not be sent to vLLM; a dense model trains")
 
 
 @torch.no_grad()
@@ -162,10 +155,8 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
         raise UserError(f"model '{path}': {found}, so its weights are damaged or quantized")
     difference = (together - alone).abs().max().item()
     if not difference < 1e-4 * alone.std():  # rounding gives 1e-5 at most, a convolution 1e-3 and more
-        raise UserError(
-            f"model '{path}': the logprobs of a {type(model).__name__} change by {difference:.2g} nats when two "
-            "sequences share a pass; only models that mix tokens in attention and nowhere else can be trained"
-        )
+        found = f"its logprobs change by {difference:.2g} nats when two sequences share a pass"
+        raise UserError(f"model '{path}': {found}; only models that mix tokens in nothing but attention can be trained")
 
 
 def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -176,10 +167,8 @@ def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         named.append(transformers.GenerationConfig.from_pretrained(path).eos_token_id)
     ids = {i for entry in named for i in (entry if isinstance(entry, list) else [entry]) if i is not None}
     if beyond := [i for i in ids if i not in range(config.vocab_size)]:
-        raise UserError(
-            f"model '{path}': its end-of-sequence token {beyond[0]!r} is not in its vocabulary of {config.vocab_size} "
-            "tokens; correct eos_token_id in config.json, generation_config.json or the tokenizer's files"
-        )
+        found = f"its end-of-sequence token {beyond[0]!r} is not in its vocabulary of {config.vocab_size} tokens"
+        raise UserError(f"model '{path}': {found}; correct eos_token_id in its files")
     return sorted(ids)
 
 
@@ -191,8 +180,6 @@ def check_end(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         end = tokenizer.encode(text.rpartition("The answer.")[2], add_special_tokens=False)
     if end and not set(end) & set(ends):
-        say(
-            f"model '{path}': its chat template ends an answer with {tokenizer.convert_ids_to_tokens(end[0])!r}, which "
-            "is no end-of-sequence token; add it to eos_token_id in generation_config.json",
-            warning=True,
-        )
+        found = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(end[0])!r}"
+        cure = "which is no end-of-sequence token; add it to eos_token_id in generation_config.json"
+        say(f"model '{path}': {found}, {cure}", warning=True)

@@ -106,12 +106,19 @@ def round_robin(count: int, ranks_per_engine: int = 1) -> list[int]:
     return list(range(rank() // ranks_per_engine, count, world_size() // ranks_per_engine))
 
 
-def largest_first(sizes: list[int], ranks: int) -> list[int]:
-    """The rank of each item, for nearly even loads: the largest remaining item goes to the rank with the least load."""
-    owners, loads = [0] * len(sizes), [0] * ranks
-    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
-        owners[item] = min(range(ranks), key=loads.__getitem__)
-        loads[owners[item]] += sizes[item]
+def deal(groups: list[int], sizes: list[int], lengths: list[int], ranks: int) -> list[int]:
+    """The rank of each response, for nearly even loads: the longest first, to the rank with the fewest tokens.
+
+    Of the ranks that have its group's prompt already, as long as one has room. sizes: of prompt and response together.
+    """
+    prompts = {group: size - length for group, size, length in zip(groups, sizes, lengths, strict=True)}
+    room = (sum(lengths) + sum(prompts.values())) / ranks  # tokens of an even load
+    owners, loads, has = [0] * len(lengths), [0] * ranks, {group: set() for group in prompts}
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        having = [rank for rank in has[groups[i]] if loads[rank] + lengths[i] <= room]
+        owners[i] = rank = min(having or range(ranks), key=loads.__getitem__)
+        loads[rank] += lengths[i] if rank in has[groups[i]] else sizes[i]
+        has[groups[i]].add(rank)
     return owners
 
 

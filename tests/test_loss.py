@@ -513,7 +513,7 @@ def test_betas_on_a_schedule():
         ),
         *((text, "at least 0 and at most 1") for text in ("5:1.1,1", "5:1,1.01")),
         *(
-            (text, "the steps must rise, and the first be 2 or later")
+            (text, "must be above 1 and the step before it")
             for text in ("1:1,1", "5:1,1 5:0,0", "5:1,1 4:0,0")
         ),
     ],

@@ -90,8 +90,11 @@ def test_what_a_rank_knows_of_itself(monkeypatch, capsys, size, rank, own):
     assert bool(capsys.readouterr().out) == (rank == 0)
 
 
-def test_the_largest_goes_to_the_rank_with_the_least_load():
-    assert parallel.largest_first([3, 9, 5, 4, 1], 2) == [0, 0, 1, 1, 1] and parallel.largest_first([], 2) == []
+def test_the_longest_goes_to_the_rank_with_the_least_load_that_has_its_prompt():
+    assert parallel.deal([0, 1, 2, 3, 4], [4, 10, 6, 5, 2], [3, 9, 5, 4, 1], 2) == [0, 0, 1, 1, 1]
+    assert parallel.deal([0, 0, 1, 1], [104, 103, 104, 103], [4, 3, 4, 3], 2) == [0, 0, 1, 1]
+    assert parallel.deal([0, 0, 0, 0], [14, 13, 12, 11], [4, 3, 2, 1], 2) == [0, 1, 1, 0], "split above an even load"
+    assert parallel.deal([], [], [], 2) == []
 
 
 def test_what_several_ranks_say_together(monkeypatch):
