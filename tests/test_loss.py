@@ -512,10 +512,7 @@ def test_betas_on_a_schedule():
             for text in ("5", "5:1", "5:1,1,1", "-5:1,1", "5:-1,1", "5:a,1", "5:1.,1")
         ),
         *((text, "at least 0 and at most 1") for text in ("5:1.1,1", "5:1,1.01")),
-        *(
-            (text, "must be above 1 and the step before it")
-            for text in ("1:1,1", "5:1,1 5:0,0", "5:1,1 4:0,0")
-        ),
+        *((text, "must be above 1 and the step before it") for text in ("1:1,1", "5:1,1 5:0,0", "5:1,1 4:0,0")),
     ],
 )
 def test_a_schedule_that_is_none_is_refused(text, message):
