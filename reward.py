@@ -58,6 +58,7 @@ def after_thinking(response: str) -> str:
 
 
 EXTRACT = {"math": last_box, "gsm8k": after_hashes, "choice": choice_letter}
+MARKS = {"math": r"\boxed{", "gsm8k": "####", "countdown": "<answer>", "exact": "<answer>"}  # that they look for
 
 
 def extract_answer(response: str, verifier: str = "math", *, thinking: bool = False) -> str | None:

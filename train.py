@@ -25,7 +25,7 @@ from ce_gppo.advantages import ADVANTAGES, Critic, group_advantages
 from ce_gppo.batch import Rollout, append, concat, gather, local_batch, micro_batches, pack, with_token_mask
 from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
 from ce_gppo.log import Log, plan
-from ce_gppo.model import load_model, load_reference, named_weights
+from ce_gppo.model import load_model, load_reference, load_tokenizer, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
 from ce_gppo.problems import Problem, check_files, evaluate_policy, load_sets, problems_of_batch, seed_of_step
@@ -117,8 +117,9 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         folder, last = parallel.rank0_then_broadcast(lambda: run.locate(config, resume, files))
         check_files(config.train_data, config.eval_data)  # before a large model is downloaded
         source = str(last or config.model)
-        model, tokenizer = load_model(source, device, config.gradient_checkpointing, config.shard)
-        problems, held_out, about = load_sets(config, tokenizer, model.config, reward.assign)
+        known, tokenizer = load_tokenizer(source)
+        problems, held_out, about = load_sets(config, tokenizer, known, reward.assign, reward.MARKS)
+        model, _ = load_model(source, device, config.gradient_checkpointing, config.shard)
         policy = parallel.distribute(Policy(model), config.shard, model._no_split_modules or [])
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
         critic = Critic(config, source, device) if config.advantages == "gae" else None

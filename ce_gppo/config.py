@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tomllib
 import typing
@@ -145,8 +146,10 @@ def command(main: Callable, Config: type | None = None, description: str | None 
 
 
 def cli(Config: type, args: list[str], **options):
+    """The settings on the command line. In a terminal of three columns tyro's help would take all memory."""
     import tyro  # not at the top: bench.gpu runs without it
 
+    os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
     return tyro.cli(Config, args=args, **options)
 
 

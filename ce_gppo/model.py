@@ -23,6 +23,13 @@ UNSUPPORTED = ("quantization_config", "final_logit_softcapping", "logits_scaling
 JSON = ("config", "generation_config", "tokenizer_config", "tokenizer", "special_tokens_map", "model.safetensors.index")
 
 
+def load_tokenizer(path: str) -> tuple[transformers.PretrainedConfig, PreTrainedTokenizerBase]:
+    """A model's configuration and tokenizer, before its weights. UserError where they are known to be wrong."""
+    config = check_config(path)
+    with explained(f"model '{path}': its tokenizer cannot be loaded"):
+        return config, transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
 def load_model(
     path: str, device: str = "cpu", gradient_checkpointing: bool = False, shard: str = "no"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -33,13 +40,12 @@ def load_model(
     Only safetensors are read, and no code of the folder is run. UserError for a model that would be trained wrongly.
     """
     with explained(f"model '{path}' cannot be loaded (docs/models.md lists the families that train)"):
-        check_config(path)
+        _, tokenizer = load_tokenizer(path)
         transformers.utils.logging.disable_progress_bar()
         register_attention()
         options = {"attn_implementation": "packed", "use_safetensors": True, "trust_remote_code": False}
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # check_loaded refuses them
         model, info = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         check_loaded(info, path)
         head = model.get_output_embeddings()
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:

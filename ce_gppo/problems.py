@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import typing
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from ce_gppo.messages import UserError
 TODAY = datetime.date(2024, 7, 26)
 PUZZLES = ("walk", "countdown")  # verifiers of tasks with many right texts, where different ones can be counted
 ROLES = ("system", "developer", "user", "assistant", "tool")
+CHECKED = 100  # problems of each file whose text must survive the tokenizer
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def load_problems(
     rows = [row for file in path.split(",") for row in load_rows(file)]
     if tokenizer.chat_template is None:
         raise UserError(f"{path}: the model's tokenizer has no chat template, so its prompts cannot be rendered")
-    problems = []
+    problems, control = [], control_tokens(tokenizer)
     for number, row in enumerate(rows, start=1):
         messages = [message for message in row["prompt"] if not (system_prompt and message["role"] == "system")]
         if system_prompt:
@@ -121,23 +123,37 @@ def load_problems(
             prompt = tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # templates are programs, and can raise any error
             raise UserError(f"{path}, problem {number}: the chat template refuses it: {error}") from None
+        for problem in _problems_with_prompt(prompt, messages, control):
+            raise UserError(f"{path}, problem {number}: {problem}")
         # The template writes its own beginning-of-sequence token; the tokenizer must not add a second one.
         ids = tokenizer.encode(prompt, add_special_tokens=False)
-        if not ids:
-            raise UserError(f"{path}, problem {number}: its prompt has no tokens; the tokenizer's files are damaged")
         if len(ids) <= max_prompt_tokens:
             problems.append(Problem(prompt, ids, row["answer"], row["source"], question))
-    if len({problem.prompt for problem in problems}) == 1 < len({problem.question for problem in problems}):
-        raise UserError(f"{path}: the chat template gives every problem the same prompt, {problems[0].prompt[:60]!r}")
     if not problems:
         raise UserError(f"{path}: every prompt is longer than max_prompt_tokens = {max_prompt_tokens}; raise it")
     return problems, len(rows) - len(problems)
 
 
-def load_sets(config, tokenizer, model_config, assign: Callable) -> tuple[list[Problem], list[Problem], str]:
+def control_tokens(tokenizer) -> re.Pattern:
+    """Texts that structure a prompt: special tokens, and those of the chat template, such as the begin of a turn."""
+    known = ((str(token), token.special) for token in tokenizer.added_tokens_decoder.values())
+    found = [text for text, special in known if special or text in str(tokenizer.chat_template)]
+    return re.compile("|".join(re.escape(text) for text in found if text not in ("<think>", "</think>")) or "(?!)")
+
+
+def _problems_with_prompt(prompt: str, messages: list[dict], control: re.Pattern) -> Iterator[str]:
+    for role, text in ((message["role"], message["content"].strip()) for message in messages):
+        if found := control.search(text):
+            yield f"its text has {found[0]!r}, which the model would read as a control token; take it out"
+        if role in ("system", "developer", "user") and text not in prompt:  # some templates shorten the assistant's
+            cure = "; prompt_suffix can say it" if role == "system" else ""
+            yield f"the chat template leaves out or changes what the {role} says, {text[:60]!r}{cure}"
+
+
+def load_sets(config, tokenizer, model_config, assign: Callable, marks: dict) -> tuple[list, list, str]:
     """(training problems, held-out problems, a text with their numbers and verifiers) for train.py's settings.
 
-    model_config: of transformers. assign: reward.assign. UserError if they do not fit the model or its tokenizer.
+    model_config: of transformers. assign, marks: reward.py's. UserError if they do not fit the model or its tokenizer.
     """
     for name in ("max_response_tokens", "eval_response_tokens"):
         longest = config.max_prompt_tokens + getattr(config, name)
@@ -147,26 +163,43 @@ def load_sets(config, tokenizer, model_config, assign: Callable) -> tuple[list[P
     with messages.explained(f"problems of {config.train_data} and {config.eval_data} cannot be read"):
         problems, dropped = load_problems(config.train_data, tokenizer, *limits)
         held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *limits)
-    check_tokens(problems + held_out, model_config.vocab_size, tokenizer, config.thinking)
     if trained := len({problem.prompt for problem in held_out} & {problem.prompt for problem in problems}):
         messages.say(f"{trained} held-out problems are also trained on, so their accuracy says little", warning=True)
     pairs = {(problem.prompt, problem.answer.strip()) for problem in problems + held_out}
     if contradicting := sum(count > 1 for count in Counter(prompt for prompt, _ in pairs).values()):
         messages.say(f"{contradicting} problems are there several times, with different answers", warning=True)
     verifiers, (problems, held_out) = assign(config.rewards, problems, held_out)
+    for part in (problems, held_out):
+        check_tokens(part, model_config.vocab_size, tokenizer, config.thinking, marks)
     sizes = f"{len(problems)} training and {len(held_out)} held-out problems ({dropped} and {held_out_dropped} dropped:"
     return problems, held_out, f"{sizes} prompt longer than {limits[0]} tokens)\nrewards      {verifiers}"
 
 
-def check_tokens(problems: list[Problem], vocabulary: int, tokenizer, thinking: bool) -> None:
-    """UserError for a prompt's token that the model does not have, or where the text of a response lacks </think>."""
+def check_tokens(problems: list[Problem], vocabulary: int, tokenizer, thinking: bool, marks: dict[str, str]) -> None:
+    """UserError where tokens are not what they seem: the model lacks one, or they do not give back the text.
+
+    marks: by verifier, what it looks for in a response. The tokenizer must not drop it, as it does special tokens.
+    """
+
+    def back(text: str) -> list[str]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return unicodedata.normalize("NFKC", tokenizer.decode(ids, skip_special_tokens=True)).split()
+
+    asked = [problem.question for problem in problems[:CHECKED]]
+    lost = [text for text in asked if back(text) != unicodedata.normalize("NFKC", text).split()]
+    if len(lost) > len(asked) / 2:
+        found = " ".join(back(lost[0]))
+        raise UserError(f"the tokenizer makes {found[:60]!r} of {lost[0][:60]!r}; its class is not that of its files")
     for problem in problems:
         if (largest := max(problem.prompt_ids)) >= vocabulary:
             told = f"the prompt {problem.prompt[:60]!r} has the token {largest}, and the model only has {vocabulary}"
             raise UserError(f"{told}: its tokenizer's files are another model's, or were extended without the weights")
-    shown = tokenizer.decode(tokenizer.encode("</think>", add_special_tokens=False), skip_special_tokens=True)
-    if thinking and "</think>" not in shown:
-        raise UserError("thinking: the tokenizer drops </think> as a special token, so no answer could follow it")
+    sought = {name: marks[name] for name in sorted({problem.verifier for problem in problems} & marks.keys())}
+    for name, mark in (sought | ({"thinking": "</think>"} if thinking else {})).items():
+        if mark not in "".join(back(mark)):
+            raise UserError(f"{name}: the tokenizer drops {mark} as a special token, so that no response can have it")
+    if thinking and problems[0].prompt.rstrip().endswith("</think>"):
+        raise UserError("thinking: the chat template ends the thinking itself, so that no response has </think>")
 
 
 def problems_of_batch(problems: list[Problem], batch: int, count: int, seed: int) -> list[Problem]:

@@ -147,7 +147,7 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
         raise UserError("branches have no reference policy and no critic: they need kl_coef = 0 and no gae")
     device, source = parallel.init(), str(start or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing)
-    problems, held_out, _ = load_sets(config, tokenizer, model.config, reward.assign)
+    problems, held_out, _ = load_sets(config, tokenizer, model.config, reward.assign, reward.MARKS)
     held_out = held_out[: options.held_out]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **train.ADAMW)
     state = checkpoint.load(start, model, optimizer) if start else State("", control=first_control(config))

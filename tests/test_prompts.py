@@ -1,7 +1,10 @@
 """Bad data is named by file and line; prompts are rendered once."""
 
+import contextlib
 import copy
 import itertools
+import json
+import re
 import types
 from dataclasses import replace
 from unittest import mock
@@ -9,9 +12,11 @@ from unittest import mock
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig
 
 import reward
 from ce_gppo.messages import UserError
+from ce_gppo.model import load_tokenizer
 from ce_gppo.problems import (
     Problem,
     check_tokens,
@@ -106,14 +111,39 @@ def test_one_beginning_of_sequence_token(write_rows, tokenizer):
 
 @pytest.mark.parametrize(
     "template, message",
-    [(None, "no chat template"), ("", "no tokens"), ("hello", "gives every problem the same prompt")]
-    + [("{{ raise_exception('no') }}", "problem 1: the chat template refuses it: no")],
+    [
+        (None, "no chat template"),
+        ("{{ messages[0]['content'] }}", "leaves out or changes what the user says, '1.2=.'$"),
+        ("", "leaves out or changes what the system says"),
+        ("{{ raise_exception('no') }}", "problem 1: the chat template refuses it: no"),
+        ("{{ messages[-1]['content'] }}", "changes what the system says, 'Hm.'; prompt_suffix can say it"),
+        ("{{ messages[0]['content'] }}{{ messages[-1]['content'] | upper }}x", None),
+    ],
 )
-def test_a_chat_template_that_leaves_the_problem_out_is_refused(tokenizer, write_rows, monkeypatch, template, message):
-    other = GOOD | {"prompt": [{"role": "user", "content": "2 + 2"}]}
+def test_a_chat_template_that_leaves_a_text_out_is_refused(tokenizer, write_rows, monkeypatch, template, message):
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(UserError, match=message):
-        load_problems(write_rows(GOOD, other), tokenizer, 64)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        load_problems(write_rows(GOOD), tokenizer, 64, system_prompt="Hm.")
+
+
+@pytest.mark.parametrize(
+    "role, text, found",
+    [
+        ("user", "1+2=?<|end|><|assistant|>", "'<|end|>'"),
+        ("system", "Say <|user|>.", "'<|user|>'"),
+        ("user", "1<turn>2", "'<turn>'"),  # not special, but the template's
+        ("user", "1<other>2", None),  # neither
+        ("system", "Think in <think></think>.", None),
+    ],
+)
+def test_a_text_with_a_control_token_is_refused(tokenizer, write_rows, role, text, found):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<turn>", "<other>", "<think>", "</think>"])
+    tokenizer.chat_template += "{# <turn> <think> #}"
+    row = GOOD | {"prompt": [{"role": role, "content": text}, *GOOD["prompt"]]}
+    refused = pytest.raises(UserError, match=rf"problem 2: its text has {re.escape(found)}, which") if found else None
+    with refused or contextlib.nullcontext():
+        load_problems(write_rows(GOOD, row), tokenizer, 64)
 
 
 def test_several_files_are_one(write_rows, tokenizer):
@@ -137,15 +167,33 @@ def test_system_prompt_and_suffix(write_rows, tokenizer):
     assert {problem.question for problem in load_problems(path, tokenizer, 64, "Hm.", "Box it.")[0]} == {"1+2=?"}
 
 
-def test_tokens_that_the_model_lacks_or_that_hide_the_end_of_thinking(tokenizer):
+def test_tokens_that_the_model_lacks_or_that_hide_what_a_verifier_looks_for(tokenizer):
     problems, hiding = [Problem("", [3, 9], "", ""), Problem("", [10, 3], "", "")], copy.deepcopy(tokenizer)
-    hiding.add_special_tokens({"additional_special_tokens": ["</think>"]})
-    check_tokens(problems, 11, tokenizer, thinking=True)
-    check_tokens(problems, 11, hiding, thinking=False)
+    hiding.add_special_tokens({"additional_special_tokens": ["</think>", "<answer>"]})
+    by_exact = [replace(problems[0], verifier="exact")]
+    check_tokens(problems + by_exact, 11, tokenizer, True, reward.MARKS)
+    check_tokens(problems, 11, hiding, False, reward.MARKS)
     with pytest.raises(UserError, match="has the token 10, and the model only has 10"):
-        check_tokens(problems, 10, tokenizer, thinking=False)
-    with pytest.raises(UserError, match="drops </think> as a special token"):
-        check_tokens(problems, 11, hiding, thinking=True)
+        check_tokens(problems, 10, tokenizer, False, reward.MARKS)
+    with pytest.raises(UserError, match="thinking: the tokenizer drops </think> as a special token"):
+        check_tokens(problems, 11, hiding, True, reward.MARKS)
+    with pytest.raises(UserError, match="exact: the tokenizer drops <answer> as a special token"):
+        check_tokens(by_exact, 11, hiding, False, reward.MARKS)
+    with pytest.raises(UserError, match="thinking: the chat template ends the thinking itself"):
+        check_tokens([replace(problems[0], prompt="1+2=?<think>\n\n</think>\n\n")], 11, tokenizer, True, reward.MARKS)
+
+
+def test_a_tokenizer_that_loses_the_spaces_is_refused(tmp_path, tokenizer):
+    """Of a Llama model with a byte-level tokenizer.json, as R1-Distill-Llama has; its class expects sentencepiece."""
+    tokenizer.save_pretrained(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "LlamaTokenizerFast"}))
+    _, other = load_tokenizer(str(tmp_path))
+    problems = [Problem("", [3], "", "", question=question) for question in ("What is 3?", "And 3 plus 4?", "7")]
+    check_tokens(problems, 11, tokenizer, False, {})
+    with pytest.raises(UserError, match="the tokenizer makes 'Whatis3.' of 'What is 3.'; its class is not that of"):
+        check_tokens(problems, 11, other, False, {})
 
 
 def test_a_template_that_prints_the_date_gives_the_same_prompts_every_day(write_rows, tokenizer):
@@ -161,7 +209,7 @@ def test_held_out_problems_that_are_trained_on_and_problems_with_two_answers_are
 
     def sets(held_out, **settings):
         config = resolved(train_data=path, eval_data=held_out, max_prompt_tokens=64, **settings)
-        return load_sets(config, tokenizer, limits, reward.assign), capsys.readouterr().err
+        return load_sets(config, tokenizer, limits, reward.assign, reward.MARKS), capsys.readouterr().err
 
     (problems, held_out, sizes), told = sets(path)
     assert (len(problems), len(held_out)) == (2, 2) and "2 training and 2 held-out problems (0 and 0 dropped" in sizes

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from ce_gppo import config as t
 from ce_gppo.config import command
 from ce_gppo.messages import UserError
-from ce_gppo.model import check_config
+from ce_gppo.model import load_tokenizer
 from ce_gppo.problems import Problem, check_files, check_tokens, evaluate, load_problems
 from ce_gppo.run import lock_file, open_to_append
-from reward import assign, extract_answer, files, score
+from reward import MARKS, assign, extract_answer, files, score
 from rollout import Engine, prepare_environment
 from tools.tables import compare, print_table, read_results
 
@@ -57,13 +56,12 @@ def main(config: Config) -> None:
     paths = [name if name.endswith(".jsonl") else f"data/benchmarks/{name}.jsonl" for name in config.bench.split(",")]
     check_files(*paths)  # before a large model is downloaded
     files(config.rewards)
-    known = check_config(config.model)
+    known, tokenizer = load_tokenizer(config.model)
     limit = known.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     longest = min(config.max_prompt_tokens, limit - 1)
     problems, dropped = load_problems(",".join(paths), tokenizer, longest, config.system_prompt, config.prompt_suffix)
-    check_tokens(problems, known.vocab_size, tokenizer, config.thinking)
     verifiers, (problems,) = assign(config.rewards, problems)
+    check_tokens(problems, known.vocab_size, tokenizer, config.thinking, MARKS)
     longest = max(len(problem.prompt_ids) for problem in problems)
     max_tokens = config.max_response_tokens or min(16384, limit - longest)
     if longest + max_tokens > limit:
