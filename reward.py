@@ -100,7 +100,7 @@ def score(
     workers   processes, at most (default: up to 4); started when first needed, kept between calls
     budget    seconds in workers for the whole batch; responses not reached by then score 0, and a line says how many
     thinking  a verifier gets only the text after the last </think>, and none if the thinking does not end
-    Raises RuntimeError if no worker can be started, UserError for a mistake in a user's own verifier.
+    Raises UserError if no worker can be started, or for a mistake in a user's own verifier.
     """
     components = [{"correctness": 0.0} for _ in responses]
     jobs: dict[tuple[str, str, str], list[int]] = {}  # for workers: (verifier, response, answer) -> response indices

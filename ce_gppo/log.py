@@ -27,7 +27,6 @@ def plan(config, folder: Path, model, device: str, problems: str, step: int) -> 
     c, world, group, batches = config, parallel.world_size(), config.responses_per_prompt, max_batches(config)
     parameters, updates = sum(p.numel() for p in model.parameters()), updates_of_step(c)
     betas = "no betas" if c.beta1 is None else f"beta1 {c.beta1}, beta2 {c.beta2}"
-    only_update = updates == 1 and c.old_logprobs == "trainer"
     lines = {
         "run": f"{folder}" + f", continued after step {step}" * bool(step),
         "model": f"{c.model}, {parameters / 1e6:,.2f} M parameters, on {device}"
@@ -38,7 +37,7 @@ def plan(config, folder: Path, model, device: str, problems: str, step: int) -> 
         "step": f"{c.prompts_per_step} prompts x {group} = {c.prompts_per_step * group} responses"
         + f", up to {batches} times" * (batches > 1)
         + f", then up to {updates} updates of {c.mini_batch_prompts * group} responses; {c.steps} steps"
-        + "; nothing is clipped, as a step's only update has ratio 1" * only_update
+        + "; nothing is clipped, as a step's only update has ratio 1" * (updates == 1)
         + f"; on {world} processes, {'copied' if c.shard == 'no' else 'sharded'}" * (world > 1)
         + "; weights, gradients and optimizer in the host's memory" * (c.shard == "offload")
         + "; shard does nothing, with one process" * (c.shard == "yes" and world == 1),

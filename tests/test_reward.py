@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import reward
+from ce_gppo.messages import UserError
 from ce_gppo.problems import Problem
 from ce_gppo.verifier import answers, workers
 from ce_gppo.verifier.spelling import LONGEST
@@ -70,7 +71,7 @@ def test_lengths_must_agree():
 
 
 def test_plain_arithmetic_starts_no_worker(monkeypatch):
-    monkeypatch.setattr(workers.Worker, "start", lambda self: pytest.fail("a worker was started"))
+    monkeypatch.setattr(workers.Worker, "start", lambda self, _: pytest.fail("a worker was started"))
     responses = [rf"so \boxed{{{i}}}" for i in range(512)]
     assert score(responses, ["48"] * 512) == [float(i == 48) for i in range(512)]
 
@@ -235,7 +236,7 @@ def test_workers_killed_during_a_call_are_replaced(no_cache):
 def test_a_worker_that_cannot_start_is_an_error_not_a_zero(no_cache, monkeypatch):
     workers._stop_workers()
     monkeypatch.setattr(workers, "COMMAND", ["/bin/false"])
-    with pytest.raises(RuntimeError, match="does not start"):
+    with pytest.raises(UserError, match="verifier math: its process does not start, .*/bin/false"):
         score(*([text] for text in for_math_verify(2)), workers=1)
 
 
@@ -294,9 +295,8 @@ def test_workers_end_with_their_parent(no_cache):
 
 def have_workers(pipe) -> None:
     workers._workers.extend([workers.Worker(), workers.Worker()])
-    for worker in workers._workers:
-        worker.start()
-    workers._workers[0].load(workers.MATH)  # so that it is not still importing when its parent is killed
+    for worker in workers._workers:  # so that none is still importing when its parent is killed
+        worker.start(workers.MATH)
     pipe.send([worker.process.pid for worker in workers._workers])
     score([rf"\boxed{{{HANGS}}}"], ["4"], workers=1, timeout=1.5)
 

@@ -1,9 +1,9 @@
 """The rules of the puzzles, `countdown` and `walk`, and their verifiers. Model output is read here, never evaluated."""
 
+import ast
 import json
 import operator
 import re
-from collections.abc import Callable
 from fractions import Fraction
 
 from ce_gppo.messages import UserError
@@ -13,13 +13,13 @@ from ce_gppo.messages import UserError
 # target 65, for example: 55 + 36 - 7 - 19. It has whole numbers, + - * / and parentheses, and fractions are exact.
 
 MAX_CHARS = 200
-MAX_DEPTH = 20  # parentheses and signs
+MAX_DEPTH = 20  # signs, and right sides in right sides
 MAX_DIGITS = 9
 MAX_NUMBERS = 20
 FORMAT = 0.1  # reward for the format in GRPO-Zero and TinyZero
 
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-TOKEN = re.compile(r"[0-9]+|[-+*/()]")  # not \d, which matches the digits of every script
+EXPRESSION = re.compile(rf"(?:[0-9]{{1,{MAX_DIGITS}}}(?![0-9])|[-+*/() \t\n])+")
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def countdown(response: str, answer: str) -> dict[str, float]:
@@ -33,10 +33,9 @@ def countdown(response: str, answer: str) -> dict[str, float]:
     except (ValueError, TypeError, KeyError):
         valid = False
     if not valid:
-        raise UserError(
-            f'countdown: answer {answer[:60]!r}, where {{"numbers": [19, 36, 55, 7], "target": 65}} is needed: '
-            f"at most {MAX_NUMBERS} whole numbers of at most {MAX_DIGITS} digits"
-        )
+        needed = f"at most {MAX_NUMBERS} whole numbers of at most {MAX_DIGITS} digits"
+        example = '{"numbers": [19, 36, 55, 7], "target": 65} is needed'
+        raise UserError(f"countdown: answer {answer[:60]!r}, where {example}: {needed}")
     value, used = evaluate(last_tag(response) or "") or (None, [])
     right = value == target and sorted(used) == sorted(numbers)
     well_formed = value is not None and response.rstrip().endswith("</answer>")
@@ -51,43 +50,28 @@ def last_tag(response: str) -> str | None:
 
 
 def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
-    """(value, its numbers) of an expression, by recursive descent: a sum of products of factors.
+    """(value, its numbers) of an expression, from the tree that Python's parser makes of it: nothing is executed.
 
     None if it is not valid, divides by 0, or exceeds a bound of this file, so that numbers stay short.
     """
-    tokens = TOKEN.findall(text[: MAX_CHARS + 1])[::-1]  # the next one is the last
-    if len(text) > MAX_CHARS or "".join(tokens[::-1]) != re.sub(r"[ \t\n]", "", text):
+    if len(text) > MAX_CHARS or not EXPRESSION.fullmatch(text):
         return None
     numbers: list[int] = []
 
-    def chain(operators: str, part: Callable[[int], Fraction], depth: int) -> Fraction:
-        value = part(depth)
-        while tokens and tokens[-1] in operators:
-            value = OPERATORS[tokens.pop()](value, part(depth))
-        return value
-
-    def total(depth: int) -> Fraction:
-        return chain("+-", lambda depth: chain("*/", factor, depth), depth)
-
-    def factor(depth: int) -> Fraction:
-        token = tokens.pop() if tokens and depth <= MAX_DEPTH else ""
-        if token == "-":
-            return -factor(depth + 1)
-        if token == "(":
-            value = total(depth + 1)
-            if not tokens or tokens.pop() != ")":
-                raise ValueError
-            return value
-        if not token.isdecimal() or len(token) > MAX_DIGITS:
+    def value(node: ast.expr, depth: int) -> Fraction:
+        if isinstance(node, ast.Constant):
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if depth > MAX_DEPTH:
             raise ValueError
-        numbers.append(int(token))
-        return Fraction(numbers[-1])
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand, depth + 1)
+        return OPERATORS[type(node.op)](value(node.left, depth), value(node.right, depth + 1))
 
     try:
-        value = total(0)
-    except (ValueError, ZeroDivisionError):
+        return value(ast.parse(" ".join(text.split()), mode="eval").body, 0), numbers
+    except (ValueError, SyntaxError, KeyError, AttributeError, ZeroDivisionError):  # AttributeError: of other nodes
         return None
-    return None if tokens else (value, numbers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,7 +87,8 @@ START_AND_TARGET = re.compile(r"(0|[1-9][0-9]?) to (0|[1-9][0-9]?)")
 
 def after(move: str, number: int) -> int:
     """The number after a move. It may be out of range."""
-    return OPERATORS[move[0]](number, int(move[1:]))
+    n = int(move[1:])
+    return {"+": number + n, "-": number - n, "*": number * n}[move[0]]
 
 
 def legal_moves(number: int) -> list[str]:
@@ -118,9 +103,8 @@ def walk(response: str, answer: str) -> float:
     """
     numbers = [int(number) for number in match.groups()] if (match := START_AND_TARGET.fullmatch(answer)) else []
     if not numbers or max(numbers) > LARGEST:
-        raise UserError(
-            f"walk: answer '{answer[:40]}', where '<start> to <target>' is needed, each from 0 to {LARGEST}"
-        )
+        needed = f"'<start> to <target>' is needed, each from 0 to {LARGEST}"
+        raise UserError(f"walk: answer '{answer[:40]}', where {needed}")
     number, target = numbers
     if len(response) > MAX_MOVES * len("+10 =59\n") + 2:  # a longer response has too many lines
         return 0.0

@@ -46,18 +46,43 @@ class Worker:
     process: subprocess.Popen | None = None
     loaded: set[str] = frozenset()  # verifiers that this process has imported
 
-    def start(self):
-        if self.process and self.process.poll() is None:
-            return
+    def start(self, verifier: str) -> None:
+        """Start the process and import this verifier there, which may take longer than to score. UserError if not."""
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        for _ in range(3):
-            self.kill()
-            # It ends when its stdin closes, which this process's end does. Ctrl-C is meant for this process only.
-            folder, self.loaded = Path(__file__).parents[2], set()
-            self.process = subprocess.Popen(COMMAND, cwd=folder, bufsize=0, start_new_session=True, **pipes)
-            if self.read(STARTUP_SECONDS) == b"ready\n":
+        for _ in range(2):
+            if self.process is None or self.process.poll() is not None:
+                self.kill()
+                # It ends when its stdin closes, which this process's end does. Ctrl-C is meant for this process only.
+                folder, self.loaded = Path(__file__).parents[2], set()
+                self.process = subprocess.Popen(COMMAND, cwd=folder, bufsize=0, start_new_session=True, **pipes)
+            if verifier in self.loaded or self.request([verifier, None, "", STARTUP_SECONDS], STARTUP_SECONDS):
+                self.loaded.add(verifier)
                 return
-        raise RuntimeError(f"the verifiers' worker does not start; `{' '.join(COMMAND)}` shows why")
+        why = f"its process does not start, or its import crashes or takes over {STARTUP_SECONDS:g} s"
+        raise UserError(f"verifier {verifier}: {why}; `{' '.join(COMMAND)}` must start and wait")
+
+    def ask(self, job: Job, timeout: float) -> Components | None:
+        """What the job's verifier gives. None if it takes more than `timeout` seconds, or crashes twice."""
+        for _ in range(2):  # perhaps something else than this answer killed the worker
+            self.start(job[0])
+            if (reply := self.request([*job, timeout], timeout)) != {}:
+                return reply
+        return None
+
+    def request(self, line: list, timeout: float) -> Components | None:
+        """The reply; {} if the worker died; None after `timeout` seconds. UserError for a user's mistake."""
+        try:
+            self.process.stdin.write(json.dumps(line).encode() + b"\n")
+            reply = self.read(timeout)
+        except BrokenPipeError:
+            reply = b""
+        if not reply:
+            self.kill()
+            return None if reply is None else {}
+        reply = json.loads(reply)
+        if isinstance(reply, str):
+            raise UserError(reply)
+        return reply
 
     def read(self, timeout: float) -> bytes | None:
         """The next line; b"" if the worker has died, None if it took more than `timeout` seconds. The time in which
@@ -76,38 +101,6 @@ class Worker:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] == "R"
 
-    def ask(self, job: Job, timeout: float) -> Components | None:
-        """What the job's verifier gives. None if it takes more than `timeout` seconds, or crashes twice."""
-        for _ in range(2):  # perhaps something else than this answer killed the worker
-            self.load(job[0])
-            if (reply := self.request([*job, timeout], timeout)) != {}:
-                return reply
-        return None
-
-    def load(self, verifier: str) -> None:
-        """Start, and import this verifier, which may take longer than to score a response. UserError if that fails."""
-        for _ in range(2):
-            self.start()
-            if verifier in self.loaded or self.request([verifier, None, "", STARTUP_SECONDS], STARTUP_SECONDS):
-                self.loaded.add(verifier)
-                return
-        raise UserError(f"verifier {verifier}: its import crashes, or takes over {STARTUP_SECONDS:g} s")
-
-    def request(self, line: list, timeout: float) -> Components | None:
-        """The reply; {} if the worker died; None after `timeout` seconds. UserError for a user's mistake."""
-        try:
-            self.process.stdin.write(json.dumps(line).encode() + b"\n")
-            reply = self.read(timeout)
-        except BrokenPipeError:
-            reply = b""
-        if not reply:
-            self.kill()
-            return None if reply is None else {}
-        reply = json.loads(reply)
-        if isinstance(reply, str):
-            raise UserError(reply)
-        return reply
-
     def kill(self):
         if self.process:
             with self.process, contextlib.suppress(ProcessLookupError):  # closes the pipes, and waits
@@ -116,7 +109,7 @@ class Worker:
 
 
 _workers: list[Worker] = []
-_cache: dict[Job, Components | None] = {}  # math-verify's, the least recently used first
+_cache: dict[Job, Components | None] = {}  # math-verify's; those of other verifiers have whole responses
 _lock = threading.Lock()
 os.register_at_fork(after_in_child=_workers.clear)  # a forked child must not talk to its parent's workers
 
@@ -131,14 +124,14 @@ def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> d
     """The results of distinct jobs: None, which counts as wrong, if a verifier took too long or crashed; none of jobs
     that were not reached within `budget` seconds. UserError for a mistake in a user's verifier."""
     with _lock:
-        results = {job: _cache.pop(job) for job in jobs if job in _cache}
+        results = {job: _cache[job] for job in jobs if job in _cache}
         missing = [job for job in jobs if job not in results]
         missing.sort(key=lambda job: abs(len(job[1]) - len(job[2])))  # first: as long as the true answer
         waiting = iter(missing)  # for all threads
 
         def work(worker: Worker):
             for verifier in sorted({job[0] for job in missing}):
-                worker.load(verifier)
+                worker.start(verifier)
             end = time.monotonic() + budget
             for job in waiting:
                 if time.monotonic() >= end:
@@ -153,9 +146,9 @@ def judge(jobs: list[Job], timeout: float, num_workers: int, budget: float) -> d
                     list(threads.map(work, _workers[:num_workers]))
                 finally:
                     list(waiting)  # also after an exception, so that no thread continues
-        _cache.update({job: result for job, result in results.items() if job[0] == MATH})  # other jobs are too large
-        for job in list(_cache)[: max(0, len(_cache) - MAX_CACHED)]:
-            del _cache[job]
+        if len(_cache) > MAX_CACHED:
+            _cache.clear()
+        _cache.update({job: result for job, result in results.items() if job[0] == MATH})
         return results
 
 
@@ -195,8 +188,8 @@ class BackgroundScorer:
 
 
 def serve():
-    """One "ready", then a JSON reply for each JSON line [verifier, response, answer, seconds]: the components, or a
-    sentence about what is wrong. Without a response the verifier is only imported."""
+    """A JSON reply for each JSON line [verifier, response, answer, seconds]: the components, or a sentence about what
+    is wrong. Without a response the verifier is only imported."""
     for what, most in ((resource.RLIMIT_AS, MAX_MEMORY), (resource.RLIMIT_CORE, 0)):
         allowed = resource.getrlimit(what)[1]
         resource.setrlimit(what, 2 * (most if allowed == resource.RLIM_INFINITY else min(most, allowed),))
@@ -205,12 +198,11 @@ def serve():
     os.dup2(nothing, 0)  # so that a library cannot read requests
     os.dup2(nothing, 1)  # or print into the replies
     logging.disable()
-    print("ready", file=replies, flush=True)
     for line in requests:
         verifier, response, answer, seconds = json.loads(line)
         signal.setitimer(
             signal.ITIMER_PROF, 2 * seconds + 1
-        )  # without a parent to kill it, the kernel ends this process
+        )  # the kernel ends it if no parent does
         signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds + 1)
         try:
             reply = math_components(response, answer) if verifier == MATH else call(verifier, response, answer)
@@ -283,10 +275,8 @@ def as_components(value, verifier: str) -> Components:
         complete = "correctness" in numbers and len(numbers) == len(components)
         if named and complete and all(map(math.isfinite, numbers.values())):
             return numbers
-    raise UserError(
-        f"verifier {verifier} returned {repr(value)[:80]}; a number is needed, or a dictionary of numbers by name with "
-        "'correctness' among them ('mean' is taken)"
-    )
+    needed = "a number is needed, or a dictionary of numbers by name, 'correctness' among them ('mean' is taken)"
+    raise UserError(f"verifier {verifier} returned {repr(value)[:80]}; {needed}")
 
 
 if __name__ == "__main__":
