@@ -14,6 +14,8 @@ Where this file differs from the authors' released code:
  2. delta / sg(delta) is computed as exp(logprobs - sg(logprobs)). In theirs the quotient is 0/0 once delta underflows,
     and such a step is lost. Log ratios are clamped to +-20, in the value only: the clamp ends no gradient.
  3. `dual_clip` (their c = 10) is off by default, as in the equation. `beta1` has one default, 0.75; theirs has three.
+ 4. grpo is what the paper compares with: token-mean, no KL term, groups of equal rewards left out. DeepSeekMath's has a
+    mean of sequences, kl_coef 0.04 and no filter; `aggregation`, `kl_coef` and `dynamic_sampling` set them.
 """
 
 import math
@@ -177,21 +179,24 @@ class Spec:
         return {name: v(config) if callable(v) else v for name, v in (USUAL | self.settings).items()}
 
 
-OBJECTIVES = {
-    "ce_gppo": Spec(ce_gppo, {"beta1": 0.75, "beta2": 1.0}),
-    "gppo": Spec(gppo, {"beta1": 1.0, "beta2": 1.0}, ignores=BETAS),
-    "grpo": Spec(ppo_clip),  # arXiv 2402.03300
-    "ppo": Spec(ppo_clip, {"advantages": "gae"}),
-    "dapo": Spec(ppo_clip, DAPO),  # arXiv 2503.14476; it penalizes the last 4,096 tokens of 20,480
-    "cispo": Spec(cispo, {"eps_low": 1.0}, ignores=("dual_clip",)),  # no lower bound; the upper one is verl's
-    "gspo": Spec(ppo_clip, {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"}, by_response=True),
-    "dr_grpo": Spec(ppo_clip, {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"}),  # 2503.20783
-    "rloo": Spec(reinforce, {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"}, ignores=CLIPS),
-    "lp_only": Spec(lp_only, {"beta1": 0.75, "beta2": 1.0}),
-    "sapo": Spec(sapo, ignores=CLIPS),
-    "high_entropy": Spec(high_entropy, {"eps_high": 0.28}, token_filter=highest_entropy),
-    "clip_cov": Spec(clip_cov, {"eps_low": 1.0, "eps_high": 1.0}, token_filter=covariance_in_bounds),
-    "kl_cov": Spec(kl_cov, ignores=("eps_low", "eps_high"), token_filter=highest_covariance),
+COV = {"dynamic_sampling": "refill"}
+ALL = {"dynamic_sampling": "off"}  # these have no filter: groups of equal rewards are in the loss, with advantage 0
+SEQ_MEAN = ALL | {"aggregation": "seq-mean-token-mean"}
+OBJECTIVES = {  # settings of the paper, or of its authors' scripts
+    "ce_gppo": Spec(ce_gppo, {"beta1": 0.75, "beta2": 1.0}),  # paper, 7B
+    "gppo": Spec(gppo, {"beta1": 1.0, "beta2": 1.0, "eps_high": 0.28}, ignores=BETAS),  # scripts
+    "grpo": Spec(ppo_clip),  # arXiv 2402.03300 as CE-GPPO compares with it, see 4 above
+    "ppo": Spec(ppo_clip, {"advantages": "gae"}),  # verl's
+    "dapo": Spec(ppo_clip, DAPO),  # paper, arXiv 2503.14476; it penalizes the last 4,096 tokens of 20,480
+    "cispo": Spec(cispo, {"eps_low": 1.0}, ignores=("dual_clip",)),  # paper: no lower bound; the upper one is verl's
+    "gspo": Spec(ppo_clip, SEQ_MEAN | {"eps_low": 3e-4, "eps_high": 4e-4}, by_response=True),  # paper
+    "dr_grpo": Spec(ppo_clip, ALL | {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"}),  # paper
+    "rloo": Spec(reinforce, ALL | {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"}, ignores=CLIPS),
+    "lp_only": Spec(lp_only, {"beta1": 0.75, "beta2": 1.0}),  # this project's
+    "sapo": Spec(sapo, SEQ_MEAN, ignores=CLIPS),  # paper
+    "high_entropy": Spec(high_entropy, DAPO, token_filter=highest_entropy),  # paper, on DAPO
+    "clip_cov": Spec(clip_cov, COV | {"eps_low": 1.0, "eps_high": 1.0}, token_filter=covariance_in_bounds),  # scripts
+    "kl_cov": Spec(kl_cov, COV, ignores=("eps_low", "eps_high"), token_filter=highest_covariance),  # script for 7B
 }
 
 

@@ -158,9 +158,8 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         saver.finish(state)
     finally:
         if log:
-            log.close(checkpoint.all_of(folder), failed=sys.exception() is not None)
-    if parallel.any_rank(stop()):
-        messages.say(f'stopped after step {state.step}; continue with: make train ARGS="--resume {folder}"')
+            end = run.End.of(sys.exception(), log.has_evaluation(config.steps), state.step, folder)
+            log.close(checkpoint.all_of(folder), end.exit_code, end.sentence)
 
 
 # A step: sample, select, learn, report

@@ -130,7 +130,7 @@ def command(main: Callable, Config: type | None = None, description: str | None 
             main(config)
         except (UserError, RunEnded) as error:
             tell(error)
-            sys.exit(2 if isinstance(error, UserError) else 1)
+            sys.exit(messages.exit_code(error))
         except KeyboardInterrupt:  # train.py handles it itself, by run.StopRequest
             sys.exit(130)
         except OSError as error:

@@ -58,6 +58,8 @@ class Log:
         self.history = [numbers(row) for row in rows]
         self.incomplete = False  # True if a write failed, or if the last line is out of date
         self.wandb = start_wandb(folder, config, state.wandb_id)
+        for row in self.history[-config.checkpoint_every :] if self.wandb else ():
+            log_wandb(self.wandb, row, (), {})  # once more: W&B writes late, and a kill may have lost them
         # A bar on a terminal, plain lines in a file.
         self.bar = tqdm(total=config.steps, initial=state.step, unit="step") if sys.stderr.isatty() else None
 
@@ -123,8 +125,8 @@ class Log:
         except OSError:  # the terminal was closed
             self.bar = None
 
-    def close(self, checkpoints: list[Path], failed: bool) -> None:
-        """Print the table at the end (accuracy, entropy, speed, time, files), then the advice."""
+    def close(self, checkpoints: list[Path], exit_code: int, sentence: str) -> None:
+        """Print the table at the end (accuracy, entropy, speed, time, files), the advice, and this sentence."""
         curves = {f"accuracy, {name}": self.values(name) for name in self.accuracy_names()}
         curves["entropy, nats per token"] = self.values("entropy/mean")
         table = {name: f"{values[0]:.3f} -> {values[-1]:.3f}" for name, values in curves.items() if values}
@@ -137,7 +139,7 @@ class Log:
         table[f"time, {total:.0f} s"] = ", ".join(f"{part} {s / total:.0%}" for part, s in seconds.items() if s)
         table |= {"checkpoint": checkpoints[-1]} if checkpoints else {}
         table["curves"] = self.folder / "metrics.jsonl"
-        table |= finish_wandb(self.wandb, failed) if self.wandb else {}
+        table |= finish_wandb(self.wandb, exit_code) if self.wandb else {}
         if self.bar is not None:
             with contextlib.suppress(OSError):  # the terminal was closed
                 self.bar.close()
@@ -145,6 +147,8 @@ class Log:
         say("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in table.items()))
         if sentences := advice(self.history, self.config):
             say("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
+        if sentence:
+            say(sentence)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

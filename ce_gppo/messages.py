@@ -20,6 +20,11 @@ class RunEnded(Exception):
     """The run cannot continue. The message says why, and what to do."""
 
 
+def exit_code(error: BaseException | None) -> int:
+    """Of the process, and of its run in W&B: 0 if it is finished or was stopped, 2 for a user's mistake, else 1."""
+    return 0 if error is None else 2 if isinstance(error, UserError) else 1
+
+
 @contextlib.contextmanager
 def explained(problem: str) -> Iterator[None]:
     """An unexpected error inside, as of a library given bad input, becomes a UserError: `problem`, error, traceback."""

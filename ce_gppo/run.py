@@ -17,6 +17,7 @@ import sys
 import time
 import typing
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -203,6 +204,23 @@ def watch_skipped(folder: Path, state: checkpoint.State, index: int, batch, upda
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of a full disk
             messages.say(f"the inputs of a skipped update are not kept in {folder} ({error})", warning=True)
     return state.skipped >= MAX_SKIPPED_UPDATES
+
+
+class End(NamedTuple):
+    """What the end of a run means; docs/interruptions.md has the table."""
+
+    kind: str  # finished, stopped, ended (by a rule) or failed
+    exit_code: int  # of the process, and of the run in W&B
+    sentence: str  # after the table at the end, for what is not finished
+
+    @classmethod
+    def of(cls, error: BaseException | None, evaluated: bool, step: int, folder: Path) -> "End":
+        """error: that ends the training loop, if any. evaluated: the last step has its evaluation. step: last done."""
+        again, code = f'continue with: make train ARGS="--resume {folder}"', messages.exit_code(error)
+        if error is None and evaluated:
+            return cls("finished", code, "")
+        kind = "stopped" if error is None else "ended" if isinstance(error, RunEnded) else "failed"
+        return cls(kind, code, f"{kind} after step {step}; {again}")
 
 
 def check_end(state: checkpoint.State, saver: checkpoint.Saver, lr: float) -> None:

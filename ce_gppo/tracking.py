@@ -61,7 +61,10 @@ def start_wandb(folder: Path, config, run_id: str):
 
 
 def log_wandb(run, row: dict, samples: list[dict], histograms: dict[str, Tensor]) -> bool:
-    """Log a row, samples, and histograms: counts [64] over [0, 1]. False if W&B has failed, which ends no run."""
+    """Log a row, samples, and histograms: counts [64] over [0, 1]. False if W&B has failed, which ends no run.
+
+    Charts are over the row's "step". Of a step that was done again the last row counts.
+    """
     import wandb
 
     try:
@@ -71,17 +74,17 @@ def log_wandb(run, row: dict, samples: list[dict], histograms: dict[str, Tensor]
             columns = list(dict.fromkeys(name for sample in samples for name in sample))  # components differ by source
             data = [[sample.get(name) for name in columns] for sample in samples]
             media["samples"] = wandb.Table(columns=columns, data=data)
-        run.log(row | media, step=row["step"])
+        run.log(row | media)  # by a counter of W&B's own: it ignores a step that is done again after a kill
     except Exception as error:
         say(f"W&B has failed and is off now ({error}); metrics.jsonl goes on", warning=True)
         return False
     return True
 
 
-def finish_wandb(run, failed: bool) -> dict[str, str]:
+def finish_wandb(run, exit_code: int) -> dict[str, str]:
     """End the run. Returns a row of the table at the end: a label, and the run's address or its upload command."""
     try:
-        run.finish(exit_code=int(failed))
+        run.finish(exit_code=exit_code)
     except Exception as error:  # everything else is on the disk already
         return {"W&B has failed": str(error)}
     if run.settings.mode != "offline":

@@ -10,6 +10,7 @@ import os
 import runpy
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -167,13 +168,32 @@ def run(out: Path, *arguments: str, mode: str = "disabled") -> str:
     return output
 
 
-def ranks(processes: int, script: str, *arguments: str) -> list[Forked]:
+def wandb_of(folder: Path) -> tuple[list[dict], list[int]]:
+    """(rows, exit codes) that W&B has of an offline run, all its parts in order. A file is a header and a log of
+    records, as LevelDB's."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows, codes = [], []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, place, record = path.read_bytes(), 7, b""
+        while place + 7 <= len(data):
+            size, kind = struct.unpack_from("<HB", data, place + 4)
+            record, place = record + data[place + 7 : place + 7 + size], place + 7 + size
+            if kind in (1, 4):  # the whole of a record, or its end
+                found, record = wandb_internal_pb2.Record.FromString(record), b""
+                rows += [{".".join(item.nested_key): json.loads(item.value_json) for item in found.history.item}]
+                codes += [found.exit.exit_code] if found.HasField("exit") else []
+            place += (left := -place % 2**15) * (left < 7)  # the rest of a block
+    return [row for row in rows if "step" in row], codes
+
+
+def ranks(processes: int, script: str, *arguments: str, **variables: str) -> list[Forked]:
     """The processes that torchrun would start, without its own start and its imports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"} | variables
     return [Forked(script, *arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
 
 

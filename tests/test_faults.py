@@ -26,10 +26,12 @@ from helpers import (
     environment,
     metrics_of,
     quick,
+    ranks,
     resolved,
     rollout_of,
     run,
     start,
+    wandb_of,
     without_timings,
 )
 
@@ -102,11 +104,11 @@ STOPPED = [  # (part, nth call, line, newest checkpoint afterwards)
 ]
 
 
-def run_program(folder: Path, line: str, *arguments: str) -> tuple[int, str]:
+def run_program(folder: Path, line: str, *arguments: str, mode: str = "disabled") -> tuple[int, str]:
     script = folder / "program.py"
     script.write_text(PROGRAM.format(line=line))
     quickly = [] if "--resume" in arguments else quick(folder / "out")
-    process = Forked(str(script), *quickly, *arguments)
+    process = Forked(str(script), *quickly, *arguments, WANDB_MODE=mode)
     output = process.communicate(timeout=300)[0]
     return process.returncode, output
 
@@ -123,14 +125,23 @@ def assert_same_weights(ours: Path, expected: Path, last: str) -> None:
 
 
 def test_a_run_killed_three_times_and_started_again_is_the_same_run(finished, tmp_path):
-    """kill -9 in a rollout, an update and a checkpoint. The same command continues the run each time."""
+    """kill -9 in a rollout, an update and a checkpoint. The same command continues the run each time.
+
+    W&B has the same rows as metrics.jsonl: of a step that was done again, the last ones.
+    """
     arguments, folder = [*SMALL, "--run-name", "killed"], tmp_path / "out" / "killed"
     for moment, line in KILLED.items():
-        code, output = run_program(tmp_path, line, *arguments)
+        code, output = run_program(tmp_path, line, *arguments, mode="offline")
         assert code == -signal.SIGKILL, (moment, output)
     assert list(folder.glob("*.partial")), "the last kill was not in the middle of a checkpoint"
-    output = run(tmp_path / "out", *arguments)
+    output = run(tmp_path / "out", *arguments, mode="offline")
     assert f"going on with {folder} after checkpoint-000002" in output
+    by_step = {}
+    for row in wandb_of(folder)[0]:
+        own = {name: value for name, value in row.items() if name[0] != "_" and "." not in name}  # not W&B's, no parts
+        numbers = {name: value for name, value in own.items() if type(value) in (int, float)}
+        by_step[row["step"]] = by_step.get(row["step"], {}) | numbers
+    assert list(by_step.values()) == metrics_of(folder)
     assert list((tmp_path / "out").iterdir()) == [folder]
     assert_same_run(folder, finished[0], "checkpoint-000004")
 
@@ -149,6 +160,45 @@ def test_a_run_stopped_in_any_part_of_a_step_ends_within_20_seconds_and_loses_at
     rows, expected = (without_timings(metrics_of(run)) for run in (folder, finished[0]))
     assert rows[:-1] == expected[:-1] and not any(name.startswith("eval/") for name in rows[-1])
     assert_same_weights(folder, finished[0], "checkpoint-000004")
+
+
+ENDS = {  # kind: (the fault in step 2, exit code, last step with a row, what is printed)
+    "finished": ("", 0, 2, ""),
+    "stopped": ("if state.step == 1: os.kill(os.getpid(), signal.SIGTERM)", 0, 2, "stopped after step 2; continue"),
+    "ended": ("state.skipped = 5 * state.step", 1, 2, "5 updates in a row had no finite gradient"),
+    "failed": ("if state.step == 1: raise MemoryError('of rank 0')", 1, 1, "of rank 0"),
+    "refused": ("if state.step == 1: raise train.loss.UserError('a mistake')", 2, 1, "a mistake"),
+}
+ENDING = """
+learn = train.learn
+def ending(*args):
+    state = args[8]
+    {fault}
+    return learn(*args)
+train.learn = ending
+train.loss.UserError = __import__("ce_gppo.messages").messages.UserError
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", ENDS)
+def test_what_an_end_means(tmp_path, kind, processes):
+    """The table of docs/interruptions.md, row by row: exit code, also in W&B, last row, sentence, the same command."""
+    fault, code, last, sentence = ENDS[kind]
+    folder, script = tmp_path / "out" / "it", tmp_path / "program.py"
+    arguments = [*quick(tmp_path / "out"), *SMALL, "--steps", "3" if kind == "stopped" else "2", "--run-name", "it"]
+    script.write_text(PROGRAM.format(line=ENDING.format(fault=fault or "pass")))
+    started = ranks(processes, str(script), *arguments, WANDB_MODE="offline")
+    outputs = [process.communicate(timeout=200)[0] for process in started]
+    assert started[0].returncode == code and sentence in outputs[0], outputs[0]
+    assert metrics_of(folder)[-1]["step"] == last and wandb_of(folder)[1] == [code]
+    assert ("Traceback" in outputs[0]) == (kind == "failed"), outputs[0]
+    assert any(name.startswith("eval/") for name in metrics_of(folder)[-1]) == (kind == "finished")
+    again = ranks(processes, "train.py", *arguments)
+    told = [process.communicate(timeout=200)[0] for process in again][0]
+    assert again[0].returncode == (2 if kind == "finished" else 0), told
+    assert ("is finished" if kind == "finished" else f"going on with {folder}") in told
+    assert any(name.startswith("eval/") for name in metrics_of(folder)[-1])
 
 
 @pytest.mark.skipif("KILLS" not in os.environ, reason="make torture")

@@ -381,18 +381,21 @@ def test_of_equal_values_no_more_are_picked_than_wanted():
     assert FILTERS["kl_cov"](same, entropy, same).sum() == 2
 
 
+OFF, REFILL = {"dynamic_sampling": "off"}, {"dynamic_sampling": "refill"}
 PUBLISHED = {
     "ce_gppo": {"beta1": 0.75, "beta2": 1.0},
-    "gppo": {"beta1": 1.0, "beta2": 1.0},
+    "gppo": {"beta1": 1.0, "beta2": 1.0, "eps_high": 0.28},
     "ppo": {"advantages": "gae"},
-    "dapo": {"eps_high": 0.28, "dynamic_sampling": "refill", "overlong": "20"},
+    "dapo": REFILL | {"eps_high": 0.28, "overlong": "20"},
     "cispo": {"eps_low": 1.0},
-    "gspo": {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"},
-    "dr_grpo": {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"},
-    "rloo": {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"},
+    "gspo": OFF | {"eps_low": 3e-4, "eps_high": 4e-4, "aggregation": "seq-mean-token-mean"},
+    "dr_grpo": OFF | {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"},
+    "rloo": OFF | {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"},
+    "sapo": OFF | {"aggregation": "seq-mean-token-mean"},
     "lp_only": {"beta1": 0.75, "beta2": 1.0},
-    "high_entropy": {"eps_high": 0.28},
-    "clip_cov": {"eps_low": 1.0, "eps_high": 1.0},
+    "high_entropy": REFILL | {"eps_high": 0.28, "overlong": "20"},
+    "clip_cov": REFILL | {"eps_low": 1.0, "eps_high": 1.0},
+    "kl_cov": REFILL,
 }
 
 
@@ -402,7 +405,9 @@ def test_the_settings_of_an_objective(name, spec):
     usual = {"eps_low": 0.2, "eps_high": 0.2, "beta1": None, "beta2": None, "aggregation": "token-mean"}
     usual |= {"advantages": "group", "dynamic_sampling": "filter", "overlong": "score"}
     assert spec.values(SimpleNamespace(max_response_tokens=103)) == usual | PUBLISHED.get(name, {})
-    assert spec.values(SimpleNamespace(max_response_tokens=3))["overlong"] == ("1" if name == "dapo" else "score")
+    assert spec.values(SimpleNamespace(max_response_tokens=3))["overlong"] == (
+        "1" if name in ("dapo", "high_entropy") else "score"
+    )
     assert spec.has_betas == (name in ("ce_gppo", "lp_only")) and spec.by_response == (name == "gspo")
     case, ignored = random_case(25, B=200), {*spec.ignores, *(() if spec.has_betas else L.BETAS)}
     assert ("dual_clip" in ignored) == (name in ("cispo", "rloo", "sapo")) and ignored <= {*L.BETAS, *L.CLIPS}

@@ -310,7 +310,7 @@ def test_samples_tokens_and_histograms(tmp_path, quiet, monkeypatch):
         whole.components[4 * i] = parts
     chosen, logged = problems("tttttt"), {}
     writer = make_log(tmp_path, steps=5, eval_every=2)
-    writer.wandb = types.SimpleNamespace(log=lambda values, step: logged.update({step: values}))
+    writer.wandb = types.SimpleNamespace(log=lambda values: logged.update({values["step"]: values}))
     monkeypatch.setattr(log, "token_rows", lambda updates, problems, tokenizer: [{"of": updates}])
     details = Details(["u"], {"probability/pa_hp": torch.arange(64)}, {0: 0.123456789, 4: math.nan})
     for step in range(1, 6):
@@ -422,8 +422,9 @@ def test_the_table_at_the_end(tmp_path, quiet, capsys):
     writer.wandb = types.SimpleNamespace(settings=types.SimpleNamespace(mode="online"), url="https://w", finish=None)
     codes = []
     writer.wandb.finish = lambda exit_code: codes.append(exit_code)
-    writer.close([tmp_path / "old", tmp_path / "new"], failed=True)
+    writer.close([tmp_path / "old", tmp_path / "new"], exit_code=1, sentence="stopped.")
     table, advice = capsys.readouterr().out.strip().split("\n\n")
+    assert advice.endswith("\nstopped.")
     cells = dict(line.split("  ", 1) for line in table.splitlines())
     assert {name: value.strip() for name, value in cells.items()} == {
         "accuracy, eval/a/avg_at_k": "0.250 -> 0.750",
@@ -484,7 +485,7 @@ def test_errors_of_wandb_do_not_end_the_run(tmp_path, quiet, capsys):
         raise ConnectionError("the network is gone")
 
     writer.wandb = types.SimpleNamespace(log=fail, finish=fail, settings=types.SimpleNamespace(mode="online"))
-    assert tracking.finish_wandb(writer.wandb, False) == {"W&B has failed": "the network is gone"}
+    assert tracking.finish_wandb(writer.wandb, 0) == {"W&B has failed": "the network is gone"}
     writer.add(0, {"entropy/mean": 0.5})
     assert writer.wandb is None and "the network is gone" in capsys.readouterr().err
 
@@ -526,7 +527,7 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("WANDB_PROJECT", project)
         writer = make_log(tmp_path, step=step)
         writer.add(step + 1, {"entropy/mean": 0.5})
-        writer.close([], failed=False)
+        writer.close([], exit_code=0, sentence="")
     assert [(o["project"], o["mode"]) for o in seen] == [("ce-gppo", "offline"), ("sums", "offline")]
     parts = sorted(str(path) for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert len(parts) == 2 and f"sync --id abcd1234 {' '.join(parts)}" in capsys.readouterr().out

@@ -200,9 +200,7 @@ def serve():
     logging.disable()
     for line in requests:
         verifier, response, answer, seconds = json.loads(line)
-        signal.setitimer(
-            signal.ITIMER_PROF, 2 * seconds + 1
-        )  # the kernel ends it if no parent does
+        signal.setitimer(signal.ITIMER_PROF, 2 * seconds + 1)  # the kernel ends it if no parent does
         signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds + 1)
         try:
             reply = math_components(response, answer) if verifier == MATH else call(verifier, response, answer)
