@@ -1,6 +1,7 @@
 r"""What a response is worth. A problem's source chooses its verifier, unless the setting `rewards` names another:
 
     math            the last \boxed{} equals the answer; for all sources that have no verifier of their name
+    math_dapo       the rest of the last line with "Answer:" equals the answer, as DAPO's data ask for
     gsm8k           the rest of the line after the last ####, or else the last box, equals the answer
     choice          the letter in the last box, or else after the last "answer is", "Answer:" or ####
     countdown       an expression in <answer></answer> that uses each number once and hits the target
@@ -37,14 +38,31 @@ def after_hashes(response: str) -> str | None:
 
 
 def choice_letter(response: str) -> str | None:
-    """The content of the last box, or else the capital letter after the last "answer is", "answer:" or ####.
+    """The letter in the last box, `C` or `(C) its text`, or else after the last "answer is", "answer:" or ####.
     None if two letters stand there: `C or D`, `C, D`."""
+    box = last_box(response) or ""
+    if TWO_LETTERS.search(box):
+        return None
+    if found := BOXED_LETTER.match(box):
+        return found[1]
     letters = re.findall(
         r"(?:[Aa]nswer(?: is)?:?|ANSWER:?|####)[ \t*$]{0,4}(?:\\(?:text|textbf|mathrm)\{|\\\()?\(?([A-Z])(?![A-Za-z])"
         r"([)*$} ]{0,4}(?:,|/|&|or|and) ?(?:or |and )?[(*$]{0,4}[A-HJ-Z](?![A-Za-z]))?",
         response,
     )
-    return last_box(response) or (letters[-1][0] if letters and not letters[-1][1] else None)
+    return letters[-1][0] if letters and not letters[-1][1] else None
+
+
+COMMAND = r"(?:\\(?:text|textbf|mathrm|mathbf|textit)\s*\{\s*)*"
+BOXED_LETTER = re.compile(rf"\s*{COMMAND}(?:[Oo]ption |[Cc]hoice )?\(?([A-Z])\s*(?:[).:]|\}}*\s*$)")
+ALONE = r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])"
+TWO_LETTERS = re.compile(rf"{ALONE}[).:}}\s]*(?:,|/|&|;|or\b|and\b).*{ALONE}|{ALONE}[):].*[;,]\s*\(?{ALONE}[):]")
+
+
+def answer_line(response: str) -> str | None:
+    """What follows "Answer:" in the last line that has it, as DAPO's prompts ask for."""
+    lines = re.findall(r"(?im)^.*\banswer\s*:[*\s]*([^\n]+?)[*\s]*$", response)
+    return lines[-1].strip() or None if lines else None
 
 
 def any_answer(response: str) -> str | None:
@@ -57,8 +75,9 @@ def after_thinking(response: str) -> str:
     return rest if end and "<think>" not in rest else ""
 
 
-EXTRACT = {"math": last_box, "gsm8k": after_hashes, "choice": choice_letter}
-MARKS = {"math": r"\boxed{", "gsm8k": "####", "countdown": "<answer>", "exact": "<answer>"}  # that they look for
+EXTRACT = {"math": last_box, "math_dapo": answer_line, "gsm8k": after_hashes, "choice": choice_letter}
+# What they look for in a response.
+MARKS = {"math": r"\boxed{", "math_dapo": "Answer:", "gsm8k": "####", "countdown": "<answer>", "exact": "<answer>"}
 
 
 def extract_answer(response: str, verifier: str = "math", *, thinking: bool = False) -> str | None:
@@ -69,11 +88,12 @@ def extract_answer(response: str, verifier: str = "math", *, thinking: bool = Fa
 def choice(response: str, answer: str) -> float:
     if not re.fullmatch(r"\(?[A-Z]\)?", answer):
         raise UserError(f"choice: answer {answer[:40]!r}, where one capital letter is needed")
-    return equal_now(choice_letter(response), answer)
+    return float(choice_letter(response) == answer.strip("()"))
 
 
 VERIFIERS: dict[str, Callable[[str, str], float | dict[str, float]]] = {
     "math": lambda response, answer: equal_now(last_box(response), answer),  # several boxes are not joined into a list
+    "math_dapo": lambda response, answer: equal_now(answer_line(response), answer),
     "gsm8k": lambda response, answer: equal_now(after_hashes(response), answer),
     "choice": choice,
     "countdown": puzzles.countdown,
@@ -210,7 +230,7 @@ def assign(rewards: str, *sets: list) -> tuple[str, list[list]]:
     for problem in itertools.chain(*assigned):
         if problem.verifier in VERIFIERS:
             VERIFIERS[problem.verifier]("", problem.answer)
-        if problem.verifier in ("math", "gsm8k") and not can_be_given(problem.answer):
+        if problem.verifier in ("math", "math_dapo", "gsm8k") and not can_be_given(problem.answer):
             what = "no response could equal it; something is needed, with as many closing braces as opening ones"
             raise UserError(f"answer {problem.answer[:60]!r} of source {problem.source}: {what}")
     return ", ".join(f"{source} by {name}" for source, name in names.items()), assigned

@@ -18,7 +18,7 @@ SETTINGS = {
     "grpo": {"objective": "grpo"},
     "dapo": {"objective": "dapo", "dynamic_sampling": "filter"},
     "cispo": {"objective": "cispo"},
-    "gppo": {"objective": "gppo"},
+    "gppo": {"objective": "gppo", "eps_high": 0.2},  # like the others'
     "ce_gppo (0, 1)": {"beta1": 0.0, "beta2": 1.0},
     "ce_gppo (0.5, 1)": {"beta1": 0.5, "beta2": 1.0},
     "ce_gppo (0.75, 1)": {"beta1": 0.75, "beta2": 1.0},

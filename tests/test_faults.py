@@ -165,7 +165,7 @@ def test_a_run_stopped_in_any_part_of_a_step_ends_within_20_seconds_and_loses_at
 ENDS = {  # kind: (the fault in step 2, exit code, last step with a row, what is printed)
     "finished": ("", 0, 2, ""),
     "stopped": ("if state.step == 1: os.kill(os.getpid(), signal.SIGTERM)", 0, 2, "stopped after step 2; continue"),
-    "ended": ("state.skipped = 5 * state.step", 1, 2, "5 updates in a row had no finite gradient"),
+    "ended": ("train.run.MAX_SKIPPED_UPDATES = 5 - 6 * state.step", 1, 2, "updates in a row had no finite gradient"),
     "failed": ("if state.step == 1: raise MemoryError('of rank 0')", 1, 1, "of rank 0"),
     "refused": ("if state.step == 1: raise train.loss.UserError('a mistake')", 2, 1, "a mistake"),
 }

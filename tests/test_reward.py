@@ -64,6 +64,14 @@ def test_one_at_a_time_is_the_same_and_so_is_any_order(found):
     assert [score([PAIRS[i][1]], [PAIRS[i][2]], workers=1, timeout=10)[0] for i in order[:40]] == shuffled[:40]
 
 
+def test_verdicts_of_december():
+    """Qualifiers, units in brackets, sums as left sides, reasons, max and min, choices with texts, Chinese, DAPO's."""
+    rows = [json.loads(line) for line in CASES.with_name("verifier-december.jsonl").read_text().splitlines()]
+    given = ([row[name] for row in rows] for name in ("response", "answer", "verifier"))
+    found = score(*given, workers=2, timeout=10)
+    assert [row for row, right in zip(rows, found, strict=True) if right != row["right"]] == []
+
+
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="argument 2 is longer"):
         score(["a", "b"], ["1", "2", "3"])

@@ -299,7 +299,7 @@ def mine(tmp_path):
 @pytest.mark.parametrize(
     "rewards, message",
     [
-        ("maths", "verifier 'maths' of source arithmetic is unknown; known: math, gsm8k"),
+        ("maths", "verifier 'maths' of source arithmetic is unknown; known: math, math_dapo"),
         ("mine=maths", "verifier 'maths' of source mine is unknown"),
         ("mine=mine.txt:score", "verifier 'mine.txt:score' of source mine is unknown"),
         ("mine=mine.py", "verifier 'mine.py' of source mine is unknown"),

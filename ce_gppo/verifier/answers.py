@@ -15,8 +15,6 @@ from ce_gppo.verifier.spelling import LONGEST, depths, normalize
 
 MAX_CHARS = 300  # of an answer, unless the true answer is long
 MAX_DEPTH = 12  # brackets; math-verify's parser takes 1.5 s for 16, and minutes for a few more
-
-
 MAX_DIGITS = 40_000  # numbers that need more count as different
 
 
@@ -75,6 +73,7 @@ TOWER = re.compile(r"\^[{(\s]*(\d+)\s*\^[{(\s]*(\d+)")
 
 def same(answer: str, truth: str, ask) -> bool:
     """Of two normalized answers. ask: compares two LaTeX strings, where the grammar cannot decide."""
+    answer, truth = without_comment(answer, truth), without_comment(truth, answer)
     if squeeze(answer) == squeeze(truth):
         return squeeze(truth) != ""
     if max(len(answer), len(truth)) > LONGEST or max(depths(answer) + depths(truth), default=0) > MAX_DEPTH:
@@ -82,6 +81,22 @@ def same(answer: str, truth: str, ask) -> bool:
     if BOMB.search(answer) or any(int(a) ** min(int(b), 99) > 10_000 for a, b in TOWER.findall(answer)):
         return False  # it would hang or crash math-verify
     return equal(read(answer), read(truth), ask)
+
+
+QUALIFIER = re.compile(  # f(x) = 2x for all real x; but not 1 for even n, 2 for odd n
+    r"(.*?\S),? ?(?:\\text ?\{[ ,]*)?(?<![a-zA-Z])(?:for|where)(?![a-zA-Z])(?!.*\b(?:for|where|if|otherwise|else)\b).*"
+)
+YES_OR_NO = re.compile(r"(?i)(?:\\text ?\{ ?)?(yes|no)\}?[,.;:](?! *because).*")
+
+
+def without_comment(text: str, other: str) -> str:
+    """Without a qualifier behind it, or the reason of a yes or no, where the other answer has none."""
+    if (found := QUALIFIER.fullmatch(text)) and re.search(r"for (?:all|any|every)", text[found.end(1) :]):
+        return found[1]
+    for comment in (QUALIFIER, YES_OR_NO):
+        if (found := comment.fullmatch(text)) and not comment.fullmatch(other):
+            return found[1]
+    return text
 
 
 SET_VALUED = re.compile(r"[<>]|\\(?:le|ge|ne|cup|cap|setminus|mathbb|emptyset)(?![a-zA-Z])")

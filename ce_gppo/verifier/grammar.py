@@ -167,8 +167,17 @@ ANY_NAME = (
 )
 
 
+TERM = r"\d{0,4}(?:\\cdot)?[a-zA-Z]{1,2}(?:_\w)?(?:\^\{?\d\}?)?"
+SUM = rf"{TERM}(?:[+-]{TERM}){{1,5}}"  # 10a+b and x^2+y^2, of two or more variables
+
+
 def is_name(text: str, pattern: str = ANY_NAME) -> bool:
     text = re.sub(r"(\\[a-zA-Z]+) +(?=[a-zA-Z])|\s+", lambda m: f"{m[1]} " if m[1] else "", text)
+    if pattern is ANY_NAME:
+        text = re.sub(r"\\bmod ?\d+$", "", text)
+        inner = re.sub(r"^[|(]([^|()\\]*)[|)]$", r"\1", text)
+        if len(set(re.findall("[a-zA-Z]", inner))) > 1 and re.fullmatch(SUM, inner):
+            return len(text) <= 60
     return len(text) <= 60 and bool(re.fullmatch(pattern, text))
 
 
@@ -178,7 +187,7 @@ def is_name(text: str, pattern: str = ANY_NAME) -> bool:
 WORDS = """percent % pct percentage; degree deg; radian rad; second sec; minute min = 60 second; day = 86400 second;
 hour hr hrs h = 3600 second; week = 604800 second; month; year yr yrs; inch in inche; foot ft feet = 12 inch;
 yard yd = 36 inch; mile mi = 63360 inch; acre; ounce oz; pound lb lbs = 16 ounce; ton; kelvin K; ohm; cup; unit;
-pint pt = 2 cup; quart qt = 4 cup; gallon gal = 16 cup; cent; dollar usd = 100 cent; euro; sterling; yen; am AM;
+pint pt = 2 cup; quart qt = 4 cup; gallon gal = 16 cup; cent; dollar usd = 100 cent; euro; sterling; yen; yuan; am AM;
 pm PM; ordinal th st nd rd"""
 METRIC = """meter metre - m; gram gramme - g gm; second - s; liter litre - l L; watt - W; joule - J; newton - N;
 volt - V; coulomb - C; tesla - T; hertz - Hz; pascal - Pa; byte - B; ampere amp - A; calorie - cal; electronvolt - eV"""

@@ -20,7 +20,8 @@ SPELLINGS = r"""
 \infty ∞ \infinity infinity oo inf  \cup ∪  \cap ∩  \in ∈  \setminus ∖ \backslash  \emptyset ∅ \varnothing
 \mathbb{R} ℝ \R \reals  \mathbb{Z} ℤ  \mathbb{Q} ℚ  \mathbb{N} ℕ  \mathbb{C} ℂ  \angle ∠  \triangle △
 : ∶ \colon  | ∣ \mid \vert  ' ’ ′  " “ ”  , ; 、  . 。  ( ⟨ \langle  ) ⟩ \rangle  \{ \lbrace  \} \rbrace
-\lfloor ⌊  \rfloor ⌋  \lceil ⌈  \rceil ⌉  \lor ∨ \vee or  \land ∧ \wedge and  \ldots \dots \cdots \dotsc  cents ¢
+\lfloor ⌊  \rfloor ⌋  \lceil ⌈  \rceil ⌉  \lor ∨ \vee or 或  \land ∧ \wedge and 和 与 且
+\ldots \dots \cdots \dotsc  cents ¢
 \sin sin  \cos cos  \tan tan \tg  \arcsin arcsin asin  \arccos arccos acos  \arctan arctan atan  \log log  \ln ln
 \alpha α  \beta β  \gamma γ  \delta δ  \theta θ theta  \lambda λ  \mu μ  \pi π pi  \rho ρ  \sigma σ  \tau τ  \phi φ
 \omega ω  \Delta Δ  \log_{10} \lg  \frac \dfrac \tfrac \cfrac  \binom \dbinom \tbinom
@@ -44,6 +45,9 @@ for tens, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "sev
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 SCALE = rf"(?:{'|'.join(SCALES)})(?![a-zA-Z])"
 CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
+CHINESE = """元 yuan, 美元 dollar, 米 m, 厘米 cm, 毫米 mm, 千米 km, 公里 km, 千克 kg, 公斤 kg, 克 g, 吨 ton, 升 liter,
+毫升 ml, 小时 hour, 分钟 minute, 秒 second, 天 day, 周 week, 个月 month, 年 year, 度 degree"""
+CHINESE = dict(entry.split() for entry in CHINESE.split(","))
 INNER = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces, with two levels of braces in it
 ARGUMENT = r"(\\sqrt ?|[\^_] ?)\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)"
 TEXT_START, TEXT_END = r"^(?:\\text ?\{ ?)?", r"(?: ?\})?$"  # of a whole answer, inside or outside \text
@@ -71,6 +75,13 @@ def based(match: re.Match) -> str:
         return match[0]
 
 
+def chinese(match: re.Match) -> str:
+    """The unit or noun that a number counts: 15元 is 15 \\text{ yuan}. Of an unknown word, one of Latin letters."""
+    power, word = {"平方": "^2", "立方": "^3"}.get(match[1], ""), match[2]
+    letters = "".join(chr(ord("a") + int(digit, 16)) for char in word for digit in f"{ord(char):x}")
+    return rf" \text{{{CHINESE.get(word, letters + 'xs')}}}{power}"
+
+
 def scaled(match: re.Match) -> str:
     """5 \\text{ million euros} as 5000000\\text{ euros}"""
     number, text, scale, end = match.groups()
@@ -89,6 +100,7 @@ def repeating(match: re.Match) -> str:
 
 
 BEFORE_TOKENS = [  # in this order
+    (r"(?<=[\d}]) ?(?:\\text ?\{ ?)?(平方|立方)?([\u4e00-\u9fff]{1,4}) ?\}?$", chinese),
     (r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
     (r"[₀-₉₊₋ₙ]+", lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}"),
     (r"[^\x00-\x7f]", lambda m: to_ascii(m[0])),
@@ -116,6 +128,9 @@ AFTER_TOKENS = [
     (r"^(?:\\\\| )+|(?:\\\\| )+$", ""),
     # Words, exponents and indices
     (r"^(\\text ?\{ ?)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is:?|:) (?=.)", r"\1"),
+    (r"(?<=[\d})]) ?\\text ?\{ ?\( ?([a-zA-Z0-9^/ .]+) ?\) ?\}$", r"\\text{ \1}"),  # 180 (days)
+    (r"(?<=[\d})]) ?\( ?(?:\\text ?\{ ?([a-zA-Z^/ .]+)\}|([a-zA-Z]{3,}|[a-zA-Z]+/[a-z]+)) ?\)$", r"\\text{ \1\2}"),
+    (r"\\(max|min|gcd|text\{lcm\}) ?(?:\\\{([^{}]*)\\\}|\[([^\[\]]*)\])", r"\\\1(\2\3)"),
     (rf"\\text ?\{{({INNER})\}}", text_or_not),
     (r"_\{\\text\{([^{}]*)\}\}", r"_{\1}"),
     (r"(?<=[_^])(\d\d+|[+-]\d+)", r"{\1}"),
