@@ -13,8 +13,10 @@ A verifier takes a response and the true answer. It returns a number, 1 for righ
 whose sum is the reward, such as {"correctness": 1.0, "format": 0.1}: it is correct if `correctness` is 1 or more.
 """
 
+import contextlib
 import functools
 import itertools
+import json
 import math
 import os
 import re
@@ -172,6 +174,20 @@ def overlong_penalty(length: int, max_length: int, overlong: str) -> float:
     return max(-1.0, min(0.0, excess))
 
 
+def read_truth(answer: str) -> str | None:
+    """A true answer as data sets have it: also a JSON list of texts, or a whole solution that ends in #### 7.
+
+    None if no response could equal it: it is empty, has an extra brace, or is a proof.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(parts := json.loads(answer), list) and all(isinstance(part, str) for part in parts):
+            answer = ", ".join(parts)
+    answer = answer.rpartition("####")[2].strip()
+    is_proof = re.fullmatch(r"\W*(?:text)?\W*(?:see )?(?:the )?proof\W*", answer, re.IGNORECASE)
+    return answer if can_be_given(answer) and not is_proof else None
+
+
+MATHEMATICAL = ("math", "math_dapo", "gsm8k")  # these compare values, and read the truth by `read_truth`
 EVERY = ""  # stands for every source that has no entry of its own
 
 
@@ -206,6 +222,14 @@ def files(rewards: str) -> list[Path]:
     return sorted(set(filter(None, paths)))
 
 
+def with_verifier(problem, verifier: str):
+    truth = read_truth(problem.answer) if verifier in MATHEMATICAL else problem.answer
+    if truth is None:
+        what = "no response could equal it; a value is needed, with as many closing braces as opening ones"
+        raise UserError(f"answer {problem.answer[:60]!r} of source {problem.source}: {what}")
+    return replace(problem, verifier=verifier, answer=truth)
+
+
 def assign(rewards: str, *sets: list) -> tuple[str, list[list]]:
     """(a text with the verifier of each source; the sets of problems, each problem with its `verifier`).
 
@@ -222,7 +246,7 @@ def assign(rewards: str, *sets: list) -> tuple[str, list[list]]:
             known = f"'{lower}', which has a verifier; say --rewards {source}={lower}, or {source}=math"
             raise UserError(f"source '{source}' is not {known}")
     full = {source: full_name(name, source) for source, name in names.items()}
-    assigned = [[replace(problem, verifier=full[problem.source]) for problem in problems] for problems in sets]
+    assigned = [[with_verifier(problem, full[problem.source]) for problem in problems] for problems in sets]
     own = {p.verifier: (p.verifier, "", p.answer) for p in itertools.chain(*assigned) if p.verifier not in VERIFIERS}
     tried = judge(sorted(own.values()), timeout=3.0, num_workers=1, budget=60.0)
     if failed := [name for (name, *_), result in tried.items() if result is None]:
@@ -230,7 +254,4 @@ def assign(rewards: str, *sets: list) -> tuple[str, list[list]]:
     for problem in itertools.chain(*assigned):
         if problem.verifier in VERIFIERS:
             VERIFIERS[problem.verifier]("", problem.answer)
-        if problem.verifier in ("math", "math_dapo", "gsm8k") and not can_be_given(problem.answer):
-            what = "no response could equal it; something is needed, with as many closing braces as opening ones"
-            raise UserError(f"answer {problem.answer[:60]!r} of source {problem.source}: {what}")
     return ", ".join(f"{source} by {name}" for source, name in names.items()), assigned

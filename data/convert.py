@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ce_gppo.messages import UserError
-from ce_gppo.verifier.answers import can_be_given, last_box
+from ce_gppo.verifier.answers import last_box
 from data import common
+from reward import read_truth
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ def answer_of(row: dict) -> str | None:
     parts = answer if isinstance(answer, list) else [answer]  # OlympiadBench: the answers to the parts of a problem
     if not all(isinstance(part, str | int | float) and part == part for part in parts):  # a dictionary, NaN
         return None
-    text = ", ".join(str(part).rpartition("####")[2].strip() for part in parts)
-    return text if can_be_given(text) else None
+    return read_truth(", ".join(read_truth(str(part)) or "" for part in parts))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import pytest
@@ -281,6 +281,34 @@ def test_verifiers_are_assigned_over_both_sets_and_listed():
     said, (train, held_out) = reward.assign("a=exact,b=math", [problem("a")], [problem("b"), problem("a")])
     assert [p.verifier for p in train + held_out] == ["exact", "math", "exact"]
     assert said == "a by exact, b by math"
+
+
+@pytest.mark.parametrize(
+    "answer, truth",
+    [
+        ('["(1,2)"]', "(1,2)"),  # Skywork's
+        ('["2", "3"]', "2, 3"),
+        ("[1, 2]", "[1, 2]"),  # an interval
+        ("So 3 + 4 = 7.\n#### 7", "7"),  # GSM8K's
+        ("12", "12"),
+        ("\\text{proof}", None),  # NuminaMath's
+        ("See the proof.", None),
+        ("[]", None),
+        ('[""]', None),
+        ("####", None),
+        ("\\frac{1}{2}}", None),
+    ],
+)
+@pytest.mark.parametrize("verifier", ["math", "gsm8k", "math_dapo"])
+def test_true_answers_are_read_or_refused(answer, truth, verifier):
+    assert reward.read_truth(answer) == truth
+    if truth is None:
+        with pytest.raises(UserError, match="of source a: no response could equal it; a value is needed"):
+            reward.assign(verifier, [replace(problem("a"), answer=answer)])
+    else:
+        _, [[read]] = reward.assign(verifier, [replace(problem("a"), answer=answer)])
+        says = {"math": rf"\boxed{{{truth}}}", "gsm8k": f"#### {truth}", "math_dapo": f"Answer: {truth}"}[verifier]
+        assert read.answer == truth and score([says], [read.answer], [verifier]) == [1.0]
 
 
 @pytest.fixture
