@@ -24,25 +24,24 @@ FILES = ("metrics", "samples", "tokens")
 
 def plan(config, folder: Path, model, device: str, problems: str, step: int) -> str:
     """The run's folder and the sizes that follow from the settings."""
-    c, world, group, batches = config, parallel.world_size(), config.responses_per_prompt, max_batches(config)
-    parameters, updates = sum(p.numel() for p in model.parameters()), updates_of_step(c)
+    c, world, group, updates = config, parallel.world_size(), config.responses_per_prompt, updates_of_step(config)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
     betas = "no betas" if c.beta1 is None else f"beta1 {c.beta1}, beta2 {c.beta2}"
-    lines = {
-        "run": f"{folder}" + f", continued after step {step}" * bool(step),
-        "model": f"{c.model}, {parameters / 1e6:,.2f} M parameters, on {device}"
-        + (f", and a critic with learning rate {c.critic_lr:g}" if c.critic_lr else ""),
-        "data": problems,
-        "objective": f"{c.objective}, {betas}, clip interval [{1 - c.eps_low:g}, {1 + c.eps_high:g}], "
-        f"learning rate {c.lr:g}, seed {c.seed}",
-        "step": f"{c.prompts_per_step} prompts x {group} = {c.prompts_per_step * group} responses"
-        + f", up to {batches} times" * (batches > 1)
-        + f", then up to {updates} updates of {c.mini_batch_prompts * group} responses; {c.steps} steps"
-        + "; nothing is clipped, as a step's only update has ratio 1" * (updates == 1)
-        + f"; on {world} processes, {'copied' if c.shard == 'no' else 'sharded'}" * (world > 1)
-        + "; weights, gradients and optimizer in the host's memory" * (c.shard == "offload")
-        + "; shard does nothing, with one process" * (c.shard == "yes" and world == 1),
-    }
-    return "\n".join(f"{name:<12} {line}" for name, line in lines.items())
+    interval = f"clip interval [{1 - c.eps_low:g}, {1 + c.eps_high:g}]"
+    step_ = f"{c.prompts_per_step} prompts x {group} = {c.prompts_per_step * group} responses"
+    step_ += f", up to {max_batches(c)} times" * (max_batches(c) > 1)
+    step_ += f", then up to {updates} updates of {c.mini_batch_prompts * group} responses; {c.steps} steps"
+    step_ += "; nothing is clipped, as a step's only update has ratio 1" * (updates == 1)
+    step_ += f"; on {world} processes, {'copied' if c.shard == 'no' else 'sharded'}" * (world > 1)
+    step_ += "; weights, gradients and optimizer in the host's memory" * (c.shard == "offload")
+    step_ += "; shard does nothing, with one process" * (c.shard == "yes" and world == 1)
+    critic = f", and a critic with learning rate {c.critic_lr:g}" if c.critic_lr else ""
+    return f"""\
+run          {folder}{f", continued after step {step}" * bool(step)}
+model        {c.model}, {parameters:,.2f} M parameters, on {device}{critic}
+data         {problems}
+objective    {c.objective}, {betas}, {interval}, learning rate {c.lr:g}, seed {c.seed}
+step         {step_}"""
 
 
 class Log:
@@ -163,10 +162,8 @@ def keep_until(path: Path, last_step: int) -> list[dict]:
     rows = read_rows(path)
     kept = [row for row in rows if row["step"] <= last_step]
     if len(kept) < len(rows):
-        endings = (
-            f".until-step-{rows[-1]['step']:06d}{again}.jsonl" for again in ("", *map("-{}".format, range(2, 99)))
-        )
-        path.replace(next(aside for ending in endings if not (aside := path.with_suffix(ending)).exists()))
+        names = (f"{path.stem}.until-step-{rows[-1]['step']:06d}{again}.jsonl" for again in ("", *range(-2, -99, -1)))
+        path.replace(next(aside for name in names if not (aside := path.with_name(name)).exists()))
     if rows or not path.exists():
         rewrite(path, kept)
     return kept
@@ -227,10 +224,9 @@ def faults(steps: list[dict], c) -> Iterator[str]:
         names = ["lr", *["beta1"] * bool(c.spec.has_betas and c.beta1), *["epochs"] * (c.epochs > 1)]
         cure = " or ".join(f"{name} ({getattr(c, name):g})" for name in names)
         cure += ", or take objective ce_gppo with a lower beta1" * (c.objective == "gppo")
-        yield (
-            f"In {len(far)} of {len(trained)} steps, first in step {far[0]['step']}, the updates moved far from the "
-            f"policy that sampled (kl/approx up to {highest:.2g} nats): lower {cure}."
-        )
+        where = f"In {len(far)} of {len(trained)} steps, first in step {far[0]['step']}"
+        gap = f"(kl/approx up to {highest:.2g} nats)"
+        yield f"{where}, the updates moved far from the policy that sampled {gap}: lower {cure}."
 
     if (share := at_end("response/truncated")) > MAX_TRUNCATED:
         cure = f"raise max_response_tokens ({c.max_response_tokens})"
@@ -239,11 +235,9 @@ def faults(steps: list[dict], c) -> Iterator[str]:
         yield f"At the end {share:.0%} of the responses were cut at the length limit: {cure}."
 
     right, wrong = at_end("reward/group_solved_all"), at_end("reward/group_solved_none")
-    filtered = c.dynamic_sampling != "off"  # then groups are used whose right answers differ in another component
-    unused = right + wrong > MAX_WITHOUT_SIGNAL and not (
-        filtered and at_end("rollout/unused", 1.0) <= MAX_WITHOUT_SIGNAL
-    )
-    if unused and c.advantages != "gae":
+    if c.dynamic_sampling != "off":  # then groups are used whose right answers differ in another component
+        right, wrong = (share * (at_end("rollout/unused", 1.0) > MAX_WITHOUT_SIGNAL) for share in (right, wrong))
+    if right + wrong > MAX_WITHOUT_SIGNAL and c.advantages != "gae":
         cure = "train on harder problems" if right > wrong else "train on easier problems"
         if min(right, wrong) > 0.2:
             cure = f"the answers to one problem hardly differ, so raise temperature ({c.temperature:g})"
