@@ -10,6 +10,7 @@ recipes/r1-distill-1.5b.toml. The result was never compared with a run on a GPU:
 """
 
 import functools
+import heapq
 import inspect
 import itertools
 import json
@@ -31,8 +32,11 @@ NODE_RATE = 350e9  # bytes/s per GPU within a node; guess from NVLink's 450e9 by
 NETWORK_RATE = 40e9  # bytes/s per GPU between nodes; guess from 400 Gbit/s InfiniBand's 50e9 by datasheet
 HOST_RATE = 25e9  # bytes/s between a GPU and its host; guess from PCIe 5's 64e9 by datasheet
 HOST_MEMORY_RATE = 100e9  # bytes/s of a host's memory, for one GPU's share; guess
-MFU = 0.4  # of the update; guess (0.68 is measured on two CPU cores, with a small model)
+PAGEABLE_RATE = 4e9  # bytes/s of a copy to memory that is not pinned, as a checkpoint makes; guess
+MFU = 0.3  # of an update as bench.gpu and perf/matmul_utilization count it, without recomputation; guess
 DECODE_SHARE = 0.6  # of MEMORY_RATE, in vLLM's decoding; guess
+DECODE_FLOOR = 0.005  # s of a decode step, at least: the scheduler and the launch of kernels; guess
+WAKE_SECONDS = 2.0  # of vLLM's sleep and wake in a step; guess
 ASLEEP = 3.0  # GiB that a sleeping vLLM and CUDA's context keep; guess
 GPUS_A_NODE = 8
 
@@ -59,6 +63,7 @@ class Config:
     mean_length: t.Count = 6000  # tokens of a response on average; a guess
     max_length: t.Count = RECIPE.max_response_tokens  # tokens of the longest response
     micro_batch_tokens: t.Count = RECIPE.max_micro_batch_tokens
+    checkpoint_every: t.Count = RECIPE.checkpoint_every
     gpus: tuple[t.Count, ...] = (1, 8, 64, 1024)
 
     @property
@@ -114,70 +119,103 @@ def memory(name: str, gpus: int, shard: str, tensor_parallel: int, config: Confi
 
 
 @functools.cache
-def largest_share(ranks: int, responses: int, mean: int, longest: int) -> float:
-    """Of a mini-batch's tokens, those of the rank that has the most, which all others wait for: the mean of 50.
+def sample_lengths(count: int, mean: int, longest: int, seed: int = 0) -> list[int]:
+    """Lengths of responses: log-normal, with a long tail that is cut at the limit."""
+    normal = torch.randn(count, generator=torch.Generator().manual_seed(seed))  # [count]
+    return ((0.8 * normal - 0.32).exp() * mean).clamp(1, longest).long().tolist()  # 0.32: half of 0.8 squared
 
-    The lengths are log-normal, with a long tail that is cut at the limit.
-    """
-    generator, found = torch.Generator().manual_seed(0), []
-    for _ in range(50):
-        normal = torch.randn(responses, generator=generator)  # [responses]
-        lengths = ((0.8 * normal - 0.32).exp() * mean).clamp(1, longest).long().tolist()  # 0.32: half of 0.8 squared
-        loads = [0] * ranks
-        owners = parallel.deal(list(range(responses)), lengths, lengths, ranks)
-        for length, owner in zip(lengths, owners, strict=True):
+
+@functools.cache
+def largest_share(ranks: int, responses: int, mean: int, longest: int) -> float:
+    """Of a mini-batch's tokens, those of the rank that has the most, which all others wait for: the mean of 50."""
+    found = []
+    for seed in range(50):
+        lengths, loads = sample_lengths(responses, mean, longest, seed), [0] * ranks
+        for length, owner in zip(lengths, parallel.deal(list(range(responses)), lengths, lengths, ranks), strict=True):
             loads[owner] += length
         found.append(max(loads) / sum(lengths))
     return sum(found) / len(found)
 
 
+def decode_seconds(lengths: list[int], prompt: int, running: int, weights: float, cache: float, rate: float) -> float:
+    """Of one engine. A decode step reads `weights` bytes, and `cache` bytes for each token of each running sequence.
+
+    From one end of a sequence to the next, the sequences that run are the same ones; when one ends, the next begins.
+    """
+    waiting, ends, step, seconds = list(lengths)[::-1], [], 0, 0.0
+    context = 0  # tokens of all running sequences
+    while waiting or ends:
+        while waiting and len(ends) < running:
+            length = waiting.pop()
+            heapq.heappush(ends, (step + length, length))
+            context += prompt
+        steps = ends[0][0] - step
+        read = weights + cache * (context + len(ends) * (steps + 1) / 2)  # on average over these steps
+        seconds += steps * max(DECODE_FLOOR, read / rate)
+        step, context = step + steps, context + len(ends) * steps
+        while ends and ends[0][0] == step:
+            context -= prompt + heapq.heappop(ends)[1]
+    return seconds
+
+
 def rollout_seconds(name: str, gpus: int, shard: str, tensor_parallel: int, responses: int, config: Config) -> float:
-    """Decoding reads, for each token, the weights and the cache of every running sequence once."""
     layers, hidden, _, heads, key_heads, _ = SHAPES[name]
-    total, *_ = parameters(name)
-    engines = gpus // tensor_parallel
     need = memory(name, gpus, shard, tensor_parallel, config)
     room = need["utilization"] * config.gpu_memory - need["engine"] - 2  # 2 GiB for vLLM's activations and graphs
     cache_of_token = 2 * layers * key_heads * (hidden // heads) * 2
-    fit = room * tensor_parallel * 2**30 / (cache_of_token * config.mean_length)
-    running = min(math.ceil(responses / engines), RUNNING, fit)
-    read = 2 * total + running * config.mean_length / 2 * cache_of_token
-    rate = tensor_parallel * config.memory_rate * DECODE_SHARE
-    waves = max(1.0, math.ceil(responses / engines) / max(running, 1e-9))
-    # At least one response runs to the limit; at the end it is the only one.
-    last = max(0, config.max_length - config.mean_length * waves) * 2 * total / rate
-    return waves * config.mean_length * read / rate + last
+    lengths = sample_lengths(math.ceil(responses / (gpus // tensor_parallel)), config.mean_length, config.max_length)
+    lengths = [config.max_length, *lengths[1:]]  # at least one response of the step runs to the limit
+    context = config.prompt_tokens + sum(n * n for n in lengths) / sum(lengths) / 2  # of a running sequence, on average
+    running = max(1, min(RUNNING, int(room * tensor_parallel * 2**30 / (cache_of_token * context))))
+    rate, weights = tensor_parallel * config.memory_rate * DECODE_SHARE, 2 * parameters(name)[0]
+    return decode_seconds(lengths, config.prompt_tokens, running, weights, cache_of_token, rate)
+
+
+def flops(name: str, prompt: int, lengths: list[int]) -> float:
+    """Of forward and backward, without recomputation, as perf.flops counts them where each prompt has one response."""
+    layers, hidden, *_ = SHAPES[name]
+    _, in_layers, head = parameters(name)
+    squares = sum((prompt + length) ** 2 for length in lengths)
+    tokens = sum(lengths)
+    return 6.0 * (in_layers * (prompt * len(lengths) + tokens) + head * tokens + layers * hidden * squares)
+
+
+def passes(config: Config) -> tuple[float, float]:
+    """The step's responses that the old-logprobs pass computes, and those that are updated on."""
+    trained = config.kept_prompts * config.responses_per_prompt
+    dropped = config.prompts * config.responses_per_prompt - trained
+    return trained - config.mini_batch_prompts * config.responses_per_prompt + dropped / train.MEASURED, trained
 
 
 def seconds(name: str, gpus: int, shard: str, tensor_parallel: int, config: Config) -> dict[str, float]:
     """Seconds of a step, by part."""
-    layers, hidden, *_ = SHAPES[name]
-    total, in_layers, head = parameters(name)
+    total, *_ = parameters(name)
+    old, trained = passes(config)
+    updates, mini_batch = config.kept_prompts / config.mini_batch_prompts, trained * config.mini_batch_prompts
+    mini_batch = int(mini_batch / config.kept_prompts)
     responses = config.prompts * config.responses_per_prompt
-    trained = config.kept_prompts * config.responses_per_prompt
-    updates = config.kept_prompts / config.mini_batch_prompts
 
-    # Old logprobs: forward over what is trained on, except the first mini-batch. Update: forward, recomputation and
-    # backward. GPUs beyond the number of responses in a mini-batch are idle.
-    length = config.prompt_tokens + config.mean_length
-    forward = 2 * (in_layers * length + head * config.mean_length) + 2 * layers * hidden * length**2
-    mini_batch = int(trained / updates)
+    # An update recomputes the forward pass, which the old-logprobs pass does not. A rank waits for the one with the
+    # largest share; GPUs beyond the number of responses in a mini-batch are idle.
+    lengths = sample_lengths(responses, config.mean_length, config.max_length)
     share = largest_share(gpus, mini_batch, config.mean_length, config.max_length)
-    pass_ = forward * trained * share / (MATRIX_RATE * MFU)
+    update = flops(name, config.prompt_tokens, lengths) / responses * trained * share / (MATRIX_RATE * MFU)
 
     # DDP moves gradients once per update; FSDP weights twice and gradients once per micro-batch.
     link = NODE_RATE if gpus <= GPUS_A_NODE else NETWORK_RATE
-    micro_batches = math.ceil(mini_batch / min(gpus, mini_batch) * length / config.micro_batch_tokens)
+    tokens = mini_batch / min(gpus, mini_batch) * (config.prompt_tokens + config.mean_length)
+    micro_batches = math.ceil(tokens / config.micro_batch_tokens)
     moved = (2 * 2 + 4) * total * micro_batches if shard != "no" else 2 * 4 * total
     moving = 0.0 if gpus == 1 else updates * moved / link
     if shard == "offload":  # the same to and from the host, of this GPU's shard; gradients add up and AdamW runs there
         there = (12 * micro_batches + 28) / HOST_MEMORY_RATE
         moving += updates * total / gpus * ((2 * 4 + 4) * micro_batches / HOST_RATE + there)
+    moving += 4 * total / {"no": 2 * config.memory_rate, "yes": link, "offload": HOST_RATE}[shard]  # to vLLM
     return {
         "rollout": rollout_seconds(name, gpus, shard, tensor_parallel, responses, config),
-        "old_logprobs": pass_ * (1 - 1 / updates),
-        "update": 4 * pass_,
-        "moving": moving + 4 * total / {"no": 2 * config.memory_rate, "yes": link, "offload": HOST_RATE}[shard],
+        "old_logprobs": update / 4 * old / trained,  # a forward pass of four, with the recomputation
+        "update": update,
+        "moving": moving + WAKE_SECONDS + 12 * total / PAGEABLE_RATE / config.checkpoint_every,
     }
 
 
@@ -205,7 +243,7 @@ def recipe_rows() -> list[dict]:
     for path in sorted(t.RECIPES.glob("*.toml")):
         recipe = t.parse(train.Config, ["--recipe", path.stem])[0]
         limits = {"max_length": recipe.max_response_tokens, "micro_batch_tokens": recipe.max_micro_batch_tokens}
-        config = Config(gpu_memory=80.0, **limits)
+        config = Config(gpu_memory=80.0, checkpoint_every=recipe.checkpoint_every, **limits)
         held_out = Config(gpu_memory=80.0, mean_length=10000, max_length=recipe.eval_response_tokens)
         offload = recipe.shard == "offload"
         name = next((name for name in SHAPES if name in recipe.model), None)  # None: a small policy, for a CPU

@@ -5,16 +5,19 @@ import math
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+import train
 from bench import common, contestants, gpu, scaling, update
-from ce_gppo import config, metrics, parallel, policy
+from ce_gppo import checkpoint, config, metrics, parallel, perf, policy
 from ce_gppo.messages import RunEnded, UserError
-from helpers import Forked, rows_of
+from helpers import Forked, resolved, rollout_of, rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -225,6 +228,52 @@ def test_the_host_s_memory_with_offload():
         assert round(found["update"]) == gib and round(found["checkpoint"]) == 85
     comment = (config.RECIPES / "r1-distill-7b-offload.toml").read_text()
     assert f"{scaling.host_memory('7B')['update']:.0f} GiB, are in the host's memory" in comment
+
+
+def test_decoding_is_the_sum_of_its_steps(monkeypatch):
+    """Here step by step and sequence by sequence, with a floor that only the last steps are under."""
+    lengths = scaling.sample_lengths(60, 40, 120)
+    monkeypatch.setattr(scaling, "DECODE_FLOOR", 0.06)
+    waiting, running, expected = list(lengths), [], 0.0
+    while waiting or running:
+        while waiting and len(running) < 8:
+            running.append([0, waiting.pop(0)])
+        running = [[done + 1, length] for done, length in running]
+        expected += max(0.06, (50 + 2 * sum(10 + done for done, _ in running)) / 1000)
+        running = [[done, length] for done, length in running if done < length]
+    assert scaling.decode_seconds(lengths, 10, 8, 50, 2, 1000) == pytest.approx(expected, rel=0.002)
+    assert scaling.decode_seconds([3], 10, 8, 50, 2, 1000) == pytest.approx(3 * (50 + 2 * 12) / 1000)
+
+
+def test_operations_are_those_of_perf():
+    """The one definition: forward and backward, without recomputation."""
+    shape = types.SimpleNamespace(**dict(zip(SHAPE, scaling.SHAPES["1.5B"], strict=True)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(common.model_config(Qwen2Config, shape, tie_word_embeddings=False))
+    batch = rollout_of([(200, length) for length in (10, 3000, 900)])
+    assert scaling.flops("1.5B", 200, [10, 3000, 900]) == pytest.approx(perf.flops(model, batch), rel=2e-3)
+
+
+def test_the_responses_of_a_step_are_those_that_learn_computes(tiny_model, monkeypatch):
+    """In passes without gradients, and in updates; here with 8 groups of 4, of which 6 are trained on, 2 an update."""
+    settings = resolved(max_kept_prompts=6, mini_batch_prompts=2, responses_per_prompt=4)
+    found, inner = {True: 0, False: 0}, policy.Policy.forward
+
+    def counting(self, packed, temperature):
+        found[torch.is_grad_enabled()] += len(packed.targets) // 5
+        return inner(self, packed, temperature)
+
+    monkeypatch.setattr(policy.Policy, "forward", counting)
+    whole = rollout_of([(3, 5)] * 32)
+    whole = replace(whole, prompt_of=torch.arange(8).repeat_interleave(4), prompts=whole.prompts[:8])
+    whole = replace(whole, index=torch.arange(32))
+    mini_batches, state, models = list(torch.arange(24).split(8)), checkpoint.State("", step=1), [policy.Policy(tiny_model)]
+    models += [torch.optim.AdamW(tiny_model.parameters(), lr=1e-4), None, None]
+    objective, meter = train.objective_of_step(settings, state), mock.MagicMock(device="cpu")
+    train.learn(*models, whole, mini_batches, objective, 1e-4, state, settings, Path(), meter)
+    settings = scaling.Config(prompts=8, responses_per_prompt=4, kept_prompts=6, mini_batch_prompts=2)
+    old, trained = scaling.passes(settings)
+    assert (math.ceil(old), trained) == (found[False], found[True])
 
 
 @pytest.mark.parametrize("result", ["scaling"], indirect=True)
