@@ -9,7 +9,7 @@ LOCK := requirements/$(PLATFORM).txt
 TORCH := $(shell grep '^torch==' $(LOCK))
 CHECK_PYTHON = test -n "$(PYTHON)" || \
 	{ echo "make: no Python 3.11 to 3.14 found; install one, or run make PYTHON=/path/to/python3" >&2; exit 2; }
-CHECK_GPU = .venv/bin/python -c 'import torch; torch.cuda.is_available() or exit("make: torch cannot use the GPU; CUDA 13.0 of requirements/cuda.txt needs driver 580 or newer, and nvidia-smi shows yours")'
+CHECK_GPU = .venv/bin/python -m tools.doctor --gpu
 # Puts the repository root on Python's path: `.venv/bin/python tools/evaluate.py` then works like `-m tools.evaluate`.
 FIND_PROJECT = echo "$(CURDIR)" > "$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/this-project.pth"
 WALK_DATA := data/walk/train.jsonl data/walk/eval.jsonl

@@ -47,6 +47,7 @@ class Engine:
 
     model: folder or hub name. context: tokens of prompt and response together. gpu_memory_utilization: share of the
     GPU's memory for vLLM. tensor_parallel: neighbouring ranks that share the engine, and must make the same calls.
+    dummy: it begins with random weights, for a trainer that loads its own before it samples.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         tensor_parallel: int = 1,
         seed: int = 0,
         max_sequences: int = 512,
+        dummy: bool = False,
     ):
         import vllm  # takes 10 s, and the benches for GPUs run without it
 
@@ -65,6 +67,7 @@ class Engine:
         self.cuda, self.stop_token_ids = torch.cuda.is_available(), stop_token_ids(model, tokenizer)
         options = {"model": model, "max_model_len": context, "max_num_seqs": max_sequences, "seed": seed}
         options |= {"trust_remote_code": False, "disable_log_stats": True, "use_tqdm_on_load": False}
+        options["load_format"] = "dummy" if dummy else "auto"
         options["generation_config"] = "vllm"  # otherwise the folder's generation_config.json changes the sampling
         options["logprobs_mode"] = "processed_logprobs"  # of the distribution sampled from, temperature included
         if self.cuda:

@@ -26,7 +26,7 @@ from ce_gppo.batch import Rollout, append, concat, gather, local_batch, micro_ba
 from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
 from ce_gppo.log import Log, plan
 from ce_gppo.model import load_model, load_reference, load_tokenizer, named_weights
-from ce_gppo.perf import Meter
+from ce_gppo.perf import Meter, check_memory
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
 from ce_gppo.problems import Problem, check_files, evaluate_policy, load_sets, problems_of_batch, seed_of_step
 from ce_gppo.tracking import follow
@@ -129,7 +129,9 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         models = policy, optimizer, load_reference(config, device), critic
         messages.say(plan(config, folder, model, device, about, state.step))
         context = config.max_prompt_tokens + max(config.max_response_tokens, config.eval_response_tokens)
-        engine = Engine(source, tokenizer, context, config.gpu_memory_utilization, config.rollout_tp, config.seed)
+        check_memory(config, model, device)
+        share, ranks = config.gpu_memory_utilization, config.rollout_tp
+        engine = Engine(source, tokenizer, context, share, ranks, config.seed, dummy=True)  # check_engine loads weights
         check_engine(engine, model, policy, problems[0].prompt_ids, config, device)
         log = Log(folder, config, state, tokenizer, reward.extract_answer) if parallel.is_main() else None
     meter = Meter(model, device)
@@ -168,10 +170,10 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
 def sample(
     engine: Engine, problems: list[Problem], batches: int, config: Config, meter: Meter, stop: Callable[[], bool]
 ) -> tuple[list[Problem], Rollout | None]:
-    """(problems, responses to each of them with their rewards), over all ranks. No rollout once `stop` is true.
+    """(problems, responses to each with their rewards), over all ranks. No rollout once `stop` is true.
 
-    A batch of prompts, or with `refill` several, until max_kept_prompts groups have unequal rewards (DAPO's dynamic
-    sampling). batches: how many were sampled in earlier steps; the problems and seeds follow from it.
+    A batch of prompts, or with `refill` several, until max_kept_prompts groups have unequal rewards. batches: how many
+    were sampled in earlier steps; problems and seeds follow from it.
     """
     chosen, rollout = [], None
     for batch in range(batches + 1, batches + 1 + t.max_batches(config)):
@@ -179,15 +181,10 @@ def sample(
             new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
             own = parallel.round_robin(len(new), config.rollout_tp)  # the prompts of this rank's engine
             scorer = reward.in_background([new[i] for i in own], thinking=config.thinking, budget=REWARD_SECONDS)
-            part = engine.generate(
-                [new[i].prompt_ids for i in own],
-                config.responses_per_prompt,
-                max_tokens=config.max_response_tokens,
-                temperature=config.temperature,
-                seed=seed_of_step(config.seed, batch, parallel.rank() // config.rollout_tp),
-                on_group=scorer.add,  # the verifier starts on the first complete group
-                stop=stop,
-            )
+            seed = seed_of_step(config.seed, batch, parallel.rank() // config.rollout_tp)
+            options = {"max_tokens": config.max_response_tokens, "temperature": config.temperature, "seed": seed}
+            options |= {"on_group": scorer.add, "stop": stop}  # the verifier starts on the first complete group
+            part = engine.generate([new[i].prompt_ids for i in own], config.responses_per_prompt, **options)
             if parallel.any_rank(part is None):
                 return [], None
         with meter("reward"):

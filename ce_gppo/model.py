@@ -56,8 +56,9 @@ def load_model(
         try_saving(model, tokenizer)
     for module in model.modules():  # vLLM's transformers backend changes the model's class, which this model shares;
         module.do_not_compile = True  # with this attribute the changed class leaves this model as it is
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the ratio allows none
+        for name, value in vars(module).items():  # dropout and layerdrop: the ratio allows none
+            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0)
     model = model.to("cpu" if shard == "offload" or (shard == "yes" and parallel.world_size() > 1) else device)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

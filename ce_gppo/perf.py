@@ -1,5 +1,6 @@
 """Performance: seconds of a step's parts, tokens per second, use of the device, memory."""
 
+import math
 import resource
 import time
 import timeit
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ce_gppo import parallel
 from ce_gppo.batch import Rollout
+from ce_gppo.messages import UserError
 
 
 class Meter:
@@ -75,6 +77,23 @@ def matrix_rate(device: str) -> float:
     size, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (1024, torch.float32)
     a = torch.randn(size, size, dtype=dtype, device=device)
     return 2 * size**3 / min(timeit.repeat(lambda: (a @ a, now(device)), repeat=5, number=1))
+
+
+def check_memory(config, model, device: str) -> None:
+    """UserError if vLLM's share of the GPU leaves too little for what the policy keeps after its first update.
+
+    Weights and two moments, 12 bytes a parameter, and DDP's gradients; 3 GiB are for CUDA and vLLM's sleep.
+    """
+    if device != "cuda":
+        return
+    total, ranks = torch.cuda.get_device_properties(device).total_memory / 2**30, parallel.world_size()
+    of_shard = {"no": 16 if ranks > 1 else 12, "yes": 12 / ranks, "offload": 0}[config.shard]
+    models = 1 + (config.advantages == "gae")
+    kept = models * of_shard * sum(p.numel() for p in model.parameters()) / 2**30
+    if config.gpu_memory_utilization > (most := math.floor((total - kept - 3) / total * 100) / 100):
+        share = f"gpu_memory_utilization = {config.gpu_memory_utilization:g}"
+        least = f"at most {most:g} leaves room" if most > 0 else "--shard offload keeps that in the host's memory"
+        raise UserError(f"{share}: of {total:.0f} GiB the policy keeps {kept:.0f} while vLLM samples; {least}")
 
 
 def peak_memory_gib() -> float:

@@ -267,8 +267,8 @@ def test_the_responses_of_a_step_are_those_that_learn_computes(tiny_model, monke
     whole = rollout_of([(3, 5)] * 32)
     whole = replace(whole, prompt_of=torch.arange(8).repeat_interleave(4), prompts=whole.prompts[:8])
     whole = replace(whole, index=torch.arange(32))
-    mini_batches, state, models = list(torch.arange(24).split(8)), checkpoint.State("", step=1), [policy.Policy(tiny_model)]
-    models += [torch.optim.AdamW(tiny_model.parameters(), lr=1e-4), None, None]
+    mini_batches, state = list(torch.arange(24).split(8)), checkpoint.State("", step=1)
+    models = [policy.Policy(tiny_model), torch.optim.AdamW(tiny_model.parameters(), lr=1e-4), None, None]
     objective, meter = train.objective_of_step(settings, state), mock.MagicMock(device="cpu")
     train.learn(*models, whole, mini_batches, objective, 1e-4, state, settings, Path(), meter)
     settings = scaling.Config(prompts=8, responses_per_prompt=4, kept_prompts=6, mini_batch_prompts=2)

@@ -1,16 +1,19 @@
 """Wrong files, settings and streams: each gets one sentence."""
 
+import contextlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 
 import reward
-from ce_gppo import checkpoint, config, messages, tracking
+from ce_gppo import checkpoint, config, messages, parallel, perf, tracking
 from ce_gppo.config import Range
 from ce_gppo.messages import UserError, first_line
 from ce_gppo.problems import Problem
@@ -213,6 +216,57 @@ def test_results_that_cannot_be_written_are_told_before_the_engine_starts(tiny_f
     for settings in (evaluate.Config(bench=""), evaluate.Config(model="x" * 300), doctor.Config(out="x" * 300)):
         with pytest.raises(UserError, match="blank|too long"):
             config.check_ranges(settings)
+
+
+def test_doctor_names_what_a_gpu_lacks(monkeypatch, tmp_path):
+    """Of a driver that is too old, torch for CPUs, and what vLLM's compiler needs."""
+    seen = types.SimpleNamespace(returncode=0, stdout="NVIDIA H100, 570, 80 GiB\n")
+    present, cuda = {"nvidia-smi", "gcc"}, [False]
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name in present else None)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: seen)
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: cuda[0])
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(doctor.torch, "__version__", "2.13.0+cpu")
+    with pytest.raises(UserError, match="NVIDIA H100.* cannot use it: it is a build for CPUs, perhaps from a folder"):
+        doctor.check_gpu()
+    monkeypatch.setattr(doctor.torch, "__version__", "2.13.0")
+    with pytest.raises(UserError, match="cannot use it: make clean, then make setup; the driver must be 580 or newer"):
+        doctor.check_gpu()
+    cuda[0] = True
+    for missing in ("Python.h", "gcc"):
+        with pytest.raises(UserError, match="needs gcc and .*/Python.h: install gcc and python3-dev"):
+            doctor.main(doctor.Config(gpu=True))
+        (tmp_path / "Python.h").touch()
+        present ^= {"gcc"} if missing == "Python.h" else set()
+    present.add("gcc")
+    assert "torch sees" in doctor.check_gpu()
+    present.clear()
+    cuda[0] = False
+    assert doctor.check_gpu().startswith("none")
+
+
+def test_the_lock_for_gpus_refuses_a_build_for_cpus():
+    """A local label, 2.13.0+cpu, sorts above 2.13.0, and == accepts it."""
+    (line,) = [line for line in (ROOT / "requirements" / "cuda.txt").read_text().splitlines() if line[:6] == "torch="]
+    assert line.startswith("torch===")
+
+
+@pytest.mark.parametrize(
+    "share, ranks, shard, advantages, most",
+    [(0.5, 1, "no", "group", None), (0.81, 1, "no", "group", "0.8 "), (0.75, 8, "no", "group", "0.74")]
+    + [(0.9, 8, "yes", "group", None), (0.9, 1, "offload", "group", None), (0.7, 1, "no", "gae", "0.64")],
+)
+def test_a_gpu_that_the_policy_would_not_fit_beside_vllm(monkeypatch, share, ranks, shard, advantages, most):
+    """1.15 G parameters at 12 bytes, or with DDP 16, on a GPU of 80 GiB."""
+    model = types.SimpleNamespace(parameters=lambda: [torch.empty(1_150_000_000, device="meta")])
+    monkeypatch.setattr(parallel, "world_size", lambda: ranks)
+    gpu = types.SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    settings = config.resolve(Config(gpu_memory_utilization=share, advantages=advantages, shard=shard))
+    refused = pytest.raises(UserError, match=f"gpu_memory_utilization = {share}: of 80 .*at most {most}")
+    with refused if most else contextlib.nullcontext():
+        perf.check_memory(settings, model, "cuda")
+    perf.check_memory(settings, model, "cpu")
 
 
 def test_doctor_finds_a_folder_of_runs_that_cannot_be(tmp_path):

