@@ -19,7 +19,7 @@ from ce_gppo.messages import RunEnded, UserError, explained, say
 from ce_gppo.model import named_weights, stop_token_ids
 from ce_gppo.policy import logprobs_and_entropy
 
-# Of mismatch/mean, nats: 1e-6 in float32; in bfloat16 0.002 for a small policy (bench/bfloat16.py), others report 0.03
+# Of mismatch/mean, nats: 1e-6 in float32; in bfloat16 0.002 for a small policy (bench/RESULTS.md), others report 0.03
 WARN_MISMATCH = {"cpu": 0.001, "cuda": 0.05}
 MAX_MISMATCH = 0.2
 CPU_CACHE_GIB = 1  # vLLM's cache without a GPU, unless vLLM's variable VLLM_CPU_KVCACHE_SPACE is set

@@ -125,7 +125,6 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         critic = Critic(config, source, device) if config.advantages == "gae" else None
         new = checkpoint.State(parallel.rank0_then_broadcast(tracking.new_id), control=first_control(config))
         state = checkpoint.load(last, model, optimizer, critic) if last else new
-        parallel.rank0_then_broadcast(lambda: run.claim(folder, config, recipe, state.step, files))
         models = policy, optimizer, load_reference(config, device), critic
         messages.say(plan(config, folder, model, device, about, state.step))
         context = config.max_prompt_tokens + max(config.max_response_tokens, config.eval_response_tokens)
@@ -133,6 +132,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         share, ranks = config.gpu_memory_utilization, config.rollout_tp
         engine = Engine(source, tokenizer, context, share, ranks, config.seed, dummy=True)  # check_engine loads weights
         check_engine(engine, model, policy, problems[0].prompt_ids, config, device)
+        parallel.rank0_then_broadcast(lambda: run.claim(folder, config, recipe, state.step, files))
         log = Log(folder, config, state, tokenizer, reward.extract_answer) if parallel.is_main() else None
     meter = Meter(model, device)
     saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic, log.accuracies if log else dict)

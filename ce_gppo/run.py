@@ -1,6 +1,5 @@
 """A run is its folder: new, continued or finished. Requests to stop, and what ends a run early."""
 
-import atexit
 import contextlib
 import dataclasses
 import errno
@@ -101,8 +100,8 @@ def sources() -> list[Path]:
 def claim(folder: Path, config, recipe: str, step: int, files: list[Path]) -> None:
     """Make the folder and lock it until this process ends. Write the settings, inputs and a copy of the sources.
 
-    A new folder is removed again if the process ends before the run begins, for example because its model cannot be
-    trained. A run that is continued after `step` with changed sources gets a copy of these in another folder.
+    Called when all else has been checked: a start that is refused leaves no folder. A run that is continued after
+    `step` with changed sources gets a copy of these in another folder.
     """
     take(folder)
     path, copy = folder / "config.json", folder / "source"
@@ -110,7 +109,6 @@ def claim(folder: Path, config, recipe: str, step: int, files: list[Path]) -> No
         record, changed = read_record(path), changes(folder, config, files)
         copy = folder / f"source-from-step-{step + 1:06d}" if any(name.endswith(".py") for name in changed) else None
     else:
-        atexit.register(withdraw, folder)
         record = {"config": dataclasses.asdict(config), "recipe": recipe, "git_commit": None, "command": sys.argv}
         with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no commit
             commit = ["git", "rev-parse", "HEAD"]
@@ -122,16 +120,6 @@ def claim(folder: Path, config, recipe: str, step: int, files: list[Path]) -> No
         shutil.copy(ROOT / source, copy / source)
     path.with_suffix(".partial").write_text(json.dumps(record | {"inputs": fingerprints(config, files)}, indent=2))
     path.with_suffix(".partial").rename(path)  # last, and whole: a folder that has it is a run
-
-
-def withdraw(folder: Path) -> None:
-    """Remove the files that `claim` made, if the run has not begun. It would otherwise be continued."""
-    if not (folder / "metrics.jsonl").exists():
-        shutil.rmtree(folder / "source", ignore_errors=True)
-        for name in ("config.json", "config.partial", ".lock"):
-            (folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the folder has other files
-            folder.rmdir()
 
 
 @functools.cache  # the file is open, and so the folder locked, as long as the process lives

@@ -41,6 +41,8 @@ def start_wandb(folder: Path, config, run_id: str):
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    for part in ("DATA", "CACHE", "CONFIG") if not os.access(Path.home(), os.W_OK) else ():
+        os.environ.setdefault(f"WANDB_{part}_DIR", str(folder / "wandb"))
     options = {"project": os.environ.get("WANDB_PROJECT", "ce-gppo"), "group": group_of(config), "name": folder.name}
     options |= {"dir": folder, "id": run_id, "config": dataclasses.asdict(config)}
     for attempt in dict.fromkeys((mode, "offline")):

@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -63,22 +62,6 @@ def run_here(script: str, *arguments) -> subprocess.CompletedProcess:
             code = end.code or 0
     stdout, stderr = ((stream.flush(), stream.buffer.getvalue().decode())[1] for stream in (out, err))
     return subprocess.CompletedProcess(words, code, stdout, stderr)
-
-
-def in_a_fork(function: Callable, *arguments) -> int:
-    """Call it in a fork of this process, then the functions it registered with atexit. The fork's exit code."""
-
-    def call():
-        atexit._clear()  # this process's own
-        try:
-            function(*arguments)
-        finally:
-            atexit._run_exitfuncs()  # multiprocessing does not run them
-
-    process = multiprocessing.get_context("fork").Process(target=call)
-    process.start()
-    process.join()
-    return process.exitcode
 
 
 FORKING = multiprocessing.get_context("forkserver")
@@ -138,7 +121,7 @@ def _run_as_main(script: str, arguments: list[str], variables: dict[str, str], o
 
 @functools.cache
 def scratch() -> str:
-    folder = tempfile.mkdtemp(prefix="ce-gppo-tests-")  # a fork that ends would remove a TemporaryDirectory (in_a_fork)
+    folder = tempfile.mkdtemp(prefix="ce-gppo-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

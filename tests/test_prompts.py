@@ -242,7 +242,7 @@ def test_seeds_differ_by_run_step_and_engine_and_never_change():
     assert (seed_of_step(0, 1), seed_of_step(0, 1, 2)) == (1436992348, 3146191027)  # of sha256
 
 
-def test_the_policy_is_evaluated_when_that_is_due_and_not_done_yet():
+def test_the_policy_is_evaluated_when_that_is_due_and_not_done_yet(monkeypatch):
     config = resolved(steps=7, eval_every=3, eval_samples=2, eval_response_tokens=5, eval_top_p=0.9, seed=4)
     problems, rows, calls = [Problem("", [i], str(i), "sums", verifier="math") for i in range(3)], [], []
 
@@ -253,6 +253,8 @@ def test_the_policy_is_evaluated_when_that_is_due_and_not_done_yet():
         rollout = replace(rollout_of([(1, 2)] * len(texts)), prompts=prompts, prompt_of=places, texts=texts)
         return None if options["stop"]() else rollout
 
+    warned = []  # of the first evaluation only
+    monkeypatch.setattr("ce_gppo.problems.warn", lambda *given: warned.append(given))
     log = types.SimpleNamespace(has_evaluation=lambda step: step == 3, add=lambda *row: rows.append(row))
     meter = mock.MagicMock(take_part=lambda part: {"time/eval": 1.0})
     for stopped, steps in ((True, [0]), (False, range(8))):
@@ -260,6 +262,6 @@ def test_the_policy_is_evaluated_when_that_is_due_and_not_done_yet():
             engine, stop = types.SimpleNamespace(generate=generate), lambda stopped=stopped: stopped
             evaluate_policy(engine, problems, config, reward.score, log, meter, stop, step)
     row = {"eval/sums/avg_at_k": 4 / 6, "eval/sums/pass_at_k": 1.0, "time/eval": 1.0}
-    assert rows == [(step, row) for step in (0, 6, 7)]
+    assert rows == [(step, row) for step in (0, 6, 7)] and len(warned) == 1
     options = {"max_tokens": 5, "temperature": 1.0, "top_p": 0.9, "seed": seed_of_step(4, 0)}
     assert calls[1][:2] == ([[0], [1], [2]], 2) and calls[1][2].items() >= options.items() and len(calls) == 4

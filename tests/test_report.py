@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import types
 
 import numpy as np
@@ -510,6 +511,19 @@ def test_without_a_network_it_logs_offline_into_the_same_run(monkeypatch, tmp_pa
     assert "logging offline (no route to host)" in capsys.readouterr().err
     fails.append("offline")
     assert tracking.start_wandb(tmp_path, resolved(), "abc") is None and "it is off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("home", ["/proc/none", None])
+def test_without_a_home_wandb_writes_beside_the_run(monkeypatch, tmp_path, home):
+    monkeypatch.setenv("HOME", home or str(tmp_path))
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, "")  # and so restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = types.SimpleNamespace(define_metric=lambda *a, **k: None)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    assert tracking.start_wandb(tmp_path, resolved(), "abc") is run
+    assert os.environ.get("WANDB_DATA_DIR") == (str(tmp_path / "wandb") if home else None)
 
 
 def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from ce_gppo.problems import Problem
 from ce_gppo.verifier.answers import can_be_given
 from data import common, convert
 from data.words import prepare as words
-from helpers import in_a_fork, resolved
+from helpers import resolved
 from tools import figures
 from train import Config
 
@@ -288,21 +288,6 @@ def test_locks_that_a_file_system_or_a_user_does_not_have(begun, tmp_path, monke
     (tmp_path / "theirs" / ".lock").mkdir(parents=True)  # cannot be opened, as without the permission
     with pytest.raises(UserError, match=f"--out {tmp_path}/theirs/.lock: cannot be written"):
         claim(tmp_path / "theirs", config)
-
-
-def test_a_start_that_is_refused_leaves_no_run(tmp_path):
-    """The same command would continue it. A run that has begun stays."""
-
-    def refused(folder, begun: bool):
-        run.claim(folder, resolved(), "", 0, [])
-        if begun:
-            (folder / "metrics.jsonl").touch()
-        sys.exit(2)
-
-    for name in ("refused", "begun"):
-        assert in_a_fork(refused, tmp_path / name, name == "begun") == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["begun"]
-    assert (tmp_path / "begun" / "config.json").exists()
 
 
 @pytest.fixture
