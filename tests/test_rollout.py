@@ -161,10 +161,11 @@ def test_responses_that_vllm_has_broken_are_an_error(fake, monkeypatch, reason, 
 def test_options_of_the_engine(fake, monkeypatch):
     always = {"model": "folder", "max_model_len": 64, "max_num_seqs": 512, "seed": 3, "trust_remote_code": False}
     always |= {"disable_log_stats": True, "use_tqdm_on_load": False, "generation_config": "vllm"}
-    always["logprobs_mode"] = "processed_logprobs"
+    always |= {"logprobs_mode": "processed_logprobs", "load_format": "auto"}
     monkeypatch.setattr(module, "CPU_CACHE_GIB", 0.5)
     cpu = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2**29}
     assert fake(seed=3).llm.options == always | cpu
+    assert fake(seed=3, dummy=True).llm.options == always | cpu | {"load_format": "dummy"}
     gpu = {"dtype": "bfloat16", "enable_sleep_mode": True, "gpu_memory_utilization": 0.9}
     gpu["hf_overrides"] = {"head_dtype": "float32"}
     assert fake(True, seed=3).llm.options == always | gpu
