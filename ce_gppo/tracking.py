@@ -41,6 +41,7 @@ def start_wandb(folder: Path, config, run_id: str):
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_X_SERVICE_WAIT", "120")  # seconds; its process starts late on a busy machine
     for part in ("DATA", "CACHE", "CONFIG") if not os.access(Path.home(), os.W_OK) else ():
         os.environ.setdefault(f"WANDB_{part}_DIR", str(folder / "wandb"))
     options = {"project": os.environ.get("WANDB_PROJECT", "ce-gppo"), "group": group_of(config), "name": folder.name}
