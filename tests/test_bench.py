@@ -175,8 +175,15 @@ def test_gpu_s_offload(capsys, one_process):
     assert found["passes_s"] > 0 and found["step_s"] > 0 and found["tokens"] == 96 and "pinned_gib" not in found
 
 
-def test_gpu_s_run(capsys):
-    """Without a GPU a resumed step is the same. The run is a real one."""
+def test_gpu_s_run(capsys, monkeypatch):
+    """Without a GPU a resumed step is the same. The run is a real one, in processes that need no imports."""
+
+    def run_train(minutes, *words):
+        process = Forked("train.py", *words)
+        output = process.communicate(timeout=60 * minutes)[0]
+        assert process.returncode == 0, output
+
+    monkeypatch.setattr(gpu, "run_train", run_train)
     settings = "--prompts-per-step 8 --max-kept-prompts 4 --mini-batch-prompts 2 --dynamic-sampling off --beta2 0.9"
     data = f"--train-data {rows_of('train', 64)} --eval-data {rows_of('eval', 8)}"
     gpu.run_part(gpu.read(["--device", "cpu", "--train", f"{settings} {data}"]))
