@@ -40,6 +40,7 @@ def start_wandb(folder: Path, config, run_id: str):
         return None
     import wandb
 
+    os.environ.pop("WANDB_SERVICE", None)  # the W&B process of a parent: there, the id of a killed run stays taken
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_X_SERVICE_WAIT", "120")  # seconds; its process starts late on a busy machine
     for part in ("DATA", "CACHE", "CONFIG") if not os.access(Path.home(), os.W_OK) else ():

@@ -123,11 +123,13 @@ def assert_same_weights(ours: Path, expected: Path, last: str) -> None:
     assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
 
 
-def test_a_run_killed_three_times_and_started_again_is_the_same_run(finished, tmp_path):
+def test_a_run_killed_three_times_and_started_again_is_the_same_run(finished, tmp_path, monkeypatch):
     """kill -9 in a rollout, an update and a checkpoint. The same command continues the run each time.
 
-    W&B has the same rows as metrics.jsonl: of a step that was done again, the last ones.
+    W&B has the same rows as metrics.jsonl: of a step that was done again, the last ones. A W&B process of the
+    program that starts the runs is not theirs.
     """
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/another's")
     arguments, folder = [*SMALL, "--run-name", "killed"], tmp_path / "out" / "killed"
     for moment, line in KILLED.items():
         code, output = run_program(tmp_path, line, *arguments, mode="offline")
