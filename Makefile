@@ -16,6 +16,8 @@ WALK_DATA := data/walk/train.jsonl data/walk/eval.jsonl
 WALK_BASE := data/walk/base/model.safetensors
 COUNTDOWN_DATA := data/countdown/small-train.jsonl data/countdown/small-eval.jsonl
 COUNTDOWN_BASE := data/countdown/base/model.safetensors
+# As it was typed: make would take $$x in it for a variable of its own.
+override ARGS := $(value ARGS)
 # What a run needs: with a recipe of published settings nothing of this, with another one its small policy.
 RUN_DATA = $(if $(filter countdown,$(RECIPE)),countdown,$(if $(filter-out walk,$(RECIPE)),,data))
 

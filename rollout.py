@@ -190,11 +190,12 @@ def check_engine(engine: Engine, model, policy, prompt: list[int], config, devic
     With such a model no update could be right. As in every step, the engine has slept and got the weights of `model`
     before it samples, and sleeps while the trainer computes. It ends awake. Collective.
     """
-    engine.sleep()
-    engine.wake(named_weights(model))
     options = {"max_tokens": min(16, config.max_response_tokens), "temperature": config.temperature}
-    rollout = engine.generate([prompt], 2, seed=config.seed, **options)
-    engine.sleep()
+    with explained(f"vLLM cannot sample with model '{config.model}'"):
+        engine.sleep()
+        engine.wake(named_weights(model))
+        rollout = engine.generate([prompt], 2, seed=config.seed, **options)
+        engine.sleep()
     [(logprobs, _)] = logprobs_and_entropy(policy, [rollout], config.temperature, config.max_micro_batch_tokens, device)
     gap = (logprobs - rollout.rollout_logprobs).abs().mean().item()
     if not gap <= MAX_MISMATCH:

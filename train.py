@@ -24,11 +24,12 @@ from ce_gppo import config as t
 from ce_gppo.advantages import ADVANTAGES, Critic, group_advantages
 from ce_gppo.batch import Rollout, append, concat, gather, local_batch, micro_batches, pack, with_token_mask
 from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
+from ce_gppo.evaluation import evaluate_policy
 from ce_gppo.log import Log, plan
 from ce_gppo.model import load_model, load_reference, load_tokenizer, named_weights
 from ce_gppo.perf import Meter, check_memory
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
-from ce_gppo.problems import Problem, check_files, evaluate_policy, load_sets, problems_of_batch, seed_of_step
+from ce_gppo.problems import Problem, check_files, load_sets, problems_of_batch, seed_of_step
 from ce_gppo.tracking import follow
 from rollout import Engine, check_engine, check_mismatch, prepare_environment
 
@@ -183,12 +184,14 @@ def sample(
             scorer = reward.in_background([new[i] for i in own], thinking=config.thinking, budget=REWARD_SECONDS)
             seed = seed_of_step(config.seed, batch, parallel.rank() // config.rollout_tp)
             options = {"max_tokens": config.max_response_tokens, "temperature": config.temperature, "seed": seed}
-            options |= {"on_group": scorer.add, "stop": stop}  # the verifier starts on the first complete group
+            leads = parallel.leads(config.rollout_tp)
+            options |= {"stop": stop} | ({"on_group": scorer.add} if leads else {})  # verifies the first complete group
             part = engine.generate([new[i].prompt_ids for i in own], config.responses_per_prompt, **options)
             if parallel.any_rank(part is None):
                 return [], None
         with meter("reward"):
-            part = reward.with_rewards(part, scorer.finish(), config.max_response_tokens, config.overlong)
+            limits = config.max_response_tokens, config.overlong
+            part = reward.with_rewards(part, scorer.finish(), *limits) if leads else part
             chosen, rollout = chosen + new, append(rollout, gather(part, [p.prompt_ids for p in new], own))
         if reward.unequal(rollout).sum() >= config.max_kept_prompts:
             break

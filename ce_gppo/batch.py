@@ -114,10 +114,11 @@ def append(first: Rollout | None, second: Rollout) -> Rollout:
 def gather(rollout: Rollout, prompts: list[list[int]], own: list[int]) -> Rollout:
     """All ranks' rollouts as one, in the order of all `prompts`; own: which of them this rank has sampled. Collective.
 
-    Ranks that share an engine have the same prompts, which count once.
+    Ranks that share an engine have the same prompts, which count once: the first rank's, which judges the responses.
     """
     rollout = replace(rollout, prompts=prompts, prompt_of=torch.tensor(own, dtype=torch.long)[rollout.prompt_of])
-    parts = {min(numbers, default=-1): part for numbers, part in parallel.all_gather((own, rollout))}  # by engine
+    by_rank = reversed(parallel.all_gather((own, rollout)))
+    parts = {min(numbers, default=-1): part for numbers, part in by_rank}  # by engine
     whole = concat(list(parts.values()))
     return whole[whole.prompt_of.argsort(stable=True)]
 

@@ -140,7 +140,7 @@ def step_metrics(
     metrics = rollout_metrics(rollout, [problem.source for problem in problems], len(unused)) | of_updates
     metrics |= entropy_metrics(add(trained), add(others), tokens, previous_entropy) | learned.values
     used = {"lr": learned.lr} | {name: getattr(learned.objective, name) for name in ("beta1", "beta2", "entropy_coef")}
-    metrics |= {f"optim/{name}": v for name, v in used.items() if v is not None and (v or name != "entropy_coef")}
+    metrics |= {f"optim/{name}": value for name, value in used.items() if value is not None}
     return metrics, Details(updates, histograms, {i: H for part in entropies for i, H in part.items()})
 
 

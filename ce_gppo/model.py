@@ -117,6 +117,8 @@ def check_config(path: str) -> transformers.PretrainedConfig:
                 safe_open(file, "pt").keys()
             if file.suffix == ".json" and file.stem in JSON:
                 dict(**json.loads(file.read_bytes()))
+    if Path(path, "adapter_config.json").is_file():
+        raise UserError(f"model '{path}': it has an adapter (adapter_config.json); merge it into its base model first")
     with explained(f"model '{path}': cannot read its config"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     for name in UNSUPPORTED:

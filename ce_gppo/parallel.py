@@ -106,6 +106,11 @@ def round_robin(count: int, ranks_per_engine: int = 1) -> list[int]:
     return list(range(rank() // ranks_per_engine, count, world_size() // ranks_per_engine))
 
 
+def leads(ranks_per_engine: int) -> bool:
+    """Whether this rank is the first of those that share its engine, and so have the same responses: it judges."""
+    return rank() % ranks_per_engine == 0
+
+
 def deal(groups: list[int], sizes: list[int], lengths: list[int], ranks: int) -> list[int]:
     """The rank of each response, for nearly even loads: the longest first, to the rank with the fewest tokens.
 

@@ -1,4 +1,4 @@
-"""Problems: rows of files as token ids, their order in batches, avg@k and pass@k of a policy on held-out ones."""
+"""Problems: rows of files as token ids, what is wrong with them, and their order in batches."""
 
 import datetime
 import hashlib
@@ -8,20 +8,20 @@ import typing
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ce_gppo import messages, parallel
-from ce_gppo.batch import Rollout
+from ce_gppo import messages
 from ce_gppo.messages import UserError
 
 # Some chat templates print the date. A run that is resumed tomorrow must have the same prompts, so the date is always
 # this one, the default of Llama 3.2's template.
 TODAY = datetime.date(2024, 7, 26)
-PUZZLES = ("walk", "countdown")  # verifiers of tasks with many right texts, where different ones can be counted
 ROLES = ("system", "developer", "user", "assistant", "tool")
+CONVERTED = {".parquet": ".venv/bin/python -m data.math.prepare NAME --file {}", ".gz": "gunzip --keep {}"}
+NEITHER = ("tools", "chat_template_kwargs", "images", "videos", "audios")  # keys that other trainers give a meaning
 CHECKED = 100  # problems of each file whose text must survive the tokenizer
 
 
@@ -43,6 +43,8 @@ def check_files(*paths: str) -> None:
             if path.with_name("prepare.py").is_file():
                 how = f"make it with .venv/bin/python -m data.{path.parent.name}.prepare (--help lists what it makes)"
             raise UserError(f"{path}: no such file; {how}")
+        if path.suffix in CONVERTED:
+            raise UserError(f"{path}: a JSONL file is needed; {CONVERTED[path.suffix].format(path)} makes one of it")
 
 
 def load_rows(path: str) -> list[dict]:
@@ -78,6 +80,8 @@ def _problems_with(row) -> Iterator[str]:
             yield f"the key '{key}' is missing; a row has prompt, answer and source"
         if key != "prompt" and not isinstance(row[key], str):
             yield f"'{key}' is {json.dumps(row[key])[:40]}, where a string is needed"
+    if unread := [key for key in NEITHER if row.get(key)]:
+        yield f"it has '{unread[0]}', which is not read, so the prompt would not be what the row means"
     prompt, answer, source = row["prompt"], row["answer"], row["source"]
     if not answer.strip():
         yield "'answer' is empty: no response could ever be right"
@@ -122,7 +126,8 @@ def load_problems(
         try:
             prompt = tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # templates are programs, and can raise any error
-            raise UserError(f"{path}, problem {number}: the chat template refuses it: {error}") from None
+            cure = "; if it takes no system role, prompt_suffix can say it" if messages[0]["role"] == "system" else ""
+            raise UserError(f"{path}, problem {number}: the chat template refuses it: {error}{cure}") from None
         for problem in _problems_with_prompt(prompt, messages, control):
             raise UserError(f"{path}, problem {number}: {problem}")
         # The template writes its own beginning-of-sequence token; the tokenizer must not add a second one.
@@ -218,81 +223,3 @@ def seed_of_step(seed: int, step: int, engine: int = 0) -> int:
     """A 32-bit seed for this step and engine, so that a resumed run samples the same as an uninterrupted one."""
     text = f"{seed} {step}" + (f" {engine}" if engine else "")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def evaluate(engine, problems: list[Problem], k: int, *, score: Callable, thinking: bool, **sampling) -> Rollout | None:
-    """k responses to each problem, with `correct`; None once the engine was stopped, on whichever of its ranks.
-
-    score: reward.score. sampling: further arguments of engine.generate.
-    """
-    rollout = engine.generate([p.prompt_ids for p in problems], k, **sampling)
-    if rollout is None:
-        return None
-    each = [problems[i] for i in rollout.prompt_of.tolist()]
-    components = score(rollout.texts, [p.answer for p in each], [p.verifier for p in each], thinking=thinking)
-    return replace(rollout, correct=torch.tensor([c["correctness"] >= 1 for c in components], dtype=torch.bool))
-
-
-def evaluate_policy(engine, problems: list[Problem], config, score: Callable, log, meter, stop, step: int) -> None:
-    """Evaluate train.py's policy and log eval/* at this step, if that is due and not done yet. Collective.
-
-    Once `stop` is true on any rank the evaluation is dropped, and the resumed run evaluates first.
-
-    Evaluation: eval/<source>/avg_at_k | share | accuracy on held-out problems, mean over k samples of each | rises
-    Evaluation: eval/<source>/pass_at_k | share | held-out problems with a right answer among k samples | does not fall
-        while avg_at_k rises
-    Evaluation: eval/<source>/distinct_at_k | | different right responses among k samples: how many ways the policy
-        still finds; only of walk and countdown | near k times avg_at_k
-    """
-    due = step % config.eval_every == 0 or step == config.steps
-    if not due or parallel.rank0_then_broadcast(lambda: log.has_evaluation(step)):
-        return
-    own, engine_rank = parallel.round_robin(len(problems), config.rollout_tp), parallel.rank() // config.rollout_tp
-    options = {"score": score, "thinking": config.thinking, "max_tokens": config.eval_response_tokens, "stop": stop}
-    options |= {"temperature": config.eval_temperature, "top_p": config.eval_top_p}
-    options["seed"] = seed_of_step(config.seed, 0, engine_rank)  # training's steps count from 1
-    with meter("eval"):
-        rollout = evaluate(engine, [problems[i] for i in own], config.eval_samples, **options)
-        if parallel.any_rank(rollout is None):
-            return
-        results = {i: results_of(rollout, place) for place, i in enumerate(own)}
-        results = {i: result for part in parallel.all_gather(results) for i, result in part.items()}
-        if step == 0:
-            warn(rollout, [problems[i].verifier for i in own])
-    metrics = accuracy(problems, [results[i] for i in range(len(problems))], config.eval_samples)
-    if log:
-        log.add(step, {f"eval/{name}": value for name, value in metrics.items()} | meter.take_part("eval"))
-
-
-def results_of(rollout: Rollout, prompt: int) -> tuple[int, int]:
-    """How many responses to a prompt are right, and how many different texts are among these."""
-    right = ((rollout.prompt_of == prompt) & rollout.correct).nonzero()[:, 0].tolist()
-    return len(right), len({rollout.texts[i].strip() for i in right})
-
-
-def accuracy(problems: list[Problem], results: list[tuple[int, int]], k: int) -> dict[str, float]:
-    """avg@k, pass@k and distinct@k by source. results: of each problem, see `results_of`."""
-    metrics = {}
-    for source in dict.fromkeys(problem.source for problem in problems):
-        own = [(p.verifier, *result) for p, result in zip(problems, results, strict=True) if p.source == source]
-        metrics[f"{source}/avg_at_k"] = sum(right for _, right, _ in own) / (k * len(own))
-        metrics[f"{source}/pass_at_k"] = sum(right > 0 for _, right, _ in own) / len(own)
-        if own[0][0] in PUZZLES:
-            metrics[f"{source}/distinct_at_k"] = sum(distinct for *_, distinct in own) / len(own)
-    return metrics
-
-
-def warn(rollout: Rollout, verifiers: list[str]) -> None:
-    """Warn if over 90 % of all responses are cut or lack a box. verifiers: of this rank's prompts. Collective."""
-    texts = [text for text, i in zip(rollout.texts, rollout.prompt_of.tolist(), strict=True) if verifiers[i] == "math"]
-    counts = int(rollout.truncated.sum()), len(rollout), sum("\\boxed" not in text for text in texts), len(texts)
-    cut, responses, unboxed, boxes = parallel.all_sum(*counts)
-    too_long = "are cut at eval_response_tokens: raise it, or look in samples.jsonl for responses that never end"
-    no_box = "have no \\boxed{} answer and score 0: ask for one with prompt_suffix or system_prompt"
-    for bad, total, problem in ((cut, responses, too_long), (unboxed, boxes, no_box)):
-        if bad > 0.9 * total:
-            messages.say(f"{bad / total:.0%} of the first evaluation's responses {problem}", warning=True)

@@ -92,7 +92,7 @@ def finish_wandb(run, exit_code: int) -> dict[str, str]:
     except Exception as error:  # everything else is on the disk already
         return {"W&B has failed": str(error)}
     if run.settings.mode != "offline":
-        return {"W&B": run.url}
+        return {"W&B": run.url} if run.url else {}
     command = os.path.relpath(Path(sys.executable).with_name("wandb"))
     # Each start of a resumed run has left a folder. All folders, in order, make up the run.
     parts = sorted(Path(run.dir).parents[1].glob("offline-run-*"))
@@ -111,6 +111,8 @@ def wandb_mode() -> str | None:
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]  # W&B refuses an empty value; it means unset
     mode = os.environ.get("WANDB_MODE")
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):  # W&B's older switch
+        return "disabled"
     if mode not in (None, "online", "offline", "shared", "disabled"):
         raise UserError(f"WANDB_MODE={mode}: online, offline, shared or disabled is needed, or none")
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname

@@ -27,12 +27,13 @@ from ce_gppo import config as t
 from ce_gppo.batch import Rollout, micro_batches, pack
 from ce_gppo.checkpoint import State
 from ce_gppo.entropy import entropy_velocity, first_control, quadrants
+from ce_gppo.evaluation import evaluate
 from ce_gppo.messages import UserError
 from ce_gppo.metrics import step_metrics
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs
-from ce_gppo.problems import evaluate, load_sets
+from ce_gppo.problems import load_sets
 from ce_gppo.run import open_to_append
 from results import draw
 from results.draw import BASELINE, OWN, SAME

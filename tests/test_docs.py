@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 
 import pytest
 
@@ -56,6 +57,12 @@ def test_other_commands_have_their_modules_and_options(page):
         source = "".join(path.read_text() for path in (file, *shared))
         for option in re.findall(r" --([a-z][a-z-]*)", rest):
             assert f'"--{option}"' in source or re.search(rf"\b{option.replace('-', '_')}:", source), (module, option)
+
+
+def test_make_passes_settings_as_they_are_typed():
+    typed = "--prompt-suffix 'Box $x$ or $(x).'"
+    done = subprocess.run(["make", "-n", "train", f"ARGS={typed}"], cwd=ROOT, capture_output=True, text=True)
+    assert typed in done.stdout
 
 
 def test_a_wrong_setting_or_value_in_a_page_is_seen():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ce_gppo import problems as evaluation
+from ce_gppo import evaluation
 from ce_gppo.batch import Rollout
 from ce_gppo.config import check_ranges
 from ce_gppo.messages import UserError

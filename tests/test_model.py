@@ -54,6 +54,7 @@ def test_what_is_no_folder_and_no_hub_name_is_refused(path):
             "model.safetensors cannot be read: Safet",
         ),
         ("more.safetensors", "", "more.safetensors cannot be read: SafetensorError"),
+        ("adapter_config.json", "{}", r"has an adapter \(adapter_config.json\); merge it"),
     ],
 )
 def test_a_damaged_or_missing_file_of_a_model_is_named(tiny_folder, name, content, message):

@@ -15,12 +15,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig
 
 import reward
+from ce_gppo.evaluation import evaluate_policy
 from ce_gppo.messages import UserError
 from ce_gppo.model import load_tokenizer
 from ce_gppo.problems import (
     Problem,
     check_tokens,
-    evaluate_policy,
     load_problems,
     load_rows,
     load_sets,
@@ -58,6 +58,7 @@ def test_rows_come_back_in_order(write_rows):
         (GOOD | {"prompt": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         (GOOD | {"prompt": [{"role": "\ud800", "content": "x"}]}, "half of a surrogate pair"),
         (GOOD | {"answer": "\ud800"}, "half of a surrogate pair"),
+        (GOOD | {"tools": [{"name": "python"}]}, "it has 'tools', which is not read"),
         (GOOD | {"source": ""}, "it must be printable"),
         (GOOD | {"source": "a\nb"}, "it must be printable"),
         (GOOD | {"source": "a,b"}, "without a comma"),
@@ -79,6 +80,9 @@ def test_a_bad_row_is_named_by_file_and_line(write_rows, bad, message):
 def test_missing_and_empty_files(write_rows, tmp_path):
     with pytest.raises(UserError, match=r"nothing\.jsonl: no such file"):
         load_rows(str(tmp_path / "nothing.jsonl"))
+    (tmp_path / "rows.parquet").touch()
+    with pytest.raises(UserError, match=r"rows\.parquet: a JSONL file is needed; .*data\.math\.prepare NAME --file"):
+        load_rows(str(tmp_path / "rows.parquet"))
     with pytest.raises(UserError, match=r"klear\.jsonl: no such file; make it with .*-m data\.math\.prepare"):
         (tmp_path / "data" / "math").mkdir(parents=True)
         (tmp_path / "data" / "math" / "prepare.py").touch()
@@ -254,7 +258,7 @@ def test_the_policy_is_evaluated_when_that_is_due_and_not_done_yet(monkeypatch):
         return None if options["stop"]() else rollout
 
     warned = []  # of the first evaluation only
-    monkeypatch.setattr("ce_gppo.problems.warn", lambda *given: warned.append(given))
+    monkeypatch.setattr("ce_gppo.evaluation.warn", lambda *given: warned.append(given))
     log = types.SimpleNamespace(has_evaluation=lambda step: step == 3, add=lambda *row: rows.append(row))
     meter = mock.MagicMock(take_part=lambda part: {"time/eval": 1.0})
     for stopped, steps in ((True, [0]), (False, range(8))):

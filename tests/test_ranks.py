@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -131,10 +132,22 @@ def test_two_ranks_train_and_one_goes_on(tmp_path):
 
 
 def test_an_engine_over_two_ranks(tmp_path):
-    """rollout_tp = 2: both ranks see the same groups and train on half of them; vLLM takes its half of the weights."""
-    arguments = [*quick(tmp_path), *SMALL, "--run-name", "tp", "--rollout-tp", "2"]
+    """rollout_tp = 2: both ranks see the same groups, one judges them, and each trains on half of them.
+
+    vLLM takes its half of the weights.
+    """
+    verifier, judges = tmp_path / "mine.py", tmp_path / "judges"
+    verifier.write_text(
+        "import os\nfrom ce_gppo.verifier import puzzles\n"
+        "def score(response, answer):\n"
+        f"    print(os.getppid(), file=open({str(judges)!r}, 'a'))\n"
+        "    return puzzles.walk(response, answer)\n"
+    )
+    arguments = [*quick(tmp_path), *SMALL, "--run-name", "tp", "--rollout-tp", "2", "--rewards", f"{verifier}:score"]
     outputs_of(ranks(2, "train.py", *arguments), timeout=200)
     rows = metrics_of(tmp_path / "tp")[1:]
+    by_rank = Counter(judges.read_text().split()).values()
+    assert min(by_rank) == 1 and max(by_rank) > 3 * 120, "a rank has tried the verifier at the start; the other judges"
     assert len(rows) == 3 and all(math.log(row["mismatch/ratio_max"]) < 1e-4 for row in rows)
     assert all(row["reward/mean"] * 120 == pytest.approx(round(row["reward/mean"] * 120)) for row in rows)
     samples = [json.loads(line) for line in (tmp_path / "tp" / "samples.jsonl").read_text().splitlines()]

@@ -92,7 +92,7 @@ def test_rollout_metrics_against_loops():
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-6), name
     assert details.entropies == {i: pytest.approx(whole[[i]].entropy.mean().item()) for i in (0, 3, 6, *range(8, 22))}
-    assert not {"optim/beta1", "optim/beta2", "optim/entropy_coef"} & found.keys()
+    assert not {"optim/beta1", "optim/beta2"} & found.keys() and found["optim/entropy_coef"] == 0
     shown = learned([whole], whole[:0], beta1=0.0, beta2=1.0, entropy_coef=0.1)
     found, _ = metrics.step_metrics(whole, chosen, [torch.arange(24)], shown, None)
     assert [found[f"optim/{name}"] for name in ("beta1", "beta2", "entropy_coef")] == [0, 1, 0.1]
@@ -556,6 +556,8 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert tracking.wandb_mode() is None
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert tracking.wandb_mode() == "disabled"
 
 
 def test_a_run_of_a_sweep_keeps_its_id_and_runs_are_grouped_by_all_but_the_seed(monkeypatch):

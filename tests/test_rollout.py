@@ -252,6 +252,9 @@ def test_the_engine_is_checked_as_a_step_uses_it(monkeypatch, tiny_model):
             UserError, match=f"model 'data/walk/base'.* differ by {said} nats on average, more than 0.2"
         ):
             check_engine(engine, tiny_model, None, [9], config, "cuda")
+    engine.wake = lambda weights: 1 // 0
+    with pytest.raises(UserError, match="vLLM cannot sample with model 'data/walk/base': ZeroDivisionError"):
+        check_engine(engine, tiny_model, None, [9], config, "cuda")
     check_mismatch({"mismatch/mean": module.MAX_MISMATCH, "entropy/mean": 0.5}, "cpu")
 
 

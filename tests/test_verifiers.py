@@ -402,6 +402,7 @@ def test_a_users_function_gives_components_and_cannot_stop_the_run(mine, tmp_pat
         ("def score(response, answer): return {'correctness': 1, 'a\\nb': 1}", "of numbers by name"),
         ("def score(response, answer): return [1]", r"returned \[1\]"),
         ("def score(response, answer): return 10**400", "returned 10*; a number"),
+        ("def score(response, answer): return -1e39", r"returned -1e\+39; a number is needed, at most 1e\+06 in size"),
         ("def other(response, answer): return 1", "has no function score; it has: other"),
         ("score = 1", "has no function score; it has: none"),
         ("def score(response, answer)", r"cannot be imported: SyntaxError: .* \(line 1\)"),

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from ce_gppo import config as t
 from ce_gppo.config import command
+from ce_gppo.evaluation import evaluate
 from ce_gppo.messages import UserError
 from ce_gppo.model import load_tokenizer
-from ce_gppo.problems import Problem, check_files, check_tokens, evaluate, load_problems
+from ce_gppo.problems import Problem, check_files, check_tokens, load_problems
 from ce_gppo.run import lock_file, open_to_append
 from reward import MARKS, assign, extract_answer, files, score
 from rollout import Engine, prepare_environment

@@ -7,7 +7,7 @@ import inspect
 import re
 from pathlib import Path
 
-from ce_gppo import advantages, metrics, perf, problems
+from ce_gppo import advantages, evaluation, metrics, perf
 
 SECTIONS = ("Entropy", "Reward", "Evaluation", "Rollout", "Clipping", "Optimization", "Critic", "vLLM against trainer")
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -23,7 +23,7 @@ probability under the rollout weights: LP where log p < -H, with H the entropy t
 
 def rows() -> list[list[str]]:
     """[section, names, unit, meaning, healthy] of each row, in the order of the code."""
-    functions = [value for module in (metrics, perf, problems) for value in vars(module).values()]
+    functions = [value for module in (metrics, perf, evaluation) for value in vars(module).values()]
     found = [inspect.getdoc(f) or "" for f in (*functions, perf.Meter.take, advantages.Critic.learn) if callable(f)]
     lines = re.findall(r"^([A-Zv][\w ]+): (.+(?:\n    .+)*)", "\n".join(dict.fromkeys(found)), re.M)
     cells = [[section, *(" ".join(cell.split()) for cell in row.split("|"))] for section, row in lines]

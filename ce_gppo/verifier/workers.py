@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import json
 import logging
-import math
 import os
 import resource
 import signal
@@ -31,6 +30,7 @@ from ce_gppo.verifier.answers import math_verify, same
 MAX_MEMORY = 4 * 2**30  # bytes of address space per worker
 MAX_CACHED = 100_000  # results
 PATIENCE = 10  # times its limit, at most, that a worker has on a busy machine
+MAX_REWARD = 1e6  # far larger ones would not be finite in float32, and the fault would seem to be lr's
 STARTUP_SECONDS = 60.0  # a worker needs about 1 s on an idle machine, most of it for sympy
 MATH = "math"  # the name for math-verify; all other names are those of `load`
 
@@ -271,9 +271,10 @@ def as_components(value, verifier: str) -> Components:
         numbers = {name: float(number) for name, number in components.items() if not isinstance(number, str)}
         named = all(isinstance(name, str) and name.isprintable() and name not in ("", "mean") for name in components)
         complete = "correctness" in numbers and len(numbers) == len(components)
-        if named and complete and all(map(math.isfinite, numbers.values())):
+        if named and complete and all(abs(number) <= MAX_REWARD for number in numbers.values()):
             return numbers
-    needed = "a number is needed, or a dictionary of numbers by name, 'correctness' among them ('mean' is taken)"
+    needed = f"a number is needed, at most {MAX_REWARD:g} in size, or a dictionary of numbers by name"
+    needed += ", 'correctness' among them ('mean' is taken)"
     raise UserError(f"verifier {verifier} returned {repr(value)[:80]}; {needed}")
 
 
