@@ -20,9 +20,10 @@ from torch import Tensor
 import loss
 import reward
 from ce_gppo import checkpoint, messages, metrics, parallel, run, tracking
-from ce_gppo import config as t
+from ce_gppo import ranges as t
 from ce_gppo.advantages import ADVANTAGES, Critic, group_advantages
 from ce_gppo.batch import Rollout, append, concat, gather, local_batch, micro_batches, pack, with_token_mask
+from ce_gppo.config import DYNAMIC_SAMPLING, command, max_batches, parse
 from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
 from ce_gppo.evaluation import evaluate_policy
 from ce_gppo.log import Log, plan
@@ -54,7 +55,7 @@ class Config:
     temperature: t.Temperature = 1.0  # sampling temperature; logprobs in training use it too
     max_prompt_tokens: t.Count = 16  # problems with longer prompts are dropped, and counted [4096]
     max_response_tokens: t.Count = 16  # longer responses are cut, and are wrong unless already boxed [16384]
-    dynamic_sampling: t.one_of(t.DYNAMIC_SAMPLING) | None = None  # off; filter groups of equal rewards; or refill
+    dynamic_sampling: t.one_of(DYNAMIC_SAMPLING) | None = None  # off; filter groups of equal rewards; or refill
     max_kept_prompts: t.Count = 64  # groups trained on in a step, at most [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
@@ -177,7 +178,7 @@ def sample(
     were sampled in earlier steps; problems and seeds follow from it.
     """
     chosen, rollout = [], None
-    for batch in range(batches + 1, batches + 1 + t.max_batches(config)):
+    for batch in range(batches + 1, batches + 1 + max_batches(config)):
         with meter("rollout"):
             new = problems_of_batch(problems, batch, config.prompts_per_step, config.seed)
             own = parallel.round_robin(len(new), config.rollout_tp)  # the prompts of this rank's engine
@@ -321,8 +322,8 @@ def lr_of_step(config: Config, step: int) -> float:
 def main() -> None:
     prepare_environment()
     tracking.check_wandb()
-    train(*t.parse(Config, sys.argv[1:]), stop=run.StopRequest())
+    train(*parse(Config, sys.argv[1:]), stop=run.StopRequest())
 
 
 if __name__ == "__main__":
-    t.command(main)
+    command(main)

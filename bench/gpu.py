@@ -36,9 +36,10 @@ from transformers import Qwen2Config
 
 import train
 from bench import common
-from ce_gppo import config as t
 from ce_gppo import parallel, perf
+from ce_gppo import ranges as t
 from ce_gppo.batch import Rollout, pack
+from ce_gppo.config import command
 from ce_gppo.messages import RunEnded
 from ce_gppo.model import load_model
 from ce_gppo.policy import Policy, hidden_states, take
@@ -238,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    t.command(main)
+    command(main)

@@ -21,7 +21,8 @@ import torch
 
 import train
 from bench import common
-from ce_gppo import config as t
+from ce_gppo import ranges as t
+from ce_gppo.config import command
 from ce_gppo.messages import UserError
 from ce_gppo.model import load_model
 from ce_gppo.problems import load_problems
@@ -120,4 +121,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    t.command(main, Config, __doc__)
+    command(main, Config, __doc__)

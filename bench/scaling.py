@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 
 import train
-from ce_gppo import config as t
 from ce_gppo import parallel
+from ce_gppo import ranges as t
+from ce_gppo.config import RECIPES, command, parse
 from ce_gppo.policy import TILE_LOGITS
 from rollout import Engine
 
@@ -40,7 +41,7 @@ WAKE_SECONDS = 2.0  # of vLLM's sleep and wake in a step; guess
 ASLEEP = 3.0  # GiB that a sleeping vLLM and CUDA's context keep; guess
 GPUS_A_NODE = 8
 
-RECIPE = t.parse(train.Config, ["--recipe", "r1-distill-1.5b"])[0]
+RECIPE = parse(train.Config, ["--recipe", "r1-distill-1.5b"])[0]
 RUNNING = inspect.signature(Engine.__init__).parameters["max_sequences"].default  # sequences at a time in one engine
 EVALUATED = 60  # problems, AIME24 and AIME25
 
@@ -240,8 +241,8 @@ def plan(name: str, gpus: int, config: Config, shards: tuple[str, ...] = ("no", 
 def recipe_rows() -> list[dict]:
     """Each recipe on 1 GPU of 80 GiB, where it fits, and on 8. A response in evaluations has 10,000 tokens; a guess."""
     rows = []
-    for path in sorted(t.RECIPES.glob("*.toml")):
-        recipe = t.parse(train.Config, ["--recipe", path.stem])[0]
+    for path in sorted(RECIPES.glob("*.toml")):
+        recipe = parse(train.Config, ["--recipe", path.stem])[0]
         limits = {"max_length": recipe.max_response_tokens, "micro_batch_tokens": recipe.max_micro_batch_tokens}
         config = Config(gpu_memory=80.0, checkpoint_every=recipe.checkpoint_every, **limits)
         held_out = Config(gpu_memory=80.0, mean_length=10000, max_length=recipe.eval_response_tokens)
@@ -285,4 +286,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    t.command(main, Config, __doc__)
+    command(main, Config, __doc__)

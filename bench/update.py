@@ -28,7 +28,8 @@ from transformers import LlamaConfig
 
 import train
 from bench import common
-from ce_gppo import config as t
+from ce_gppo import ranges as t
+from ce_gppo.config import command
 from ce_gppo.messages import RunEnded, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -179,4 +180,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    t.command(main, Config, __doc__)
+    command(main, Config, __doc__)

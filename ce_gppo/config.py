@@ -1,17 +1,17 @@
-"""Settings: their ranges (`steps: Count = 50`), the command line, recipes. A user's mistake is one sentence."""
+"""Settings: the command line, recipes, what is wrong together. A user's mistake is one sentence."""
 
 import argparse
 import dataclasses
+import inspect
 import itertools
 import json
-import math
 import os
 import re
 import shutil
 import sys
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -19,9 +19,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from ce_gppo import messages, parallel
 from ce_gppo.entropy import read_schedule
 from ce_gppo.messages import RunEnded, UserError
+from ce_gppo.ranges import OneOf, check_ranges, fields_of
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DYNAMIC_SAMPLING = ("off", "filter", "refill")
+# What --resume may change: how long, how often, and in how much memory.
+CHANGEABLE = ("steps", "eval_every", "checkpoint_every", "max_micro_batch_tokens", "gradient_checkpointing", "shard")
+CHANGEABLE += ("gpu_memory_utilization",)
 REFILL_BATCHES = 3  # batches of prompts in a step, at most
 
 
@@ -33,79 +37,6 @@ def max_batches(config) -> int:
 def updates_of_step(config) -> int:
     """The most updates of a step. There are fewer if fewer groups have unequal rewards."""
     return config.max_kept_prompts // config.mini_batch_prompts * config.epochs
-
-
-class Range(typing.NamedTuple):
-    low: float
-    high: float = math.inf
-    above: bool = False  # low itself is outside
-    or_zero: bool = False  # 0 is inside, too
-
-    def problem(self, value: float) -> str | None:
-        inside = self.low <= value <= self.high and value < math.inf and not (self.above and value == self.low)
-        if inside or (self.or_zero and value == 0):
-            return None
-        words = "0, or " * self.or_zero + (f"above {self.low:g}" if self.above else f"at least {self.low:g}")
-        return f"must be {words} and " + (f"at most {self.high:.10g}" if self.high < math.inf else "finite")
-
-
-class OneOf(typing.NamedTuple):
-    names: tuple[str, ...]
-    or_count: bool = False  # or a whole number above 0
-
-    def problem(self, value: str) -> str | None:
-        if value in self.names or (self.or_count and re.fullmatch("0*[1-9][0-9]{0,8}", value)):
-            return None
-        return f"is unknown; known: {', '.join(self.names)}" + ", or a number of tokens" * self.or_count
-
-
-class Named(typing.NamedTuple):
-    """Names or paths of files and folders, or hub names."""
-
-    or_empty: bool = False
-
-    def problem(self, value: str) -> str | None:
-        wrong = {
-            "is blank; a name is needed": not value.strip(),
-            "has a character that cannot be printed; choose another name": not value.isprintable(),
-            "has no name beside a comma": not all(map(str.strip, value.split(","))),
-            "begins with ~, which the shell has not replaced; $HOME works everywhere": re.search("(^|,)~", value),
-            "is too long for a file's name": re.search(b"[^/,]{256}|[^,]{4001}", value.encode(errors="replace")),
-        }
-        return next((problem for problem, found in wrong.items() if found and (value or not self.or_empty)), None)
-
-
-def one_of(names: Iterable[str]):
-    return typing.Annotated[str, OneOf(tuple(names))]
-
-
-Overlong = typing.Annotated[str, OneOf(("score", "mask"), or_count=True)]
-Name = typing.Annotated[str, Named()]
-NameOrEmpty = typing.Annotated[str, Named(or_empty=True)]
-Count = typing.Annotated[int, Range(1, 2**31 - 1)]  # vLLM and torch count in 32 or 64 bits
-CountOrZero = typing.Annotated[int, Range(0, 2**31 - 1)]
-Seed = typing.Annotated[int, Range(0, 2**32 - 1)]
-NonNegative = typing.Annotated[float, Range(0, 10_000)]  # of coefficients and clip intervals: larger ones overflow
-Positive = typing.Annotated[float, Range(0, 10_000, above=True)]
-Rate = typing.Annotated[float, Range(1e-10, 1)]  # less is rounded away by float32, more is noise
-Temperature = typing.Annotated[float, Range(0.01, 100)]  # vLLM silently replaces a lower one by 0.01
-GreedyOrTemperature = typing.Annotated[float, Range(0.01, 100, or_zero=True)]  # at 0 it takes the most probable token
-AboveOne = typing.Annotated[float, Range(1, 10_000, above=True)]
-ZeroToOne = typing.Annotated[float, Range(0, 1)]
-Share = typing.Annotated[float, Range(0, 1, above=True)]
-
-
-def check_ranges(config) -> None:
-    """UserError for the first value that is outside the range in its field's type."""
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
-        value = getattr(config, name)
-        parts = (hint, *typing.get_args(hint))  # the type itself, or one of a union, or of a tuple's values
-        ranges = [r for part in parts for r in getattr(part, "__metadata__", ()) if hasattr(r, "problem")]
-        for range_, one in itertools.product(ranges, value if isinstance(value, tuple) else (value,)):
-            if one is not None and (problem := range_.problem(one)):
-                raise UserError(f"{name} {repr(one) if isinstance(one, str) else f'= {one}:'} {problem}")
-        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # how Python keeps bytes that it cannot read
-            raise UserError(f"{name} {value[:60]!r} is not text in {sys.getfilesystemencoding()}, its encoding")
 
 
 def command(main: Callable, Config: type | None = None, description: str | None = None) -> None:
@@ -149,6 +80,9 @@ def cli(Config: type, args: list[str], **options):
     """The settings on the command line. In a terminal of three columns tyro's help would take all memory."""
     import tyro  # not at the top: bench.gpu runs without it
 
+    for name, hint, ranges in fields_of(Config):
+        for known in (",".join((*r.names, *["N"] * r.or_count)) for r in ranges if isinstance(r, OneOf)):  # for --help
+            Config.__annotations__[name] = typing.Annotated[hint, tyro.conf.arg(metavar=f"{{{known}}}")]
     os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
     return tyro.cli(Config, args=args, **options)
 
@@ -176,11 +110,17 @@ def parse(Config: type, arguments: list[str]) -> tuple[typing.Any, str, str]:
         name = argument.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
         if argument.startswith("--") and name not in known | {"help"}:
             raise UserError(f"unknown setting {argument}; known: {', '.join(sorted(known))}")
-    if start.resume and (arguments or start.recipe):
-        raise UserError("--resume continues a run with its own settings; give no others")
     if start.resume:
-        return resolve(saved_config(Config, start.resume)), "", start.resume
-    defaults = Config(**read_recipe(Config, start.recipe)) if start.recipe else Config()
+        if start.recipe:
+            raise UserError("--resume continues a run with its own settings; give no recipe")
+        saved = saved_config(Config, start.resume)
+        given = cli(Config, arguments, default=saved)
+        for name in (field.name for field in dataclasses.fields(Config) if field.name not in CHANGEABLE):
+            if getattr(given, name) != getattr(saved, name):
+                raise UserError(f"--resume: {name} cannot change within a run; these can: {', '.join(CHANGEABLE)}")
+        return resolve(given), "", start.resume
+    own = typed(Config, vars(Config()), Path(inspect.getfile(Config)))  # as edited at the top of train.py
+    defaults = Config(**own | (read_recipe(Config, start.recipe) if start.recipe else {}))
     return resolve(cli(Config, arguments, default=defaults)), start.recipe or "", ""
 
 

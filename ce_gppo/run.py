@@ -106,7 +106,7 @@ def claim(folder: Path, config, recipe: str, step: int, files: list[Path]) -> No
     take(folder)
     path, copy = folder / "config.json", folder / "source"
     if path.exists():
-        record, changed = read_record(path), changes(folder, config, files)
+        record, changed = read_record(path) | {"config": dataclasses.asdict(config)}, changes(folder, config, files)
         copy = folder / f"source-from-step-{step + 1:06d}" if any(name.endswith(".py") for name in changed) else None
     else:
         record = {"config": dataclasses.asdict(config), "recipe": recipe, "git_commit": None, "command": sys.argv}

@@ -23,9 +23,10 @@ from tqdm import tqdm
 import reward
 import train
 from ce_gppo import checkpoint, parallel
-from ce_gppo import config as t
+from ce_gppo import ranges as t
 from ce_gppo.batch import Rollout, micro_batches, pack
 from ce_gppo.checkpoint import State
+from ce_gppo.config import command, parse, resolve
 from ce_gppo.entropy import entropy_velocity, first_control, quadrants
 from ce_gppo.evaluation import evaluate
 from ce_gppo.messages import UserError
@@ -58,7 +59,7 @@ class Options:
 def variant(config: train.Config, changes: dict) -> train.Config:
     """The run's configuration under another objective, whose published values replace the run's."""
     defaults = {field.name: field.default for field in fields(config) if field.name in PUBLISHED.split()}
-    return t.resolve(replace(config, **defaults | changes))
+    return resolve(replace(config, **defaults | changes))
 
 
 def branch(learner, settings: dict, problems: list, rollout: Rollout, held_out: Rollout, state: State, *place):
@@ -197,7 +198,7 @@ def main() -> None:
     if not options.draw:
         prepare_environment()
         folder, start = (None, None) if options.run is None else start_of(options.run)
-        config, *_ = t.parse(train.Config, settings if folder is None else ["--resume", folder, *settings])
+        config, *_ = parse(train.Config, settings if folder is None else ["--resume", folder, *settings])
         run(config, start, options)
     rows = draw.read_branches(options.results)
     if not rows:
@@ -210,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    t.command(main)
+    command(main)

@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ce_gppo import config as t
-from ce_gppo.config import read_record
+from ce_gppo import ranges as t
+from ce_gppo.config import command, read_record
 from ce_gppo.log import read_rows
 from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.run import lock_file, open_to_append
@@ -176,4 +176,4 @@ def lanes_of_this_machine() -> list[tuple[str, int]]:
 
 
 if __name__ == "__main__":
-    t.command(main, Config, __doc__)
+    command(main, Config, __doc__)

@@ -12,9 +12,9 @@ import torch
 
 from ce_gppo import evaluation
 from ce_gppo.batch import Rollout
-from ce_gppo.config import check_ranges
 from ce_gppo.messages import UserError
 from ce_gppo.problems import Problem
+from ce_gppo.ranges import check_ranges
 from helpers import BASE, rollout_of, score
 from tools import evaluate, tables
 

@@ -1,6 +1,7 @@
 """Wrong files, settings and streams: each gets one sentence."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -14,9 +15,9 @@ import torch
 
 import reward
 from ce_gppo import checkpoint, config, messages, parallel, perf, tracking
-from ce_gppo.config import Range
 from ce_gppo.messages import UserError, first_line
 from ce_gppo.problems import Problem
+from ce_gppo.ranges import OneOf, Range
 from helpers import ROOT, environment, resolved
 from tools import doctor, evaluate
 from train import Config
@@ -40,8 +41,8 @@ def test_ranges(range_, inside, outside, said):
 
 @pytest.mark.parametrize("value, right", [("score", True), ("1", True), ("0012", True), ("0", False), ("", False)])
 def test_names_or_a_number(value, right):
-    assert (config.OneOf(("score", "mask"), or_count=True).problem(value) is None) == right
-    assert (config.OneOf(("score", "mask")).problem(value) is None) == (value == "score")
+    assert (OneOf(("score", "mask"), or_count=True).problem(value) is None) == right
+    assert (OneOf(("score", "mask")).problem(value) is None) == (value == "score")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,28 @@ def test_the_settings_of_a_resumed_run_have_their_types(tmp_path, saved, message
     (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
     with pytest.raises(UserError, match=re.escape(message)):
         config.parse(Config, ["--resume", str(tmp_path)])
+
+
+def test_what_a_resumed_run_may_change(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": resolved().__dict__}))
+    assert config.parse(Config, ["--resume", str(tmp_path), "--steps", "80"])[0] == resolved(steps=80)
+    with pytest.raises(UserError, match="--resume: lr cannot change within a run; these can: steps, eval_every"):
+        config.parse(Config, ["--resume", str(tmp_path), "--lr", "1e-5"])
+
+
+@pytest.mark.parametrize("name, value", [("lr", "1e-4"), ("lr", (1e-4,)), ("thinking", "false"), ("steps", 60.0)])
+def test_the_settings_at_the_top_of_train_py_have_their_types(name, value):
+    edited = dataclasses.make_dataclass("Config", [(name, Config.__annotations__[name], value)], bases=(Config,))
+    edited.__module__ = "train"
+    with pytest.raises(UserError, match=re.escape(f"train.py: {name} = {value!r}, where ")):
+        config.parse(edited, [])
+
+
+def test_help_lists_the_values_of_a_choice(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(Config, ["--help"])
+    shown = "".join(capsys.readouterr().out.split())
+    assert "--rollout-correction{none,bypass,tis,mask,seq-tis," in shown and "--overlong{score,mask,N}" in shown
 
 
 def test_a_resumed_run_that_lacks_a_setting_gets_the_default_and_a_note(tmp_path, capsys):

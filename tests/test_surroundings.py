@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import reward
-from ce_gppo import checkpoint, messages, parallel, run
+from ce_gppo import checkpoint, messages, parallel, ranges, run
 from ce_gppo import config as settings_of
 from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.problems import Problem
@@ -435,15 +435,15 @@ def test_an_answer_without_a_letter_or_digit_is_accepted(answer):
 def test_ranges_of_values_in_a_tuple_and_of_those_that_may_be_missing():
     @dataclass
     class Settings:
-        lanes: settings_of.Count = 1
-        tokens: tuple[settings_of.Count, ...] = (1, 2)
-        seeds: settings_of.Count | None = None
+        lanes: ranges.Count = 1
+        tokens: tuple[ranges.Count, ...] = (1, 2)
+        seeds: ranges.Count | None = None
         text: str = ""
 
-    settings_of.check_ranges(Settings())
+    ranges.check_ranges(Settings())
     for wrong in ({"lanes": 0}, {"tokens": (30, 0)}, {"seeds": -1}):
         with pytest.raises(UserError, match=f"{next(iter(wrong))} = .*: must be at least 1 and at most 2147483647"):
-            settings_of.check_ranges(Settings(**wrong))
+            ranges.check_ranges(Settings(**wrong))
 
 
 def test_missing_inputs_of_tools_are_named(tmp_path, monkeypatch):

@@ -91,6 +91,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, tmp_path):
         assert (tmp_path / "cut" / name).read_text() == (finished[0] / name).read_text()
     ours, expected = (load_file(f / "checkpoint-000004" / "model.safetensors") for f in (tmp_path / "cut", finished[0]))
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+    run(tmp_path, "--resume", str(tmp_path / "cut"), "--steps", "5")  # a finished run is trained longer
+    assert [row["step"] for row in metrics_of(tmp_path / "cut")] == list(range(6))
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["config"]["steps"] == 5
 
 
 @pytest.mark.slow
@@ -151,7 +154,7 @@ def test_a_padded_vocabulary_and_a_policy_that_solves_nothing(tokenizer, tmp_pat
         (["--model", "no/such/model"], "model 'no/such/model': no such folder"),
         (["--train-data", "nothing.jsonl"], "nothing.jsonl: no such file"),
         (["--max-response-tokens", "4096"], "= 4112 is beyond the model's context of 512"),
-        (["--resume", "nowhere", "--lr", "1"], "--resume continues a run with its own settings"),
+        (["--resume", "nowhere", "--recipe", "walk"], "--resume continues a run with its own settings"),
         (["--recipe", ""], "--recipe or --resume is empty"),
         (["--resume", "nowhere"], "--resume nowhere: no config.json there"),
     ],

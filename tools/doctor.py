@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ce_gppo import config as t
+from ce_gppo import ranges as t
 from ce_gppo.config import command
 from ce_gppo.messages import UserError, explained
 from ce_gppo.model import load_model

@@ -17,7 +17,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from ce_gppo import config as t
+from ce_gppo import ranges as t
 from ce_gppo.config import command
 from ce_gppo.evaluation import evaluate
 from ce_gppo.messages import UserError
