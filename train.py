@@ -136,7 +136,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         check_engine(engine, model, policy, problems[0].prompt_ids, config, device)
         parallel.rank0_then_broadcast(lambda: run.claim(folder, config, recipe, state.step, files))
         log = Log(folder, config, state, tokenizer, reward.extract_answer) if parallel.is_main() else None
-    meter = Meter(model, device)
+    meter = Meter(model, device, log.doing if log else lambda part: None)
     saver = checkpoint.Saver(folder, model, tokenizer, optimizer, state.step, critic, log.accuracies if log else dict)
     evaluate = partial(evaluate_policy, engine, held_out, config, reward.score, log, meter, stop)
 

@@ -5,6 +5,8 @@ import functools
 import itertools
 import json
 import math
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from ce_gppo.metrics import Details
 from ce_gppo.tracking import finish_wandb, log_wandb, sample_rows, start_wandb, token_rows
 
 FILES = ("metrics", "samples", "tokens")
+DRAWN = 10  # steps, at least, of a run whose curves are drawn
 
 
 def plan(config, folder: Path, model, device: str, problems: str, step: int) -> str:
@@ -61,6 +64,7 @@ class Log:
             log_wandb(self.wandb, row, (), {})  # once more: W&B writes late, and a kill may have lost them
         # A bar on a terminal, plain lines in a file.
         self.bar = tqdm(total=config.steps, initial=state.step, unit="step") if sys.stderr.isatty() else None
+        self.drawing: subprocess.Popen | None = None
 
     def step(self, step: int, metrics: dict, rollout: Rollout, problems: list, details: Details) -> None:
         """Add a step of training, with samples, and at some steps with tokens and histograms."""
@@ -82,6 +86,8 @@ class Log:
             self.history.append(row)
         self._write(row, samples, tokens)
         self._show(row)
+        if DRAWN <= step < self.config.steps and any(name.startswith("eval/") for name in row):
+            self._draw()
         if self.wandb and not log_wandb(self.wandb, row, samples if histograms else (), histograms or {}):
             self.wandb = None
 
@@ -98,6 +104,15 @@ class Log:
             say(f"{self.folder}: not written ({error}); trying again after the next step", warning=True)
             self.incomplete = True
 
+    def _draw(self) -> None:
+        """Draw curves.png, in a process of its own that can neither slow the run down nor end it."""
+        if self.drawing:
+            self.drawing.wait()
+        command = ["nice", sys.executable, "-m", "tools.figures", folder := str(self.folder.resolve()), "--out", folder]
+        nothing, root = subprocess.DEVNULL, Path(__file__).parents[1]
+        with contextlib.suppress(OSError):
+            self.drawing = subprocess.Popen(command, cwd=root, stdout=nothing, stderr=nothing)
+
     def has_evaluation(self, step: int) -> bool:
         return any(row["step"] == step and any(name.startswith("eval/") for name in row) for row in self.history)
 
@@ -113,16 +128,25 @@ class Log:
         return sorted({name for row in self.history for name in row if name.endswith("/avg_at_k")})
 
     def _show(self, row: dict) -> None:
-        accuracy = next((self.values(name)[-1] for name in self.accuracy_names()), None)
-        shown = {"reward": row.get("reward/mean"), "entropy": row.get("entropy/mean"), "accuracy": accuracy}
-        text = {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
+        """A line for each step and evaluation; on a terminal the bar is below it."""
+        shown = {"reward": row.get("reward/mean"), "entropy": row.get("entropy/mean"), "accuracy": mean_accuracy(row)}
+        parts = {name.split("/")[-1]: value for name, value in row.items() if re.fullmatch("reward/.+/.+", name)}
+        shown |= {name: value for name, value in parts.items() if name not in ("mean", "correctness")}
+        text = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+        line = " ".join([f"step {row['step']}/{self.config.steps}", *text])
         if self.bar is None:
-            return say(" ".join([f"step {row['step']}/{self.config.steps}", *(f"{k} {v}" for k, v in text.items())]))
+            return say(line)
         try:
+            self.bar.write(line)
             self.bar.update(row["step"] - self.bar.n)
-            self.bar.set_postfix(text)
         except OSError:  # the terminal was closed
             self.bar = None
+
+    def doing(self, part: str) -> None:
+        """Show on the bar what the run does now: a part of a step, as perf.Meter names it."""
+        with contextlib.suppress(OSError):
+            if self.bar is not None:
+                self.bar.set_description(part)
 
     def close(self, checkpoints: list[Path], exit_code: int, sentence: str) -> None:
         """Print the table at the end (accuracy, entropy, speed, time, files), the advice, and this sentence."""
@@ -137,7 +161,11 @@ class Log:
         seconds = {part: sum(self.values(f"time/{part}")) for part in parts}
         table[f"time, {total:.0f} s"] = ", ".join(f"{part} {s / total:.0%}" for part, s in seconds.items() if s)
         table |= {"checkpoint": checkpoints[-1]} if checkpoints else {}
-        table["curves"] = self.folder / "metrics.jsonl"
+        table["metrics"] = self.folder / "metrics.jsonl"
+        if self.history and self.history[-1]["step"] >= DRAWN:
+            self._draw()
+            if self.drawing and self.drawing.wait() == 0:
+                table["curves"] = self.folder / "curves.png"
         table |= finish_wandb(self.wandb, exit_code) if self.wandb else {}
         if self.bar is not None:
             with contextlib.suppress(OSError):  # the terminal was closed

@@ -4,6 +4,7 @@ import math
 import resource
 import time
 import timeit
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -17,13 +18,15 @@ from ce_gppo.messages import UserError
 class Meter:
     """Seconds spent in each part of a step: `with meter("rollout"): ...`, and `take` once per step."""
 
-    def __init__(self, model, device: str):
-        self.model, self.device = model, device
+    def __init__(self, model, device: str, doing: Callable[[str], None] = lambda part: None):
+        """doing: is called with the name of a part when it begins."""
+        self.model, self.device, self.doing = model, device, doing
         self.matrix_rate, self.start = matrix_rate(device), now(device)
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, part: str):
+        self.doing(part)
         start = now(self.device)
         yield
         self.seconds[f"time/{part}"] = self.seconds.get(f"time/{part}", 0.0) + now(self.device) - start

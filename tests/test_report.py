@@ -419,7 +419,7 @@ def test_the_table_at_the_end(tmp_path, quiet, capsys):
         seconds = {"time/step": 6.0, "time/rollout": 3.0, "time/update": 1.5, "perf/rollout_tokens_per_s": speed}
         writer.add(step, seconds | {"entropy/mean": 1.0 / step, "reward/mean": 0.5})
     writer.add(3, {"eval/a/avg_at_k": 0.75})
-    assert "step 2/3 reward 0.500 entropy 0.500 accuracy 0.250" in capsys.readouterr().out
+    assert "step 2/3 reward 0.500 entropy 0.500\n" in capsys.readouterr().out
     writer.wandb = types.SimpleNamespace(settings=types.SimpleNamespace(mode="online"), url="https://w", finish=None)
     codes = []
     writer.wandb.finish = lambda exit_code: codes.append(exit_code)
@@ -433,22 +433,33 @@ def test_the_table_at_the_end(tmp_path, quiet, capsys):
         "rollout tokens/s, median": "2,000",
         "time, 20 s": "rollout 45%, update 22%, eval 10%",
         "checkpoint": f"{tmp_path}/new",
-        "curves": f"{tmp_path}/metrics.jsonl",
+        "metrics": f"{tmp_path}/metrics.jsonl",
         "W&B": "https://w",
     }
     assert advice.startswith("- Entropy went from 1.000 to 0.333") and codes == [1]
 
 
-def test_a_bar_on_a_terminal(tmp_path, quiet, monkeypatch):
+def test_a_bar_on_a_terminal(tmp_path, quiet, monkeypatch, capsys):
+    """A line for each step above it, and below what the run does now."""
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     writer = make_log(tmp_path, step=2, steps=4)
-    writer.add(3, {"entropy/mean": 0.5, "reward/mean": 0.25})
-    assert writer.bar.n == 3 and "entropy=0.500" in terminal.getvalue() and "reward=0.250" in terminal.getvalue()
-    monkeypatch.setattr(writer.bar, "set_postfix", lambda text: (_ for _ in ()).throw(OSError("closed")))
+    writer.doing("rollout")
+    assert "rollout:  50%" in terminal.getvalue()
+    writer.add(3, {"entropy/mean": 0.5, "reward/mean": 0.25, "reward/a/mean": 0.25, "reward/a/format": 0.125})
+    writer.add(3, {"eval/a/avg_at_k": 0.75})
+    assert capsys.readouterr().out.splitlines() == [
+        "step 3/4 reward 0.250 entropy 0.500 format 0.125",
+        "step 3/4 accuracy 0.750",
+    ]
+    assert writer.bar.n == 3
+    monkeypatch.setattr(writer.bar, "set_description", lambda part: (_ for _ in ()).throw(OSError("closed")))
+    writer.doing("update")
+    monkeypatch.setattr(writer.bar, "write", lambda line: (_ for _ in ()).throw(OSError("closed")))
     writer.add(4, {"entropy/mean": 0.5})
     assert writer.bar is None, "the terminal was closed"
 
@@ -606,6 +617,20 @@ def test_figures_group_runs_by_all_settings_except_the_seed(tmp_path):
     names = [*variants, "../" + tmp_path.name + "/a"]  # one is named twice
     figures.main(figures.Config(tuple(tmp_path / name for name in names), out=tmp_path / "figures"))
     assert (tmp_path / "figures" / "curves.svg").exists()
+
+
+def test_a_run_draws_its_curves(tmp_path, quiet, capsys):
+    """At an evaluation and at its end, from the tenth step on."""
+    (tmp_path / "config.json").write_text(json.dumps({"config": dataclasses.asdict(resolved())}))
+    writer = make_log(tmp_path, steps=12)
+    for step in range(10):
+        writer.add(step, {"entropy/mean": 1.0, "eval/a/avg_at_k": 0.5})
+    assert writer.drawing is None, "too few steps for a curve"
+    writer.add(10, {"entropy/mean": 1.0, "eval/a/avg_at_k": 0.5})
+    assert writer.drawing.wait() == 0
+    (tmp_path / "curves.png").unlink()
+    writer.close([], 0, "")
+    assert (tmp_path / "curves.png").exists() and f"{tmp_path}/curves.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
