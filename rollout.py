@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ce_gppo import parallel
 from ce_gppo.batch import Rollout
+from ce_gppo.lora import named_weights
 from ce_gppo.messages import RunEnded, UserError, explained, say
-from ce_gppo.model import named_weights, stop_token_ids
+from ce_gppo.model import stop_token_ids
 from ce_gppo.policy import logprobs_and_entropy
 
 # Of mismatch/mean, nats: 1e-6 in float32; in bfloat16 0.002 for a small policy (bench/RESULTS.md), others report 0.03

@@ -27,7 +27,8 @@ from ce_gppo.config import DYNAMIC_SAMPLING, command, max_batches, parse
 from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
 from ce_gppo.evaluation import evaluate_policy
 from ce_gppo.log import Log, plan
-from ce_gppo.model import load_model, load_reference, load_tokenizer, named_weights
+from ce_gppo.lora import named_weights
+from ce_gppo.model import load_policy, load_reference, load_tokenizer
 from ce_gppo.perf import Meter, check_memory
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
 from ce_gppo.problems import Problem, check_files, load_sets, problems_of_batch, seed_of_step
@@ -83,6 +84,8 @@ class Config:
     epochs: t.Count = 1  # passes over the mini-batches of a rollout, each time the same ones in the same order
     lr: t.Rate = 8e-5  # AdamW learning rate [1e-6]
     critic_lr: t.Rate | None = None  # AdamW learning rate of gae's critic, constant; None: 3 lr
+    lora_rank: t.Rank = 0  # of adapters that are trained instead of the weights, see lora.py; 0: off
+    lora_alpha: t.Positive = 32.0  # the adapters' factor is lora_alpha / lora_rank
     warmup_steps: t.CountOrZero = 5  # rollouts over which lr grows to its value [10]; gae: after as many for the critic
     max_micro_batch_tokens: t.Count = 16384  # tokens in one pass through the model; bounds the memory
     gradient_checkpointing: bool = False  # recompute the layers in backward: a third more time, far less memory [true]
@@ -121,13 +124,13 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         source = str(last or config.model)
         known, tokenizer = load_tokenizer(source)
         problems, held_out, about = load_sets(config, tokenizer, known, reward.assign, reward.MARKS)
-        model, _ = load_model(source, device, config.gradient_checkpointing, config.shard)
+        model = load_policy(config, last, device)
         policy = parallel.distribute(Policy(model), config.shard, model._no_split_modules or [])
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, fused=device == "cuda", **ADAMW)
         critic = Critic(config, source, device) if config.advantages == "gae" else None
         new = checkpoint.State(parallel.rank0_then_broadcast(tracking.new_id), control=first_control(config))
         state = checkpoint.load(last, model, optimizer, critic) if last else new
-        models = policy, optimizer, load_reference(config, device), critic
+        models = policy, optimizer, load_reference(config, device, policy), critic
         messages.say(plan(config, folder, model, device, about, state.step))
         context = config.max_prompt_tokens + max(config.max_response_tokens, config.eval_response_tokens)
         check_memory(config, model, device)

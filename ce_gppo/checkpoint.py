@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint import state_dict
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ce_gppo import messages, parallel
+from ce_gppo import lora, messages, parallel
 from ce_gppo.messages import RunEnded, UserError
 
 MANIFEST = "manifest.json"
@@ -40,6 +40,7 @@ class State:
 class Saver:
     """Saves a run's checkpoints in a thread. Each is a folder that vLLM and transformers can load.
 
+    With LoRA its weights are merged, and it has the folder `adapter`, which peft can load on the base model.
     It also has trainer.pt (optimizer, `State`, and a critic with its optimizer) and checksums. It is written aside,
     flushed and renamed, so checkpoint-<step> is whole. All but the newest KEEP and the best are then removed.
     """
@@ -59,16 +60,17 @@ class Saver:
         """
         self.wait()
         self.saving = state.step
-        named = {name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]}  # tied weights once
-        weights = {k: v for k, v in state_dict.get_model_state_dict(self.model, **WHOLE).items() if k in named}
+        weights = {name: weight.cpu() for name, weight in lora.named_weights(self.model) if parallel.is_main()}
+        adapters = {name: parallel.full_tensor(p.detach()).cpu() for name, p in lora.adapters(self.model).items()}
         record, trained = {"optimizer": _optimizer_state(self.model, self.optimizer)}, [(self.model, self.optimizer)]
         if self.critic:
             trained.append((self.critic.model, self.critic.optimizer))
             record["critic"] = state_dict.get_model_state_dict(self.critic.model, **WHOLE)
             record["critic_optimizer"] = _optimizer_state(*trained[1])
         if parallel.is_main():
-            weights, record = _apart((weights, record), trained)
-            self.thread = threading.Thread(target=self._write, args=(weights, record | {"state": asdict(state)}))
+            weights, adapters, record = _apart((weights, adapters, record), trained)
+            written = weights, adapters, record | {"state": asdict(state)}
+            self.thread = threading.Thread(target=self._write, args=written)
             self.thread.start()
 
     def wait(self) -> None:
@@ -91,10 +93,10 @@ class Saver:
         if self.saved < state.step:
             raise RunEnded(f"the checkpoint of step {state.step} could not be written")
 
-    def _write(self, weights: dict, record: dict) -> None:
+    def _write(self, weights: dict, adapters: dict, record: dict) -> None:
         folder = self.run / f"checkpoint-{self.saving:06d}"
         try:
-            _write(folder, self.model, weights, self.tokenizer, record)
+            _write(folder, self.model, weights, adapters, self.tokenizer, record)
             prune(self.run, KEEP, self.accuracies())
         except Exception as failure:  # of any kind: without this the checkpoint would seem to be written
             self.error = f"{folder}: {failure}"
@@ -122,12 +124,14 @@ def _optimizer_state(model, optimizer: torch.optim.Optimizer) -> dict:
     return record
 
 
-def _write(folder: Path, model, weights: dict, tokenizer, trainer: dict) -> None:
+def _write(folder: Path, model, weights: dict, adapters: dict, tokenizer, trainer: dict) -> None:
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         model.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
+        if adapters:
+            lora.write_adapters(aside, model, adapters)
         torch.save(trainer, aside / "trainer.pt")
         # rglob, as a tokenizer with several chat templates makes a folder inside.
         sums = {str(path.relative_to(aside)): _checksum(path) for path in sorted(aside.rglob("*")) if path.is_file()}

@@ -158,6 +158,8 @@ def conflicts(given, c) -> Iterator[str]:
         yield f"dynamic_sampling = {c.dynamic_sampling} drops every group of responses_per_prompt = 1; leave it out"
     if c.critic_lr is not None and not gae:
         yield f"critic_lr = {c.critic_lr}: advantages = {c.advantages} have no critic, those of gae have one"
+    if c.lora_alpha != type(c).lora_alpha and not c.lora_rank:
+        yield f"lora_alpha = {c.lora_alpha:g}: it is the factor of adapters; set lora_rank, or leave it out"
     if c.eval_temperature == 0 and c.eval_samples > 1:
         yield f"eval_temperature = 0 gives {c.eval_samples} equal samples; eval_samples = 1 is enough"
     if c.entropy_target is not None and (c.beta_schedule or c.beta1 == c.beta2 == 0):

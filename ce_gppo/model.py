@@ -1,20 +1,21 @@
-"""The trained model: loading it, refusing models that would train wrongly, and its weights by checkpoint names."""
+"""The trained model: loading it, and refusing models that would train wrongly."""
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch._dynamo
 import transformers
 from safetensors import safe_open
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ce_gppo import parallel
 from ce_gppo.batch import Rollout, pack
 from ce_gppo.checkpoint import try_saving
+from ce_gppo.lora import add_adapters, without_adapters
 from ce_gppo.messages import UserError, explained, say
 from ce_gppo.policy import Policy, register_attention
 
@@ -31,12 +32,17 @@ def load_tokenizer(path: str) -> tuple[transformers.PretrainedConfig, PreTrained
 
 
 def load_model(
-    path: str, device: str = "cpu", gradient_checkpointing: bool = False, shard: str = "no"
+    path: str,
+    device: str = "cpu",
+    gradient_checkpointing: bool = False,
+    shard: str = "no",
+    prepare: Callable = lambda model: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32 (the master weights) and its tokenizer, from a folder or a hub name.
 
     gradient_checkpointing: keep only the input of each layer for backward, which computes the rest again.
     shard: as in parallel.distribute. A model that will be sharded stays on the CPU; its shards move to the devices.
+    prepare: called with the checked model before it moves to the device.
     Only safetensors are read, and no code of the folder is run. UserError for a model that would be trained wrongly.
     """
     with explained(f"model '{path}' cannot be loaded (docs/models.md lists the families that train)"):
@@ -59,6 +65,7 @@ def load_model(
         for name, value in vars(module).items():  # dropout and layerdrop: the ratio allows none
             if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
                 setattr(module, name, 0.0)
+    prepare(model)
     model = model.to("cpu" if shard == "offload" or (shard == "yes" and parallel.world_size() > 1) else device)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -66,6 +73,14 @@ def load_model(
     if device.startswith("cuda"):
         compile_layers(model)
     return model, tokenizer
+
+
+def load_policy(config, last: Path | None, device: str) -> PreTrainedModel:
+    """The model to train: of the checkpoint `last`, or config.model. With lora_rank the latter, with adapters."""
+    options = device, config.gradient_checkpointing, config.shard
+    if config.lora_rank:
+        return load_model(config.model, *options, partial(add_adapters, config=config, last=last))[0]
+    return load_model(str(last or config.model), *options)[0]
 
 
 def compile_layers(model: PreTrainedModel, **options) -> None:
@@ -83,24 +98,21 @@ def compile_layers(model: PreTrainedModel, **options) -> None:
             module.compile(dynamic=True, **options)
 
 
-def load_reference(config, device: str) -> Policy | None:
-    """The frozen policy of config.model, also in a resumed run, for the KL term; None if kl_coef is 0. Collective."""
+def load_reference(config, device: str, policy: torch.nn.Module | None = None) -> Callable | None:
+    """The frozen policy of config.model, also in a resumed run, for the KL term; None if kl_coef is 0. Collective.
+
+    policy: the one being trained. With lora_rank it is its own reference, without its adapters.
+    """
     if not config.kl_coef:
         return None
+    if config.lora_rank:
+        return without_adapters(policy)
     try:
         model, _ = load_model(config.model, device, shard=config.shard)
     except UserError as error:  # of a resumed run, whose own weights are in its checkpoint
         raise UserError(f"kl_coef = {config.kl_coef:g} needs the model that the run began with; {error}") from None
     policy = Policy(model)  # without gradients there is nothing for DDP to do
     return policy if config.shard == "no" else parallel.distribute(policy, config.shard, model._no_split_modules or [])
-
-
-def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name in a checkpoint, tensor) of each weight and of each buffer that checkpoints have; shards are gathered."""
-    saved = model.state_dict(keep_vars=True).keys()
-    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
-    for name, tensor in [*model.named_parameters(), *buffers]:
-        yield name, parallel.full_tensor(tensor.detach())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -65,14 +65,18 @@ def now(device: str) -> float:
 
 
 def flops(model, batch: Rollout) -> float:
-    """Operations of forward and backward: 6 a weight and token (arXiv 2204.02311, appendix B); a prompt counts once."""
+    """Operations of forward and backward: 6 a weight and token (arXiv 2204.02311, appendix B); a prompt counts once.
+
+    A frozen weight has 4: it gets no gradient.
+    """
     c, N = model.config, len(batch.tokens)
-    head, embedding = model.get_output_embeddings().weight.numel(), model.get_input_embeddings().weight.numel()
-    blocks = sum(p.numel() for p in model.parameters()) - embedding - (0 if c.tie_word_embeddings else head)
+    weights = model.get_output_embeddings().weight, model.get_input_embeddings().weight, *model.parameters()
+    head, embedding, *every = ((6.0 if p.requires_grad else 4.0) * p.numel() for p in weights)
+    blocks = sum(every) - embedding - (0 if c.tie_word_embeddings else head)
     width = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     prompts = sum(len(batch.prompts[i]) for i in batch.prompt_of.unique_consecutive().tolist())
     attention = c.num_hidden_layers * width * int(batch.sizes.square().sum())
-    return 6.0 * (blocks * (prompts + N) + head * N + attention)
+    return blocks * (prompts + N) + head * N + 6.0 * attention
 
 
 def matrix_rate(device: str) -> float:
@@ -85,14 +89,17 @@ def matrix_rate(device: str) -> float:
 def check_memory(config, model, device: str) -> None:
     """UserError if vLLM's share of the GPU leaves too little for what the policy keeps after its first update.
 
-    Weights and two moments, 12 bytes a parameter, and DDP's gradients; 3 GiB are for CUDA and vLLM's sleep.
+    Weights and two moments, 12 bytes a parameter, and DDP's gradients; a frozen one has 2 bytes. 3 GiB are for CUDA and
+    vLLM's sleep.
     """
     if device != "cuda":
         return
     total, ranks = torch.cuda.get_device_properties(device).total_memory / 2**30, parallel.world_size()
     of_shard = {"no": 16 if ranks > 1 else 12, "yes": 12 / ranks, "offload": 0}[config.shard]
-    models = 1 + (config.advantages == "gae")
-    kept = models * of_shard * sum(p.numel() for p in model.parameters()) / 2**30
+    of_frozen = {"no": 2, "yes": 2 / ranks, "offload": 0}[config.shard]
+    kept = sum((of_shard if p.requires_grad else of_frozen) * p.numel() for p in model.parameters()) / 2**30
+    if config.advantages == "gae":  # the critic, which has no adapters
+        kept += of_shard * sum(p.numel() for p in model.parameters()) / 2**30
     if config.gpu_memory_utilization > (most := math.floor((total - kept - 3) / total * 100) / 100):
         share = f"gpu_memory_utilization = {config.gpu_memory_utilization:g}"
         least = f"at most {most:g} leaves room" if most > 0 else "--shard offload keeps that in the host's memory"

@@ -167,7 +167,7 @@ class TokenStatistics(torch.autograd.Function):
     def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
         hidden, weight, targets, *of_tokens = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=of_tokens[0].dtype)  # [N, D]
-        grad_weight = torch.empty_like(weight)  # [V, D]
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]; LoRA freezes the head
         for start in range(0, len(weight), ctx.width):
             own_weight = weight[start : start + ctx.width].to(hidden.dtype)  # [W, D]
             z, place = _product(hidden, own_weight.T), targets - start  # [N, W], [N]
@@ -177,7 +177,8 @@ class TokenStatistics(torch.autograd.Function):
                 grad_hidden = torch.addmm(grad_hidden, grad_z, own_weight, out_dtype=torch.float32)
             else:
                 grad_hidden.addmm_(grad_z, own_weight)
-            grad_weight[start : start + ctx.width] = _product(grad_z.T, hidden)
+            if grad_weight is not None:
+                grad_weight[start : start + ctx.width] = _product(grad_z.T, hidden)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 

@@ -59,6 +59,7 @@ Name = typing.Annotated[str, Named()]
 NameOrEmpty = typing.Annotated[str, Named(or_empty=True)]
 Count = typing.Annotated[int, Range(1, 2**31 - 1)]  # vLLM and torch count in 32 or 64 bits
 CountOrZero = typing.Annotated[int, Range(0, 2**31 - 1)]
+Rank = typing.Annotated[int, Range(0, 4096)]
 Seed = typing.Annotated[int, Range(0, 2**32 - 1)]
 NonNegative = typing.Annotated[float, Range(0, 10_000)]  # of coefficients and clip intervals: larger ones overflow
 Positive = typing.Annotated[float, Range(0, 10_000, above=True)]

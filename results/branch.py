@@ -29,9 +29,10 @@ from ce_gppo.checkpoint import State
 from ce_gppo.config import command, parse, resolve
 from ce_gppo.entropy import entropy_velocity, first_control, quadrants
 from ce_gppo.evaluation import evaluate
+from ce_gppo.lora import named_weights
 from ce_gppo.messages import UserError
 from ce_gppo.metrics import step_metrics
-from ce_gppo.model import load_model, named_weights
+from ce_gppo.model import load_model
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs
 from ce_gppo.problems import load_sets
@@ -145,8 +146,8 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
     about = {name: getattr(config, name) for name in SAME}
     if any(row[name] != value for row in draw.read_branches(options.results) for name, value in about.items()):
         raise UserError(f"{options.results} has branches of a run with other settings; name another --results")
-    if config.kl_coef or config.advantages == "gae":
-        raise UserError("branches have no reference policy and no critic: they need kl_coef = 0 and no gae")
+    if config.kl_coef or config.advantages == "gae" or config.lora_rank:
+        raise UserError("branches train a policy alone, and whole: they need kl_coef = 0, no gae and no lora_rank")
     device, source = parallel.init(), str(start or config.model)
     model, tokenizer = load_model(source, device, config.gradient_checkpointing)
     problems, held_out, _ = load_sets(config, tokenizer, model.config, reward.assign, reward.MARKS)

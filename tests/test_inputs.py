@@ -281,7 +281,7 @@ def test_the_lock_for_gpus_refuses_a_build_for_cpus():
 )
 def test_a_gpu_that_the_policy_would_not_fit_beside_vllm(monkeypatch, share, ranks, shard, advantages, most):
     """1.15 G parameters at 12 bytes, or with DDP 16, on a GPU of 80 GiB."""
-    model = types.SimpleNamespace(parameters=lambda: [torch.empty(1_150_000_000, device="meta")])
+    model = types.SimpleNamespace(parameters=lambda: [torch.empty(1_150_000_000, device="meta", requires_grad=True)])
     monkeypatch.setattr(parallel, "world_size", lambda: ranks)
     gpu = types.SimpleNamespace(total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)

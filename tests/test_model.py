@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from ce_gppo import model, parallel
 from ce_gppo.batch import pack
+from ce_gppo.lora import named_weights
 from ce_gppo.messages import UserError
-from ce_gppo.model import check_config, compile_layers, load_model, load_reference, named_weights, stop_token_ids
+from ce_gppo.model import check_config, compile_layers, load_model, load_reference, stop_token_ids
 from ce_gppo.policy import Policy
 from helpers import resolved, rollout_of
 from test_models import build

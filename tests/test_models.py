@@ -16,8 +16,9 @@ import torch
 import transformers
 
 from ce_gppo.batch import pack
+from ce_gppo.lora import named_weights
 from ce_gppo.messages import UserError
-from ce_gppo.model import load_model, named_weights
+from ce_gppo.model import load_model
 from ce_gppo.policy import Policy
 from data.base import make_tokenizer
 from helpers import FORKING, ROOT

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import rollout as module
+from ce_gppo.lora import named_weights
 from ce_gppo.messages import RunEnded, UserError
-from ce_gppo.model import load_model, named_weights
+from ce_gppo.model import load_model
 from ce_gppo.policy import Policy, with_old_logprobs
 from ce_gppo.problems import load_problems
 from helpers import BASE, DATA, resolved, rollout_of
