@@ -28,8 +28,8 @@ DRAWN = 10  # steps, at least, of a run whose curves are drawn
 def plan(config, folder: Path, model, device: str, problems: str, step: int) -> str:
     """The run's folder and the sizes that follow from the settings."""
     c, world, group, updates = config, parallel.world_size(), config.responses_per_prompt, updates_of_step(config)
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    adapters = f", frozen, and adapters of rank {c.lora_rank} and alpha {c.lora_alpha:g}" if c.lora_rank else ""
+    parameters, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad >= t) / 1e6 for t in (0, 1))
+    adapters = f", of which {trained:,.2f} M in adapters of rank {c.lora_rank} are trained" if c.lora_rank else ""
     betas = "no betas" if c.beta1 is None else f"beta1 {c.beta1}, beta2 {c.beta2}"
     interval = f"clip interval [{1 - c.eps_low:g}, {1 + c.eps_high:g}]"
     step_ = f"{c.prompts_per_step} prompts x {group} = {c.prompts_per_step * group} responses"
@@ -42,7 +42,7 @@ def plan(config, folder: Path, model, device: str, problems: str, step: int) -> 
     critic = f", and a critic with learning rate {c.critic_lr:g}" if c.critic_lr else ""
     return f"""\
 run          {folder}{f", continued after step {step}" * bool(step)}
-model        {c.model}, {parameters:,.2f} M parameters, on {device}{adapters}{critic}
+model        {c.model}, {parameters:,.2f} M parameters{adapters}, on {device}{critic}
 data         {problems}
 objective    {c.objective}, {betas}, {interval}, learning rate {c.lr:g}, seed {c.seed}
 step         {step_}"""

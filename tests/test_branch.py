@@ -179,7 +179,9 @@ def test_results_files(tmp_path):
 
 
 def test_a_start_without_a_whole_checkpoint(tmp_path, monkeypatch):
-    for arguments, problem in (["--run", ""], "empty"), (["--settings", "grppo"], "settings 'grppo'"):
+    mistakes = (["--run", ""], "empty"), (["--settings", "grppo"], "settings 'grppo'"), (["--lora-rank", "8"], "whole")
+    monkeypatch.chdir(tmp_path)
+    for arguments, problem in mistakes:
         monkeypatch.setattr("sys.argv", ["branch.py", *arguments])
         with pytest.raises(UserError, match=problem):
             branch.main()
