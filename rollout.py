@@ -169,11 +169,11 @@ class Engine:
         if self.cuda:
             self.llm.sleep(level=2)
 
-    def wake(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Allocate and load the weights, and only then allocate the cache: this order has the lower peak memory."""
+    def wake(self, model) -> None:
+        """Allocate and load the weights of the trained model, and only then the cache: so the peak memory is lower."""
         if self.cuda:
             self.llm.wake_up(tags=["weights"])
-        self.load_weights(named_weights)
+        self.load_weights(named_weights(model))
         if self.cuda:
             self.llm.wake_up(tags=["kv_cache"])
 
@@ -194,7 +194,7 @@ def check_engine(engine: Engine, model, policy, prompt: list[int], config, devic
     options = {"max_tokens": min(16, config.max_response_tokens), "temperature": config.temperature}
     with explained(f"vLLM cannot sample with model '{config.model}'"):
         engine.sleep()
-        engine.wake(named_weights(model))
+        engine.wake(model)
         rollout = engine.generate([prompt], 2, seed=config.seed, **options)
         engine.sleep()
     [(logprobs, _)] = logprobs_and_entropy(policy, [rollout], config.temperature, config.max_micro_batch_tokens, device)
@@ -203,7 +203,7 @@ def check_engine(engine: Engine, model, policy, prompt: list[int], config, devic
         problem = f"model '{config.model}': the logprobs of vLLM and the trainer for the first responses differ by"
         cause = "they may compute this architecture differently; docs/models.md lists the families that train"
         raise UserError(f"{problem} {gap:.3g} nats on average, more than {MAX_MISMATCH}: {cause}")
-    engine.wake(named_weights(model))  # it forgets the prompt: what follows is as it would be without this check
+    engine.wake(model)  # it forgets the prompt: what follows is as it would be without this check
 
 
 def check_mismatch(metrics: dict[str, float], device: str) -> None:

@@ -27,7 +27,6 @@ from ce_gppo.config import DYNAMIC_SAMPLING, command, max_batches, parse
 from ce_gppo.entropy import betas_of_step, bonus_of_step, first_control, next_control
 from ce_gppo.evaluation import evaluate_policy
 from ce_gppo.log import Log, plan
-from ce_gppo.lora import named_weights
 from ce_gppo.model import load_policy, load_reference, load_tokenizer
 from ce_gppo.perf import Meter, check_memory
 from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
@@ -153,7 +152,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
             objective, lr = objective_of_step(config, state), lr_of_step(config, state.step + 1)
             learned = learn(*models, rollout, mini_batches, objective, lr, state, config, folder, meter)
             with meter("sync"):
-                engine.wake(named_weights(model))
+                engine.wake(model)
             report(log, chosen, rollout, mini_batches, learned, state, config, meter)
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or parallel.any_rank(stop()):
                 with meter("checkpoint"):
@@ -167,9 +166,6 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
         if log:
             end = run.End.of(sys.exception(), log.has_evaluation(config.steps), state.step, folder)
             log.close(checkpoint.all_of(folder), end.exit_code, end.sentence)
-
-
-# A step: sample, select, learn, report
 
 
 def sample(

@@ -29,7 +29,6 @@ from ce_gppo.checkpoint import State
 from ce_gppo.config import command, parse, resolve
 from ce_gppo.entropy import entropy_velocity, first_control, quadrants
 from ce_gppo.evaluation import evaluate
-from ce_gppo.lora import named_weights
 from ce_gppo.messages import UserError
 from ce_gppo.metrics import step_metrics
 from ce_gppo.model import load_model
@@ -164,7 +163,7 @@ def run(config: train.Config, start: Path | None, options: Options) -> None:
     last = state.step + 1 + (options.branches - 1) * options.every
     progress = tqdm(total=options.branches * len(settings), unit="setting", disable=None)
     for step in range(state.step + 1, last + 1):
-        engine.wake(named_weights(model))
+        engine.wake(model)
         branching = (last - step) % options.every == 0
         if branching:  # before `sample`, which sends the engine to sleep
             held = evaluate(engine, held_out, 4, seed=config.seed + step, **sampling)

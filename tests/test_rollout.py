@@ -197,11 +197,12 @@ def test_an_engine_that_cannot_start_says_why(fake, monkeypatch, error, cuda, me
         fake(cuda)
 
 
-def test_from_sleep_to_new_weights(fake):
+def test_from_sleep_to_new_weights(fake, monkeypatch):
     """Weights, then the sync, the stale cache, and only then room for a new cache. A GPU's weights are rounded here."""
     engine, weights = fake(True), [("a", torch.tensor([1 / 3]))]
+    monkeypatch.setattr(module, "named_weights", lambda model: weights)
     engine.sleep()
-    engine.wake(weights)
+    engine.wake(None)
     rounded = weights[0][1].bfloat16()
     names = [("sleep", 2), ("wake_up", ["weights"]), ("reload_weights", [("a", rounded)]), "reset_prefix_cache"]
     assert (
@@ -209,7 +210,7 @@ def test_from_sleep_to_new_weights(fake):
     )
     engine = fake()
     engine.sleep()
-    engine.wake(weights)
+    engine.wake(None)
     assert engine.llm.calls == [("reload_weights", weights), module._repack_head, "reset_prefix_cache"]
     engine.llm.cache_is_reset = False
     with pytest.raises(RuntimeError, match="vLLM keeps keys and values of the old weights"):
@@ -230,8 +231,8 @@ class Recorder:
     def sleep(self):
         self.calls.append("sleep")
 
-    def wake(self, weights):
-        self.calls.append("wake" if dict(weights) else "wake without weights")
+    def wake(self, model):
+        self.calls.append("wake" if isinstance(model, torch.nn.Module) else "wake without weights")
 
 
 def test_the_engine_is_checked_as_a_step_uses_it(monkeypatch, tiny_model):
@@ -369,7 +370,7 @@ def test_every_weight_arrives(engine, base, prompts, part):
     model, several = perturbed(0.05, part), [*prompts, sum(prompts * 9, [])[:400]]
     engine.load_weights(named_weights(base[0]))
     before = gap(model, engine.generate(several, 4, max_tokens=16, temperature=1.0, seed=2))
-    engine.wake(named_weights(model))
+    engine.wake(model)
     assert gap(model, engine.generate(several, 4, max_tokens=16, temperature=1.0, seed=2)) < 1e-4 < before
 
 
