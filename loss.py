@@ -69,8 +69,10 @@ class Tokens:
     advantages: Tensor
     logprobs: Tensor
     old_logprobs: Tensor
+    entropy: Tensor | None  # nats, of the policy now, without a gradient; None if it was not given
     old_entropy: Tensor | None  # nats; of these two an objective gets None if the batch has none
     mask: Tensor | None  # bool: what the objective's token_filter picked
+    batch: object  # a Rollout: its `lengths` [B] and `sequence` [N], for mean_of_response
 
 
 def ppo_clip(x: Tokens, o: Objective) -> Tensor:
@@ -81,10 +83,43 @@ def ppo_clip(x: Tokens, o: Objective) -> Tensor:
 
 def ce_gppo(x: Tokens, o: Objective) -> Tensor:
     """CE-GPPO, arXiv 2509.20712: the equation above."""
+    return clipped_with(x, o, o.beta1 * (1 - o.eps_low), o.beta2 * (1 + o.eps_high))
+
+
+def clipped_with(x: Tokens, o: Objective, low, high) -> Tensor:
+    """- w A: w is `low` or `high`, [N] or a number, for tokens out of the clip interval, and delta for the others."""
     clipped_low, clipped_high = out_of_clip(x.ratio, x.advantages, o)
-    low, high = o.beta1 * (1 - o.eps_low), o.beta2 * (1 + o.eps_high)
     weight = torch.where(clipped_low, low, torch.where(clipped_high, high, x.ratio))
     return -weight * x.unit * x.advantages
+
+
+def decaying(x: Tokens, o: Objective) -> Tensor:
+    """This project's own: below the interval w = beta1 delta, which goes to 0 with delta; above it CE-GPPO's."""
+    return clipped_with(x, o, o.beta1 * x.ratio, o.beta2 * (1 + o.eps_high))
+
+
+def dgpo(x: Tokens, o: Objective) -> Tensor:
+    """DGPO, arXiv 2603.14389: w = delta^2 / (1 - eps_low) below the interval, ((1 + eps_high) delta)^(1/2) above it."""
+    return clipped_with(x, o, x.ratio.square() / (1 - o.eps_low), ((1 + o.eps_high) * x.ratio).sqrt())
+
+
+def dppo(x: Tokens, o: Objective) -> Tensor:
+    """DPPO with total variation, arXiv 2602.04879: the interval is that of pi - pi_old; delta is at most 20."""
+    moved = x.logprobs.detach().exp() - x.old_logprobs.exp()
+    inside = torch.where(x.advantages > 0, moved <= o.eps_high, moved >= -o.eps_low)
+    return -x.ratio.clamp(max=20) * x.advantages * x.logprobs * inside
+
+
+def erc(x: Tokens, o: Objective) -> Tensor:
+    """ERC, arXiv 2512.05591: PPO-clip for tokens whose entropy is within 5 % of the old one, 0 for the others."""
+    return ppo_clip(x, o) * ((x.entropy - x.old_entropy).abs() <= 0.05 * x.old_entropy)
+
+
+def gmpo(x: Tokens, o: Objective) -> Tensor:
+    """GMPO, arXiv 2507.20673: - A times the geometric mean of a response's ratios, each clipped in log space."""
+    gap = x.ratio.log()
+    clipped = torch.where(x.advantages > 0, gap.clamp(max=o.eps_high), gap.clamp(min=-o.eps_low))
+    return -mean_of_response(clipped, x.batch).exp() * torch.where(clipped == gap, x.unit, 1) * x.advantages
 
 
 def gppo(x: Tokens, o: Objective) -> Tensor:
@@ -192,6 +227,11 @@ OBJECTIVES = {  # settings of the paper, or of its authors' scripts
     "gspo": Spec(ppo_clip, SEQ_MEAN | {"eps_low": 3e-4, "eps_high": 4e-4}, by_response=True),  # paper
     "dr_grpo": Spec(ppo_clip, ALL | {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"}),  # paper
     "rloo": Spec(reinforce, ALL | {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"}, ignores=CLIPS),
+    "decaying": Spec(decaying, {"beta1": 1.0, "beta2": 1.0}),  # this project's
+    "dgpo": Spec(dgpo),  # paper
+    "dppo": Spec(dppo, {"eps_low": 0.15, "eps_high": 0.15}),  # script in verl
+    "erc": Spec(erc, DAPO),  # paper, on DAPO
+    "gmpo": Spec(gmpo, SEQ_MEAN | {"eps_low": 0.4, "eps_high": 0.4}),  # paper
     "lp_only": Spec(lp_only, {"beta1": 0.75, "beta2": 1.0}),  # this project's
     "sapo": Spec(sapo, SEQ_MEAN, ignores=CLIPS),  # paper
     "high_entropy": Spec(high_entropy, DAPO, token_filter=highest_entropy),  # paper, on DAPO
@@ -223,6 +263,7 @@ def policy_loss(batch, logprobs: Tensor, entropy: Tensor | None, objective: Obje
     Returns (loss, info). info has [N] tensors without gradient:
         log_ratio, ratio            of pi / pi_old, clamped to +-20; ratio of gspo: the response's
         weight                      g = -dloss/dlogprob, what each token really got, times totals.tokens
+        unclipped_weight            what it would be if the loss were - delta A
         clipped_low, clipped_high   bool, see out_of_clip
         kl_reference                of the token, with a kl_coef
     """
@@ -233,7 +274,8 @@ def policy_loss(batch, logprobs: Tensor, entropy: Tensor | None, objective: Obje
         log_ratio = (leaf.detach() - batch.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # [N]
         ratio = (mean_of_response(log_ratio, batch) if spec.by_response else log_ratio).exp()  # [N]
         unit = (leaf - leaf.detach()).exp()  # [N]
-        tokens = Tokens(ratio, unit, A, leaf, batch.old_logprobs, batch.entropy, batch.token_mask)
+        now = None if entropy is None else entropy.detach()
+        tokens = Tokens(ratio, unit, A, leaf, batch.old_logprobs, now, batch.entropy, batch.token_mask, batch)
         token_loss = spec.token_loss(tokens, o)  # [N]
         if o.dual_clip is not None:  # arXiv 1912.09729: bounds the loss of NA, and ends its gradient, at delta > c
             token_loss = torch.where(A < 0, torch.minimum(token_loss, -o.dual_clip * A), token_loss)
@@ -257,6 +299,7 @@ def policy_loss(batch, logprobs: Tensor, entropy: Tensor | None, objective: Obje
             loss = loss - o.entropy_coef * (entropy * share).sum()
         clipped_low, clipped_high = out_of_clip(ratio, A, o)
         info |= {"weight": weight * max(1.0, totals.tokens), "clipped_low": clipped_low, "clipped_high": clipped_high}
+        info["unclipped_weight"] = ratio * A * share * max(1.0, totals.tokens)
         return loss, info
 
 

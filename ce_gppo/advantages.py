@@ -15,7 +15,7 @@ from ce_gppo.batch import Packed, Rollout, concat, micro_batches, pack
 from ce_gppo.model import load_model
 from ce_gppo.policy import CPU_PASS, hidden_states, take
 
-ADVANTAGES = ("group", "group-mean", "leave-one-out", "gae")
+ADVANTAGES = ("group", "group-mean", "leave-one-out", "maxrl", "gae")
 LAMBDA = 1.0  # of advantages, as in verl; TRL has 0.95. The critic's targets always have 1 (arXiv 2504.05118, 4.1)
 VALUE_CLIP = 0.5  # verl's cliprange_value; TRL has 0.2
 MAX_GRAD_NORM = 1.0  # verl's; AdamW's betas and weight decay are torch's, as verl's
@@ -27,6 +27,7 @@ def group_advantages(rewards: Tensor, kind: str = "group") -> Tensor:
     group           (r - mean) / (std + 1e-6): GRPO; the sample standard deviation (ddof 1), as in the authors' code
     group-mean      r - mean: Dr. GRPO, arXiv 2503.20783
     leave-one-out   r - mean of the other responses: RLOO, arXiv 2402.14740; it is G / (G - 1) (r - mean)
+    maxrl           (r - mean) / (mean + 1e-6): MaxRL, arXiv 2602.02710, for rewards of 0 and more
     """
     G = rewards.shape[-1]
     if rewards.ndim != 2 or G < 2:
@@ -34,6 +35,7 @@ def group_advantages(rewards: Tensor, kind: str = "group") -> Tensor:
     centered = rewards - rewards.mean(1, keepdim=True)
     centered[(rewards == rewards[:, :1]).all(1)] = 0  # exactly, whatever the rounding of the mean
     factors = {"group": 1 / (rewards.std(1, keepdim=True) + 1e-6), "group-mean": 1.0, "leave-one-out": G / (G - 1)}
+    factors["maxrl"] = 1 / (rewards.mean(1, keepdim=True) + 1e-6)
     return centered * factors[kind]
 
 

@@ -60,6 +60,9 @@ def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, mo
         there are none | prob_low above 0.5: sure tokens of wrong answers, such as their end, are being unlearned
     Clipping: weight/low, weight/high, weight/inside | share | of the gradient weight: tokens below the interval with
         A < 0, above it with A > 0, and all others | inside above 0.9
+    Clipping: clip/amplification, clip/amplification_p99 | | a clipped token's gradient weight over that without a clip,
+        mean and 99 % (32 at most); absent where there are none | below 1; far above 1 a token that fell is pushed on:
+        lower beta1, or take `decaying`
     Clipping: ratio/mean, ratio/min, ratio/max | | pi / pi_old | mean near 1
     Clipping: kl/approx | nats | KL from the policy that sampled, k3 estimate | below 0.01; above, lower lr or beta1
     Clipping: kl/reference | nats | KL to the reference policy, k3, over the trained tokens; with kl_coef | grows slowly
@@ -82,9 +85,11 @@ def token_sums(batch: Rollout, info: dict, logprobs: Tensor, entropy: Tensor, mo
         means[f"weight/{side}"] = mean(size[members], size.sum())
         means[f"velocity/clipped_{side}"] = mean(velocity[members], n)
     means["perf/padding"] = mean(places - batch.sizes.sum(), places) * (len(batch) > 0)
+    amplification = (weight / info["unclipped_weight"])[low | high]  # [n]; a clipped token has A other than 0
+    means["clip/amplification"] = mean(amplification)
     if "kl_reference" in info:
         means["kl/reference"] = mean(info["kl_reference"])
-    counts = {}
+    counts = {"amplification": histogram(amplification)}
     for name, members in quadrants(batch.old_logprobs, batch.entropy, batch.advantages).items():
         means |= {f"tokens/{name}": mean(members), f"entropy/{name}": mean(batch.entropy[members])}
         means[f"velocity/{name}"] = mean(velocity[members], n)
@@ -171,6 +176,8 @@ def update_metrics(by_rank: list[list[Update]]) -> tuple[dict[str, float], dict[
     whole, done = add(list(sums.values())), [part for k in sums for part in same[k - 1]]
     metrics |= whole.values() | {"optim/loss": sum(part.loss for part in done) / len(sums)}
     metrics["optim/grad_norm"] = sum(part.grad_norm for part in done) / len(done)
+    if (amplification := whole.counts.pop("amplification")).sum():
+        metrics["clip/amplification_p99"] = quantile(amplification, 0.99)
     for k, of_update in sums.items():
         values = of_update.values()
         metrics |= {f"update_{k}/{name.replace('/', '_')}": values[name] for name in BY_UPDATE if name in values}
@@ -252,7 +259,7 @@ def entropy_metrics(trained: Sums, others: Sums, tokens: list[int], previous: fl
 
 def histogram(values: Tensor) -> Tensor:
     """Counts of values by the bins between EDGES: [N] -> [bins], float64."""
-    return torch.bincount(torch.bucketize(values.double(), EDGES), minlength=len(EDGES) + 1).double()
+    return torch.bincount(torch.bucketize(values.double(), EDGES.to(values.device)), minlength=len(EDGES) + 1).double()
 
 
 def quantile(counts: Tensor, q: float) -> float:

