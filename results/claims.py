@@ -114,10 +114,8 @@ def leaves(groups: dict, pairs: list) -> tuple[str, str]:
     steps = {}
     for name in dict.fromkeys(itertools.chain(*pairs)):
         series = [row["series"]["entropy/mean"] for row in groups[name]]
-        left = [
-            [step for step, H in enumerate(run, 1) if not BAND[0] * run[0] < H < BAND[1] * run[0]] for run in series
-        ]
-        steps[name] = [run[0] if run else None for run in left]
+        outside = [[not BAND[0] < entropy / run[0] < BAND[1] for entropy in run] for run in series]
+        steps[name] = [run.index(True) + 1 if True in run else None for run in outside]
     held = all(None not in steps[first] and not any(steps[second]) for first, second in pairs)
     told = "; ".join(f"{name}: {', '.join(str(step or 'never') for step in each)}" for name, each in steps.items())
     return ("held" if held else "not held"), f"first step with entropy outside {BAND} of the first step's, {told}"

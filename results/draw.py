@@ -8,11 +8,12 @@ from scipy import stats
 
 from ce_gppo.entropy import QUADRANTS
 from results.series import difference, interval, markdown, read
-from results.settings import CE, SETTINGS, STRONG, WEAK
+from results.settings import CE, SETTINGS, STEADY, STRONG, WEAK
 
 ROWS = {  # of panels: title -> settings
     "objectives": ("grpo", "dapo", "cispo", "gppo", "ce_gppo (0.75, 1)", "lp_only (1, 1)"),
     "betas of ce_gppo": ("grpo", *CE, "ce_gppo (1, 0)"),
+    "what is kept decays, or another rule": ("grpo", *STEADY),
     "entropy bonus and target": ("grpo", *WEAK, *STRONG, "ce_gppo, target 0.9"),
 }
 SUMMARY = ("grpo", "ce_gppo (0, 1)", "ce_gppo (0.5, 1)", "gppo", "lp_only (1, 1)")

@@ -53,13 +53,12 @@ WORDS = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "max_prompt_tokens": 19
 WORDS |= {"train_data": "data/words/train.jsonl", "eval_data": "data/words/eval.jsonl", "lr": 1e-5, "warmup_steps": 0}
 WORDS |= {"prompts_per_step": 12, "max_kept_prompts": 8, "mini_batch_prompts": 1, "responses_per_prompt": 4}
 WORDS |= {"eval_every": 12, "eval_samples": 4}
+TOSSED = ("grpo", "gppo", *STEADY, "ce_gppo (1, 0)", *CE[:3], "dapo", STRONG[0])
 SWEEPS = {
     "walk": Sweep("walk", WALK | SIX_OF_48, ("grpo", "dapo", *CE, *OURS, *WEAK, "ce_gppo, target 0.9"), 5, 150),
     "walk-32": Sweep("walk", WALK | TWO, ("grpo", *CE[:3], *OURS, *STRONG), 3, 100),
     "walk-hot": Sweep("walk", WALK | HOT, ("grpo", *CE[:3], *OURS, "dapo", *STEADY, STRONG[0]), 3, 40),
-    "coin": Sweep(
-        "walk", WALK | HOT | COIN, ("grpo", "gppo", *STEADY, "ce_gppo (1, 0)", *CE[:3], "dapo", STRONG[0]), 5, 25
-    ),
+    "coin": Sweep("walk", WALK | HOT | COIN, TOSSED, 5, 25),
     "coin-8": Sweep("walk", WALK | COIN, ("grpo", "gppo", *STEADY, *CE[:1]), 3, 25),
     "countdown-32": Sweep("countdown", COUNTDOWN, ("grpo", *CE[:2], *OURS), 3, 100),
     "words": Sweep("words", WORDS, ("grpo", *OURS), 3, 12),

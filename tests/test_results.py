@@ -16,10 +16,10 @@ import train
 from ce_gppo.config import parse
 from ce_gppo.messages import UserError
 from helpers import Forked, metrics_of, rows_of
-from results import claims, draw, series, settings, sweep
+from results import claims, coin, draw, series, settings, sweep
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = settings.SWEEPS["walk"].settings
+SETTINGS = (*settings.SWEEPS["walk"].settings, *settings.STEADY)
 STORED = sorted(path for path in (ROOT / "results").glob("*.jsonl") if "series" in path.read_text()[:2000])
 
 
@@ -194,9 +194,9 @@ def test_verdicts_follow_the_runs():
     like_the_paper = {"grpo": 0.05, "ce_gppo (0, 1)": 0.3, "ce_gppo (0.5, 1)": 0.25, "ce_gppo (0.75, 1)": 0.2}
     like_the_paper |= {"ce_gppo (1, 0.5)": 0.1, "dapo": 0.2, "grpo, bonus 0.003": 0.4, "lp_only (1, 1)": 0.2}
     found = verdicts(made_up(like_the_paper, {"lp_only (1, 1)": 0.9}))
-    held = {"1a.", "1b.", "2a.", "2b.", "3a.", "4a.", "5.", "6a.", "6b.", "6c.", "7a.", "7b.", "8."}
+    held = {"1a.", "1b.", "2a.", "2b.", "3a.", "4a.", "5.", "6a.", "6b.", "6c.", "7a.", "7b.", "8.", "9b."}
     assert {name for name, verdict in found.items() if verdict == "held"} == held
-    assert {name for name in found if found[name] == "no difference"} == {"3b.", "4b.", "4c."}
+    assert {name for name in found if found[name] == "no difference"} == {"3b.", "4b.", "4c.", "9a."}
 
     found = verdicts(
         made_up({"grpo": 0.25, "ce_gppo (0, 1)": 0.1, "ce_gppo (1, 0.5)": 0.3}, {"ce_gppo (0.75, 1)": 0.7})
@@ -206,9 +206,12 @@ def test_verdicts_follow_the_runs():
     found = verdicts(made_up(like_the_paper, {}, seeds=1))
     assert {verdict for name, verdict in found.items() if name not in ("6b.", "6c.")} == {"undecided"}
 
+    assert verdicts(made_up({}, {"decaying (1, 1)": 0.9}))["9a."] == "held"
+    assert verdicts(made_up({}, {"decaying (1, 1)": 0.75}))["9b."] == "not held"
+
     groups = made_up({}, {})
     del groups["dapo"], groups["gppo"]  # claims on these are left out
-    assert set(verdicts(groups)) == {"1a.", "1b.", "2a.", "2b.", "5.", "6a.", "6b.", "6c.", "8."}
+    assert set(verdicts(groups)) == {"1a.", "1b.", "2a.", "2b.", "5.", "6a.", "6b.", "6c.", "8.", "9b."}
     groups["grpo"][0]["series"]["velocity/pa_hp"] = [0.01] * 50  # 1 of 9 * 5 runs
     assert verdicts(groups)["6b."] == "not held"
 
@@ -227,6 +230,21 @@ def test_a_difference_inside_the_margin_does_not_count():
     assert claims.verdict([wide, none], 0.015) == claims.verdict([held, wide], 0.015) == "undecided"
     assert claims.verdict([not_held, wide, held], 0.015) == "not held"
     assert claims.verdict([{0: np.nan, 1: np.nan}], 0.015) == claims.verdict([{}]) == "undecided"
+
+
+def test_with_a_coin_s_rewards_a_run_that_leaves_the_band_is_seen():
+    """All runs of gppo must leave it, and none of grpo, at which step is told; no claim on accuracy is made."""
+    groups = made_up(dict.fromkeys(SETTINGS, 0.3) | {"gppo": 0.1}, {}, seeds=2)
+    for row in (row for group in groups.values() for row in group):
+        row["arguments"] = "--rewards results/coin.py:score"
+    (first, *numbers), *others = claims.claims(groups)
+    told = "first step with entropy outside (0.75, 1.25) of the first step's, gppo: 20, 21; grpo: never, never"
+    assert first.startswith("10a. ") and numbers == ["held", told]
+    assert [name.split()[0] for name, *_ in others] == ["10d.", "10e."]
+    groups["grpo"][1]["series"]["entropy/mean"][30] = 0.4
+    assert claims.claims(groups)[0][1] == "not held"
+    tosses = [coin.score(str(i), "17 30") for i in range(400)]
+    assert 150 < sum(tosses) < 250 and set(tosses) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize(
@@ -277,6 +295,6 @@ def test_the_page_and_figures_of_a_sweep(tmp_path, capsys):
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     claims.main(claims.Config(results, branches=ROOT / "results" / "walk-branches.jsonl"))
     assert "| grpo | 2 |" in results.with_suffix(".md").read_text()
-    assert "0.015 nats of entropy, 0.02 of accuracy. 22 runs; whole, they took 0.4 hours" in capsys.readouterr().out
+    assert "0.015 nats of entropy, 0.02 of accuracy. 30 runs; whole, they took 0.5 hours" in capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("*.png")} == {"results.png", "results-summary.png"}
     assert draw.plt.imread(results.with_suffix(".png")).shape[1] == 1650  # 11 inches
