@@ -29,7 +29,7 @@ from ce_gppo.evaluation import evaluate_policy
 from ce_gppo.log import Log, plan
 from ce_gppo.model import load_policy, load_reference, load_tokenizer
 from ce_gppo.perf import Meter, check_memory
-from ce_gppo.policy import Policy, with_old_logprobs, with_reference_logprobs
+from ce_gppo.policy import Policy, repeated, with_old_logprobs, with_reference_logprobs
 from ce_gppo.problems import Problem, check_files, load_sets, problems_of_batch, seed_of_step
 from ce_gppo.tracking import follow
 from rollout import Engine, check_engine, check_mismatch, prepare_environment
@@ -267,7 +267,7 @@ def update(
     parallel.zero_gradients(policy, optimizer)
     batch = with_token_mask(batch, config.spec.token_filter)
     totals = loss.Totals(*parallel.all_sum(*loss.totals_of(batch)))  # of the whole mini-batch
-    parts, losses, sums, followed = micro_batches(batch, config.max_micro_batch_tokens), [], [], []
+    parts, losses, sums, followed = micro_batches(batch, config.max_micro_batch_tokens, repeated(policy)), [], [], []
     for i, part in enumerate(parts):
         packed, part = pack(part, device), part.to(device)
         with parallel.no_sync(policy) if i + 1 < len(parts) else contextlib.nullcontext():

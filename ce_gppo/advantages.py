@@ -13,7 +13,7 @@ from torch import Tensor
 from ce_gppo import parallel
 from ce_gppo.batch import Packed, Rollout, concat, micro_batches, pack
 from ce_gppo.model import load_model
-from ce_gppo.policy import CPU_PASS, hidden_states, take
+from ce_gppo.policy import CPU_PASS, hidden_states, repeated, take
 
 ADVANTAGES = ("group", "group-mean", "leave-one-out", "maxrl", "gae")
 LAMBDA = 1.0  # of advantages, as in verl; TRL has 0.95. The critic's targets always have 1 (arXiv 2504.05118, 4.1)
@@ -124,14 +124,15 @@ class Critic:
     def estimate(self, rollout: Rollout) -> Rollout:
         """With `values` under the present weights. Collective."""
         limit = self.config.max_micro_batch_tokens
-        parts = micro_batches(rollout, min(limit, CPU_PASS) if self.device == "cpu" else limit)
+        limit = min(limit, CPU_PASS) if self.device == "cpu" else limit
+        parts = micro_batches(rollout, limit, repeated(self.model))
         return replace(rollout, values=torch.cat([self.wrapped(pack(part, self.device)).cpu() for part in parts]))
 
     def update(self, batch: Rollout) -> dict[str, float]:
         """One optimizer step on a mini-batch, of which `batch` is this rank's share, perhaps empty. Collective."""
         parallel.zero_gradients(self.wrapped, self.optimizer)
         tokens = parallel.all_sum(len(batch.tokens))[0]
-        parts, sums = micro_batches(batch, self.config.max_micro_batch_tokens), torch.zeros(2)
+        parts, sums = micro_batches(batch, self.config.max_micro_batch_tokens, repeated(self.model)), torch.zeros(2)
         for index, part in enumerate(parts, start=1):
             packed, part = pack(part, self.device), part.to(self.device)
             with parallel.no_sync(self.wrapped) if index < len(parts) else contextlib.nullcontext():

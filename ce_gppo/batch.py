@@ -13,7 +13,7 @@ from ce_gppo import parallel
 
 BY_TOKEN = ("tokens", "rollout_logprobs", "advantages", "old_logprobs", "entropy", "reference_logprobs")
 BY_TOKEN += ("values", "returns", "token_mask")
-REPEATED = 0.25  # of a token's memory, at most, is what attention keeps of it, and so of each repetition of a prompt
+REPEATED = 0.25  # of a token's memory, at most, is what packed attention keeps of each repetition of a prompt
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def local_batch(rollout: Rollout) -> Rollout:
     return rollout[torch.tensor(parallel.deal(*columns, parallel.world_size())) == parallel.rank()]
 
 
-def micro_batches(rollout: Rollout, max_tokens: int) -> list[Rollout]:
+def micro_batches(rollout: Rollout, max_tokens: int, repeated: float = REPEATED) -> list[Rollout]:
     """Parts of at most max_tokens tokens, in order. Every rank gets the same number, some perhaps empty.
 
     Neighbours that share a prompt have it once in a part; attention sees it in each sequence, see REPEATED. A response
@@ -138,7 +138,7 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[Rollout]:
     cuts, tokens, previous = [0], 0, None
     columns = (column.tolist() for column in (rollout.prompt_of, rollout.sizes, rollout.lengths))
     for i, (prompt, size, length) in enumerate(zip(*columns, strict=True)):
-        tokens += length + REPEATED * (size - length) if prompt == previous else size
+        tokens += length + repeated * (size - length) if prompt == previous else size
         if tokens > max_tokens and i > cuts[-1]:
             cuts.append(i)
             tokens = size  # its prompt once more

@@ -128,7 +128,7 @@ def _write(folder: Path, model, weights: dict, adapters: dict, tokenizer, traine
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model.save_pretrained(aside, state_dict=weights)
+        model.save_pretrained(aside, state_dict=weights, save_original_format=False)  # they have these names already
         tokenizer.save_pretrained(aside)
         if adapters:
             lora.write_adapters(aside, model, adapters)

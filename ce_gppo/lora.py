@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from ce_gppo import parallel
 
@@ -69,5 +70,5 @@ def named_weights(model) -> Iterator[tuple[str, Tensor]]:
         if adapted:
             delta = parallel.full_tensor(model.get_submodule(layer).get_delta_weight("default"))  # alpha / r B A
             weight = (weight + delta).to(weight.dtype)
-        if ".lora_" not in name:
-            yield name.replace(".base_layer", ""), weight
+        if ".lora_" not in name:  # transformers keeps a layer's experts as one weight, their files have one of each
+            yield from revert_weight_conversion(model, {name.replace(".base_layer", ""): weight}).items()

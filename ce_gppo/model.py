@@ -11,16 +11,16 @@ import torch._dynamo
 import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from ce_gppo import parallel
-from ce_gppo.batch import Rollout, pack
+from ce_gppo.batch import Packed, Rollout, pack
 from ce_gppo.checkpoint import try_saving
 from ce_gppo.lora import add_adapters, without_adapters
-from ce_gppo.messages import UserError, explained, say
+from ce_gppo.messages import UserError, explained, first_line, say
 from ce_gppo.policy import Policy, register_attention
 
-# Quantized weights, and transformations of the logits (Gemma 2, Granite, Cohere), which token_statistics has not.
-UNSUPPORTED = ("quantization_config", "final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+WAYS = ("packed", "sdpa", "eager")  # of attention: policy.packed_attention, or the model's own, for rows
 JSON = ("config", "generation_config", "tokenizer_config", "tokenizer", "special_tokens_map", "model.safetensors.index")
 
 
@@ -48,16 +48,8 @@ def load_model(
     with explained(f"model '{path}' cannot be loaded (docs/models.md lists the families that train)"):
         _, tokenizer = load_tokenizer(path)
         transformers.utils.logging.disable_progress_bar()
-        register_attention()
-        options = {"attn_implementation": "packed", "use_safetensors": True, "trust_remote_code": False}
-        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # check_loaded refuses them
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-        check_loaded(info, path)
-        head = model.get_output_embeddings()
-        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
-            raise UserError(f"model '{path}': its output head is not a plain linear layer without bias")
+        model = load_checked(path)
         check_names(model, path)
-        check_packing(model, path)
         check_end(tokenizer, path)
         try_saving(model, tokenizer)
     for module in model.modules():  # vLLM's transformers backend changes the model's class, which this model shares;
@@ -70,9 +62,32 @@ def load_model(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers recomputes in training mode only
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and model.config._attn_implementation == "packed":
         compile_layers(model)
     return model, tokenizer
+
+
+def load_checked(path: str) -> PreTrainedModel:
+    """The model with packed attention, or, where its layers mix tokens in another way too, with its own, for rows."""
+    register_attention()
+    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # check_loaded refuses them
+    load, refused = transformers.AutoModelForCausalLM.from_pretrained, ""
+    for attention in WAYS:
+        try:
+            model, info = load(path, attn_implementation=attention, **options)
+        except (ValueError, KeyError) as error:  # it has no such attention
+            refused = refused or f"it has no {attention} attention ({first_line(error)})"
+            continue
+        check_loaded(info, path)
+        if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+            raise UserError(f"model '{path}': its output head is not a linear layer")
+        if not (problem := problem_with(model)):
+            if attention != "packed":
+                say(f"model '{path}': its sequences are rows with a prompt each, padded; not packed, as {refused}")
+            return model
+        refused = refused or problem
+    raise UserError(f"model '{path}': {refused}")
 
 
 def load_policy(config, last: Path | None, device: str) -> PreTrainedModel:
@@ -133,9 +148,8 @@ def check_config(path: str) -> transformers.PretrainedConfig:
         raise UserError(f"model '{path}': it has an adapter (adapter_config.json); merge it into its base model first")
     with explained(f"model '{path}': cannot read its config"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    for name in UNSUPPORTED:
-        if (value := getattr(config, name, None)) not in (None, 1.0):
-            raise UserError(f"model '{path}': {name} = {value!s:.60} in its config.json: it cannot be trained")
+    if (value := getattr(config, "quantization_config", None)) is not None:
+        raise UserError(f"model '{path}': quantization_config = {value!s:.60} in its config.json: it cannot be trained")
     return config
 
 
@@ -150,34 +164,48 @@ def check_loaded(info: dict, path: str) -> None:
 
 
 def check_names(model: PreTrainedModel, path: str) -> None:
-    """UserError if weights have other names in the files, as fused experts have: vLLM gets weights by these names."""
+    """UserError if weights have other names in the files: vLLM gets weights by these names."""
     folder = Path(transformers.utils.cached_file(path, "config.json")).parent  # of a hub name in the cache
     prefix = model.base_model_prefix + "."  # of the body's weights, which transformers may leave out or add
     stored = sum((safe_open(file, "pt").keys() for file in folder.glob("*.safetensors")), [])
     stored = {name.removeprefix(prefix) for name in stored}
-    own = {name.removeprefix(prefix): weight for name, weight in model.named_parameters()}
     head = model.get_output_embeddings().weight  # if it is tied, either name may be in the files
-    if missing := [name for name, weight in own.items() if name not in stored and weight is not head]:
+    own = {name: weight.to("meta") for name, weight in model.named_parameters() if weight is not head}
+    own = [name.removeprefix(prefix) for one in own.items() for name in revert_weight_conversion(model, dict([one]))]
+    if missing := [name for name in own if name not in stored]:
         found = f"{len(missing)} of its weights, such as {missing[0]}, have other names in its files"
-        raise UserError(f"model '{path}': {found}, so they could not be sent to vLLM; a dense model trains")
+        raise UserError(f"model '{path}': {found}, so they could not be sent to vLLM")
+
+
+def logprobs_of_model(model: PreTrainedModel, packed: Packed) -> torch.Tensor:
+    """Of one sequence, by the model's own head and all that it does to its logits: [N]."""
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that has all that a model's attention may do
+    logits = model(input_ids=packed.input_ids[None], use_cache=False).logits[0]  # [L, V]
+    model.set_attn_implementation(attention)
+    return logits[packed.predecessors].log_softmax(1).gather(1, packed.targets[:, None])[:, 0]
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel, path: str) -> None:
-    """UserError if two sequences in one pass change each other's logprobs: layers other than attention mix them."""
+def problem_with(model: PreTrainedModel) -> str | None:
+    """What is wrong if two sequences in one pass change each other's logprobs, or if the model itself gives others."""
     lengths, tokens = torch.tensor([5, 3]), torch.tensor([3, 4, 5, 6, 7, 5, 6, 7])  # [B], [N]
     no_values, cut = torch.zeros(len(tokens)), torch.zeros(2, dtype=torch.bool)
     rollout = Rollout([[1, 2], [3, 4]], torch.tensor([0, 1]), lengths, tokens, no_values, cut, ["", ""])
-    policy = Policy(model)
-    together = policy(pack(rollout), 1.0)[0]  # [N]
-    alone = torch.cat([policy(pack(rollout[[i]]), 1.0)[0] for i in range(2)])  # [N]
+    policy, parts = Policy(model), [pack(rollout[[i]]) for i in range(2)]
+    try:
+        together = policy(pack(rollout), 1.0)[0]  # [N]
+        alone = torch.cat([policy(part, 1.0)[0] for part in parts])  # [N]
+    except Exception as error:  # of the model's own code, or of packed_attention
+        return f"{type(error).__name__}: {first_line(error)}"
     if not alone.std() > 0:  # NaN, or the same everywhere
-        found = f"its logprobs are {alone[0]:.3g} for every token"
-        raise UserError(f"model '{path}': {found}, so its weights are damaged or quantized")
-    difference = (together - alone).abs().max().item()
-    if not difference < 1e-4 * alone.std():  # rounding gives 1e-5 at most, a convolution 1e-3 and more
-        found = f"its logprobs change by {difference:.2g} nats when two sequences share a pass"
-        raise UserError(f"model '{path}': {found}; only models that mix tokens in nothing but attention can be trained")
+        return f"its logprobs are {alone[0]:.3g} for every token, so its weights are damaged or quantized"
+    own = torch.cat([logprobs_of_model(model, part) for part in parts])  # [N]
+    for other, what in ((together, "two sequences share a pass"), (own, "the model makes logits of its head's itself")):
+        difference = (other - alone).abs().max().item()
+        if not difference < 1e-4 * alone.std():  # rounding gives 1e-5 at most, a convolution 1e-3 and more
+            return f"its logprobs change by {difference:.2g} nats when {what}"
+    return None
 
 
 def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

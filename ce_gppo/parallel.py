@@ -188,6 +188,10 @@ def to_local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(module: torch.nn.Module) -> bool:
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
 def reshard(policy: torch.nn.Module) -> None:
     """Free what FSDP2 keeps whole after a forward pass until a backward pass: of one that will have none."""
     if isinstance(policy, FSDPModule):

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 
 from ce_gppo import parallel
-from ce_gppo.batch import Packed, Packing, Rollout, concat, micro_batches, pack
+from ce_gppo.batch import REPEATED, Packed, Packing, Rollout, concat, micro_batches, pack, similar_lengths
 from ce_gppo.messages import UserError
 
+SCALES = ("logit_scale", "lm_head_multiplier", "logits_scaling")  # settings of models: two factors and a divisor
 CPU_PASS = 2048  # tokens of a pass without gradients on a CPU: the activations fit its cache, 1.6 times as fast
 
 
@@ -28,16 +30,53 @@ class Policy(torch.nn.Module):
         """Logprob, entropy and moment (see TokenStatistics) of every response token: [N] each."""
         hidden = hidden_states(self.model.base_model, packed)  # [L, D]
         hidden = hidden.to(torch.bfloat16) if hidden.is_cuda else hidden  # the precision that vLLM's head gets
-        head = self.model.get_output_embeddings()
-        return token_statistics(take(hidden, packed.predecessors), head.weight, packed.targets, temperature)
+        head, (scale, softcap) = self.model.get_output_embeddings(), logit_transform(self.model.config)
+        options = {"bias": head.bias, "scale": scale, "softcap": softcap}
+        return token_statistics(take(hidden, packed.predecessors), head.weight, packed.targets, temperature, **options)
+
+
+def logit_transform(config) -> tuple[float, float | None]:
+    """(scale, softcap) of a model's logits, see TokenStatistics: of Cohere, Falcon-H1 and Granite; of Gemma."""
+    cohere, falcon, granite = (getattr(config, name, None) or 1.0 for name in SCALES)
+    return cohere * falcon / granite, getattr(config, "final_logit_softcapping", None)
+
+
+def repeated(policy: torch.nn.Module) -> float:
+    """What the repetition of a prompt costs, for micro_batches: rows compute it again."""
+    ways = {part.config._attn_implementation for part in policy.modules() if hasattr(part, "config")}
+    return REPEATED if ways <= {"packed"} else 1.0
 
 
 def hidden_states(body: PreTrainedModel, packed: Packed) -> Tensor:
     """Output of a model's body, without its head, for the packed tokens: [L, D], in the residual stream's precision."""
-    assert body.config._attn_implementation == "packed"  # any other would attend across sequences
     ids, positions = packed.input_ids[None], packed.position_ids[None]
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        if body.config._attn_implementation != "packed":  # it would attend across sequences
+            return states_of_rows(body, packed)
         return body(input_ids=ids, position_ids=positions, packing=packed.packing, use_cache=False).last_hidden_state[0]
+
+
+def states_of_rows(body: PreTrainedModel, packed: Packed) -> Tensor:
+    """hidden_states for layers that mix tokens elsewhere than in attention: each sequence is a row, padded at its end.
+
+    No token sees what comes after it, so the padding changes nothing. Rows of similar length share a pass; all share
+    one where the weights are sharded, as every rank must make the same number of passes.
+    """
+    starts = packed.packing.starts.long()  # [B + 1]
+    lengths = starts.diff()  # [B]
+    rows, ranked = packed.packing.order.split(lengths.tolist()), lengths.argsort(stable=True)
+    blocks = (
+        [(len(rows), int(lengths.max()))] if parallel.is_sharded(body) else similar_lengths(lengths[ranked].tolist())
+    )
+    states, first, begins = [], 0, torch.zeros_like(lengths)  # begins [B]: of each row among all states
+    for count, longest in blocks:
+        members, done = ranked[first : first + count], sum(map(len, states))
+        ids = packed.input_ids[pad_sequence([rows[i] for i in members.tolist()], batch_first=True)]  # [count, longest]
+        states.append(body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1))
+        begins[members] = done + longest * torch.arange(count, device=ids.device)
+        first += count
+    row = torch.bucketize(packed.packing.inverse, starts[1:], right=True)  # [L]
+    return take(torch.cat(states), begins[row] + packed.packing.inverse - starts[row])
 
 
 @torch.no_grad()
@@ -52,7 +91,7 @@ def logprobs_and_entropy(
     if device == "cpu":
         max_tokens = min(max_tokens, CPU_PASS)
     results = [torch.zeros(2, 0)]
-    for part in micro_batches(concat(parts), max_tokens) if parts else []:
+    for part in micro_batches(concat(parts), max_tokens, repeated(policy)) if parts else []:
         logprobs, entropy, _ = policy(pack(part, device), temperature)
         results.append(torch.stack([logprobs, entropy]).cpu())
     parallel.reshard(policy)  # no backward pass will do it
@@ -120,21 +159,24 @@ TILE_LOGITS = {"cuda": 2**27, "cpu": 2**20}  # in memory at a time: 512 MiB on a
 
 
 def token_statistics(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, width: int | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, width: int | None = None, **head
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See TokenStatistics: [N, D], [V, D], [N] -> [N] each. The distribution is that of sampling, at the temperature.
 
-    width: of a tile. Default: as TILE_LOGITS allows, and a multiple of 256, where matrix products are fastest.
+    head: bias, scale and softcap of the logits. width: of a tile. Default: as TILE_LOGITS allows, and a multiple of
+    256, where matrix products are fastest.
     """
     if width is None:
         width = max(256, TILE_LOGITS["cuda" if hidden.is_cuda else "cpu"] // max(1, len(hidden)) // 256 * 256)
-    return TokenStatistics.apply(hidden, weight, targets, temperature, width)
+    transform = head.get("bias"), head.get("scale", 1.0), head.get("softcap")
+    return TokenStatistics.apply(hidden, weight, targets, temperature, width, *transform)
 
 
 class TokenStatistics(torch.autograd.Function):
     """hidden [N, D], weight [V, D], targets [N] -> logprobs, entropy in nats, moment, each [N], at least float32.
 
-    With z = hidden weight^T / temperature, p = softmax(z) and a the target:
+    With y = scale (hidden weight^T + bias), a softcap c tanh(y / c) of it if there is one, z = y / temperature,
+    p = softmax(z) and a the target:
         logprob = log p_a                       d logprob / dz = onehot(a) - p
         entropy H = - sum_k p_k log p_k         d H / dz       = - p (log p + H)
         moment S = sum_k p_k^2 (log p_k + H)    (no gradient)
@@ -143,21 +185,21 @@ class TokenStatistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, width: int):
+    def forward(ctx, hidden, weight, targets, temperature: float, width: int, bias=None, scale=1.0, softcap=None):
         # m: the largest logit so far (-inf would give NaN). Sums: of e, e (z - m), e^2, e^2 (z - m); e = exp(z - m).
         m = torch.full_like(targets, -1e30, dtype=torch.promote_types(hidden.dtype, torch.float32))  # [N]
         sums = tuple(torch.zeros_like(m) for _ in range(4))  # [N] each
         target_logits = torch.zeros_like(m)  # [N]
         for start in range(0, len(weight), width):
-            z = _product(hidden, weight[start : start + width].to(hidden.dtype).T)  # [N, W]
+            z = _logits(hidden, weight, bias, slice(start, start + width), scale, softcap)  # [N, W]
             place = targets - start  # of the target in this tile, [N]
             m, sums, target_logits = _on_device(_fold, z.is_cuda)(z, m, sums, target_logits, place, temperature)
         e, ez, ee, eez = sums
         log_z = m + e.log()
         entropy = e.log() - ez / e
         moment = (eez - ez / e * ee) / e.square()
-        ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
-        ctx.temperature, ctx.width = temperature, width
+        ctx.save_for_backward(hidden, weight, targets, bias, log_z, entropy)
+        ctx.temperature, ctx.width, ctx.scale, ctx.softcap = temperature, width, scale, softcap
         ctx.mark_non_differentiable(moment)
         ctx.set_materialize_grads(False)
         return target_logits - log_z, entropy, moment
@@ -165,21 +207,37 @@ class TokenStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
-        hidden, weight, targets, *of_tokens = ctx.saved_tensors
+        hidden, weight, targets, bias, *of_tokens = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=of_tokens[0].dtype)  # [N, D]
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # [V, D]; LoRA freezes the head
+        grad_bias = torch.empty_like(bias) if ctx.needs_input_grad[5] else None  # [V]
         for start in range(0, len(weight), ctx.width):
-            own_weight = weight[start : start + ctx.width].to(hidden.dtype)  # [W, D]
-            z, place = _product(hidden, own_weight.T), targets - start  # [N, W], [N]
+            tile, own_weight = (
+                slice(start, start + ctx.width),
+                weight[start : start + ctx.width].to(hidden.dtype),
+            )  # [W, D]
+            z, place = _logits(hidden, weight, bias, tile, ctx.scale, ctx.softcap), targets - start  # [N, W], [N]
             inputs = z, *of_tokens, grad_logprobs, grad_entropy, place, ctx.temperature, hidden.dtype
             grad_z = _on_device(_grad_logits, z.is_cuda)(*inputs, compare=z.is_cuda)  # [N, W]
+            grad_z = grad_z if ctx.scale == 1 else grad_z * ctx.scale
+            grad_z = grad_z if ctx.softcap is None else (grad_z * (1 - (z / ctx.softcap).square())).to(hidden.dtype)
             if z.is_cuda:
                 grad_hidden = torch.addmm(grad_hidden, grad_z, own_weight, out_dtype=torch.float32)
             else:
                 grad_hidden.addmm_(grad_z, own_weight)
             if grad_weight is not None:
-                grad_weight[start : start + ctx.width] = _product(grad_z.T, hidden)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+                grad_weight[tile] = _product(grad_z.T, hidden)
+            if grad_bias is not None:
+                grad_bias[tile] = grad_z.sum(0)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, grad_bias, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, tile: slice, scale: float, softcap: float | None):
+    """A tile of y, see TokenStatistics: [N, W]."""
+    y = _product(hidden, weight[tile].to(hidden.dtype).T)
+    y = y if bias is None else y + bias[tile]
+    y = y if scale == 1 else y * scale
+    return y if softcap is None else softcap * (y / softcap).tanh()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

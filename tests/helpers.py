@@ -244,9 +244,11 @@ def rollout_of(sizes: list[tuple[int, int]], seed: int = 0, vocabulary: int = 20
     )
 
 
-def naive_statistics(hidden, weight, targets, temperature):
+def naive_statistics(hidden, weight, targets, temperature, bias=0.0, scale=1.0, softcap=None):
     """The definitions, with the whole [N, V] in float64."""
-    log_p = torch.log_softmax(hidden.double() @ weight.double().T / temperature, -1)
+    logits = (hidden.double() @ weight.double().T + bias) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    log_p = torch.log_softmax(logits / temperature, -1)
     p = log_p.exp()
     H = -(p * log_p).sum(-1)
     S = (p**2 * (log_p + H[:, None])).sum(-1)

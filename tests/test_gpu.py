@@ -46,7 +46,9 @@ def head_like_gpu(hidden, weight, targets, temperature, width, to_logprobs, to_e
     """token_statistics and its gradients by the branches for a GPU."""
     hidden, weight, targets = (x.as_subclass(LikeGpu) for x in (hidden, weight, targets))
     context = types.SimpleNamespace(
-        needs_input_grad=(True, True), mark_non_differentiable=lambda _: None, set_materialize_grads=lambda _: None
+        needs_input_grad=(True, True, *[False] * 6),
+        mark_non_differentiable=lambda _: None,
+        set_materialize_grads=lambda _: None,
     )
     context.save_for_backward = lambda *tensors: setattr(context, "saved_tensors", tensors)
     with torch.no_grad():  # in the place of autograd's context, which would turn LikeGpu tensors into plain ones

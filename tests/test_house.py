@@ -57,7 +57,7 @@ def test_a_run_is_small_enough_to_be_read():
     run = closure(ROOT / "train.py")
     assert {ROOT / f"{name}.py" for name in SCRIPTS} < run and ROOT / "ce_gppo/batch.py" in run
     assert len(run) <= 27, sorted(path.name for path in run)
-    assert sum(map(lines, run)) <= 5720, {path.name: lines(path) for path in run}
+    assert sum(map(lines, run)) <= 5850, {path.name: lines(path) for path in run}
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
@@ -67,7 +67,7 @@ def test_a_file_is_short(path):
 
 
 def test_the_whole_is_small():
-    assert sum(map(lines, CODE)) <= 9340 and sum(map(lines, TESTS)) <= 9650
+    assert sum(map(lines, CODE)) <= 9480 and sum(map(lines, TESTS)) <= 9780
     pages = {path for path in PAGES if not {"results", "out", ".venv"} & set(path.relative_to(ROOT).parts)}
     assert sum(len(path.read_text().split()) for path in pages) <= 12_000
 

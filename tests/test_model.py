@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ce_gppo import model, parallel
+from ce_gppo import checkpoint, model, parallel
 from ce_gppo.batch import pack
 from ce_gppo.lora import named_weights
 from ce_gppo.messages import UserError
 from ce_gppo.model import check_config, compile_layers, load_model, load_reference, stop_token_ids
-from ce_gppo.policy import Policy
+from ce_gppo.policy import Policy, repeated
 from helpers import resolved, rollout_of
 from test_models import build
 
@@ -83,10 +83,11 @@ def test_a_missing_shard_is_named_and_other_files_are_not_read(tiny_folder):
         ),
         ({"num_hidden_layers": 2, "layer_types": None}, "12 of its weights, such as model.layers.1.*shape that config"),
         ({"tie_word_embeddings": False}, "1 of its weights, such as lm_head.weight, are not in its files"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 in its config.json: it cannot be trained"),
-        ({"logits_scaling": 2}, "logits_scaling = 2 in"),
-        ({"logit_scale": 0.5}, "logit_scale = 0.5 in"),
-        ({"lm_head_multiplier": 3.0}, "lm_head_multiplier = 3.0 in"),
+        (
+            {"final_logit_softcapping": 30.0},
+            "logprobs change by .* nats when the model makes logits of its head's itself",
+        ),
+        ({"logits_scaling": 2}, "when the model makes logits of its head's itself"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config = {'quant_method': 'awq'"),
         ({"quantization_config": {}}, "quantization_config = {} in its config.json: it cannot be trained"),
         ({"hidden_size": "64"}, "cannot read its config: .*'hidden_size': TypeError: .* expected int"),
@@ -119,21 +120,52 @@ def test_damaged_weights_are_refused(tiny_folder, factor, shown):
     refused(tiny_folder, f"its logprobs are {shown} for every token, so its weights are damaged or quantized")
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("Falcon", r"cannot be loaded \(docs/models.md lists the families that train\): "),
-        ("Nemotron", r"cannot be loaded \(docs/models.md lists the families that train\): .*packing"),
-        ("StableLm", ""),
-        ("Phi", "its output head is not a plain linear layer without bias"),
-        ("Lfm2", "its logprobs change by .* nats when two sequences share a pass; only models that mix tokens in"),
-        ("Qwen3Moe", "of its weights, such as .*experts.*, have other names in its files"),
-    ],
-)
-def test_architectures_that_would_train_wrongly_are_refused(tmp_path, name, message):
-    """LFM2's convolution reaches over a border in a packed pass; Qwen3Moe's experts are fused only in memory."""
+@pytest.mark.parametrize("name", ["Falcon", "Nemotron", "StableLm", "Bloom", "Lfm2", "Qwen3_5Text", "GptOss"])
+def test_what_cannot_be_packed_is_rows(tmp_path, name, capsys):
+    """Attention that cannot be replaced, or has sinks; convolutions and delta networks, which reach over a border."""
     build(str(tmp_path), name)
-    refused(tmp_path, message)
+    policy = Policy(load_model(str(tmp_path))[0])
+    assert (
+        policy.model.config._attn_implementation != "packed"
+        and "are rows with a prompt each" in capsys.readouterr().out
+    )
+    assert repeated(policy) == 1
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_rows_have_the_gradients_of_packing(tiny_folder, monkeypatch, together):
+    """Of responses of many lengths, some with one prompt; by similar lengths, or, as if sharded, in one pass."""
+    (packed, _), (rows, _) = load_model(str(tiny_folder)), load_model(str(tiny_folder))
+    rows.set_attn_implementation("sdpa")
+    monkeypatch.setattr(parallel, "is_sharded", lambda module: together)
+    rollout, found = rollout_of([(4, n) for n in (9, 1, 5)], 1, shared=True), []
+    for one in (packed.double(), rows.double()):
+        values = Policy(one)(pack(rollout), 0.7)
+        sum((v * torch.arange(1, 16)).sum() for v in values[:2]).backward()
+        found.append([*(v.detach() for v in values), *(p.grad for p in one.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() < 1e-6 * theirs.abs().max(), "norms and positions are float32"
+
+
+@pytest.mark.parametrize("name, changes", [("Phi", {}), ("Granite", {"logits_scaling": 4.0}), ("Cohere2", {})])
+def test_heads_with_a_bias_or_a_scale_train(tmp_path, name, changes):
+    """The start compares the logprobs with the model's own."""
+    build(str(tmp_path), name)
+    edit(tmp_path / "config.json", **changes)
+    load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral", "Olmoe"])
+def test_experts_have_the_names_of_their_files(tmp_path, name):
+    """They are fused only in memory: in vLLM and in checkpoints each has its weights by its name."""
+    build(str(tmp_path), name)
+    trained, tokenizer = load_model(str(tmp_path))
+    stored, sent = load_file(tmp_path / "model.safetensors"), dict(named_weights(trained))
+    assert sent.keys() == stored.keys() and all(torch.equal(sent[name], stored[name]) for name in stored)
+    optimizer = torch.optim.AdamW(trained.parameters())
+    checkpoint.Saver(tmp_path, trained, tokenizer, optimizer).finish(checkpoint.State("", 1))
+    saved = load_file(tmp_path / "checkpoint-000001" / "model.safetensors")
+    assert saved.keys() == stored.keys() and all(torch.equal(saved[name], stored[name]) for name in stored)
 
 
 def test_a_hub_name_is_checked_as_a_folder_is(tmp_path, monkeypatch):
@@ -145,7 +177,12 @@ def test_a_hub_name_is_checked_as_a_folder_is(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     build(str(snapshot), "Qwen3Moe")
-    refused("some/moe", "of its weights, such as .*experts.*, have other names in its files")
+    experts, _ = load_model("some/moe")
+    weights = load_file(snapshot / "model.safetensors")
+    weights = {name: tensor for name, tensor in weights.items() if "layers.1.mlp.experts.2." not in name}
+    save_file(weights, snapshot / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="3 of its weights, such as .*experts.2.* have other names in its files"):
+        model.check_names(experts, "some/moe")
     shutil.rmtree(snapshot)
     build(str(snapshot), "Qwen3")
     assert load_model("some/moe")[0].config.model_type == "qwen3"

@@ -27,17 +27,26 @@ from rollout import Engine
 PLAIN = (
     *("Qwen2", "Llama", "Mistral", "Phi3", "Olmo", "Olmo2", "Olmo3", "SmolLM3", "Granite", "Glm", "Glm4", "Starcoder2"),
     *("StableLm", "Phi", "SeedOss", "Exaone4", "Ernie4_5", "Apertus", "Arcee", "Nemotron", "GPTNeoX", "Cohere2"),
-    *("Gemma2", "Falcon", "OPT", "GPT2", "Bloom", "T5", "Mamba2"),
+    *("Gemma2", "Falcon", "OPT", "GPT2", "Bloom", "T5", "Mamba2", "Ministral3", "GraniteMoeHybrid", "OlmoHybrid"),
+    *("FalconH1", "Jamba", "Bamba", "Mamba", "NemotronH", "Persimmon", "Ernie4_5_Moe", "GPTJ", "MiniCPM3"),
 )
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+DELTA |= {"head_dim": 32, "layer_types": ["linear_attention", "full_attention"]}
 FAMILIES = {  # the name of the configuration's class without "Config", and its settings beside the common sizes
     **dict.fromkeys(PLAIN, {}),
     **dict.fromkeys(("Qwen3", "Gemma3Text", "Helium", "HunYuanDenseV1"), {"head_dim": 32}),
     "Qwen2Moe": MOE | {"shared_expert_intermediate_size": 64},
     "Qwen3Moe": MOE,
-    "Mixtral": {"num_local_experts": 4},
+    **dict.fromkeys(("Mixtral", "GraniteMoe"), {"num_local_experts": 4}),
     "Olmoe": MOE,
+    "Glm4Moe": MOE | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 32},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
+    **dict.fromkeys(("Gemma", "Gemma4Text"), {"head_dim": 32}),
+    "Cohere": {"logit_scale": 0.25},
     "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "Qwen3_5Text": DELTA,
+    "Qwen3Next": DELTA | MOE | {"shared_expert_intermediate_size": 64},
 }
 PAGE = dict(re.findall(r"^\| (\w+) \| (\w+).*\|$", (ROOT / "docs" / "models.md").read_text(), re.MULTILINE))
 
@@ -57,7 +66,7 @@ def build(folder: str, name: str) -> None:
 def difference(folder: str) -> float:
     """Largest difference between vLLM's and the trainer's logprobs after the weights have changed, in nats."""
     model, tokenizer = load_model(folder)
-    engine = Engine(folder, tokenizer, context=64, cpu_kv_cache_gib=0.05, max_sequences=8)
+    engine = Engine(folder, tokenizer, context=64, max_sequences=8)
     with torch.no_grad():
         for parameter in model.parameters():  # all weights change: one that vLLM does not get makes a difference
             parameter += 0.1 * torch.randn_like(parameter) * parameter.std().nan_to_num()

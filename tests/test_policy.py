@@ -212,6 +212,19 @@ def test_head_matches_naive_float64_forward_and_backward(width, temperature, dty
         torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("transform", [{"scale": 0.3}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 4.0}], ids=str)
+def test_heads_with_a_bias_a_scale_or_a_softcap_match_naive_float64(transform):
+    hidden, weight, targets = head_case(5, 24, 16, 53)
+    bias = torch.randn(53, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    factors, results = torch.randn(2, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64), []
+    for compute, width in ((token_statistics, (20,)), (naive_statistics, ())):
+        outputs = compute(hidden, weight, targets, 0.6, *width, bias=bias, **transform)
+        gradients = torch.autograd.grad((torch.stack(outputs[:2]) * factors).sum(), (hidden, weight, bias))
+        results.append([*outputs, *gradients])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
+
+
 def test_head_passes_gradcheck_with_one_gradient_or_both():
     hidden, weight, targets = head_case(2, 4, 3, 7)
     for which in (slice(0, 1), slice(1, 2), slice(0, 2)):
@@ -257,7 +270,7 @@ def test_on_a_gpu_each_function_is_compiled_once(monkeypatch):
 
 @pytest.mark.parametrize("N, width", [(512, 2048), (1, 2**20), (3000, 256), (10**6, 256), (0, 2**20)])
 def test_tiles_are_as_wide_as_the_memory_allows(N, width, monkeypatch):
-    monkeypatch.setattr(P.TokenStatistics, "apply", lambda *arguments: arguments[-1])
+    monkeypatch.setattr(P.TokenStatistics, "apply", lambda *arguments: arguments[4])
     assert token_statistics(torch.zeros(N, 1), None, None) == width
     on_gpu = mock.MagicMock(is_cuda=True)
     on_gpu.__len__.return_value = 1024
@@ -325,7 +338,7 @@ def test_forward_matches_transformers_on_single_sequences(tiny_model):
 def test_passes_without_gradients_fit_a_cpus_cache(monkeypatch):
     """They are at most 2,048 tokens there, and never more than asked for."""
     seen = []
-    monkeypatch.setattr(P, "micro_batches", lambda rollout, max_tokens: seen.append(max_tokens) or [])
+    monkeypatch.setattr(P, "micro_batches", lambda rollout, max_tokens, _: seen.append(max_tokens) or [])
     monkeypatch.setattr(P, "concat", lambda parts: None)
     for device, budget in (("cpu", 9999), ("cpu", 100), ("cuda", 9999)):
         P.logprobs_and_entropy(torch.nn.Linear(1, 1), [rollout_of([])], 1.0, budget, device)
