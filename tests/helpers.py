@@ -17,11 +17,13 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 import reward
 from ce_gppo import config
 from ce_gppo.batch import Rollout
+from ce_gppo.messages import UserError
 from data.base import make_model, make_tokenizer
 from train import Config
 
@@ -38,6 +40,12 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 def resolved(**settings) -> Config:
     """train.py's configuration, checked, with the values of the objective's paper filled in."""
     return config.resolve(Config(**settings))
+
+
+def refuses(message: str, function, *arguments, **options) -> None:
+    """The call ends with a UserError whose sentence has this pattern."""
+    with pytest.raises(UserError, match=message):
+        function(*arguments, **options)
 
 
 def score(responses: list[str], answers: list[str], *verifiers, **options) -> list[float]:

@@ -10,11 +10,10 @@ from scipy import stats
 
 import train
 from ce_gppo.checkpoint import State
-from ce_gppo.messages import UserError
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy
 from ce_gppo.problems import Problem
-from helpers import Forked, quick, resolved, rollout_of
+from helpers import Forked, quick, refuses, resolved, rollout_of
 from results import branch, draw
 from results.settings import SETTINGS
 
@@ -171,8 +170,7 @@ def test_results_files(tmp_path):
     assert draw.read_branches(path) == []
     for line in (json.dumps({"seed": 0}), "{", "[]", json.dumps({"seed": 0, "step": 1, "setting": "grpo"})):
         path.write_text(json.dumps(row(0, 0, "grpo", 1.0)) + "\n" + line + "\n")
-        with pytest.raises(UserError, match=r"results.jsonl:2: not a row with seed, step, .*model.*; remove this line"):
-            draw.read_branches(path)
+        refuses(r"results.jsonl:2: not a row with seed, step, .*model.*; remove this line", draw.read_branches, path)
     twice = [row(0, 1, "grpo", 1.0), row(0, 1, "grpo", 2.0)]
     path.write_text("".join(json.dumps(r) + "\n" for r in twice))
     assert [r["delta/rollout"] for r in draw.read_branches(path)] == [2.0]
@@ -181,11 +179,9 @@ def test_results_files(tmp_path):
 def test_a_start_without_a_whole_checkpoint(tmp_path, monkeypatch):
     for arguments, problem in (["--run", ""], "empty"), (["--settings", "grppo"], "settings 'grppo'"):
         monkeypatch.setattr("sys.argv", ["branch.py", *arguments])
-        with pytest.raises(UserError, match=problem):
-            branch.main()
+        refuses(problem, branch.main)
     (tmp_path / "checkpoint-000004").mkdir()
-    with pytest.raises(UserError, match="checkpoint-000004: no whole checkpoint there"):
-        branch.start_of(str(tmp_path / "checkpoint-000004"))
+    refuses("checkpoint-000004: no whole checkpoint there", branch.start_of, str(tmp_path / "checkpoint-000004"))
 
 
 def test_stored_branches_give_the_stored_pages():

@@ -8,10 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ce_gppo.messages import UserError
 from ce_gppo.problems import load_rows
 from data import convert
-from helpers import run_here
+from helpers import refuses, run_here
 
 AIME = r"Let $x$ be real. Find $\dfrac{x}{2}$, if $x = 3.5$."
 
@@ -82,8 +81,7 @@ def test_repeated_problems_and_those_without_an_answer_are_counted():
     ],
 )
 def test_rows_that_cannot_be_read(raw, message):
-    with pytest.raises(UserError, match=f"here.*{message}"):
-        converted(raw)
+    refuses(f"here.*{message}", converted, raw)
 
 
 def test_file_formats(tmp_path):
@@ -109,8 +107,7 @@ def test_file_formats(tmp_path):
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        list(convert.read_file(str(tmp_path / name)))
+    refuses(message, list, convert.read_file(str(tmp_path / name)))
 
 
 def test_training_problems_that_a_benchmark_has_are_dropped_and_counted(tmp_path):

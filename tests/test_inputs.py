@@ -17,7 +17,7 @@ from ce_gppo import checkpoint, config, messages, parallel, perf, tracking
 from ce_gppo.config import Range
 from ce_gppo.messages import UserError, first_line
 from ce_gppo.problems import Problem
-from helpers import ROOT, environment, resolved
+from helpers import ROOT, environment, refuses, resolved
 from tools import doctor, evaluate
 from train import Config
 
@@ -58,8 +58,7 @@ def test_names_or_a_number(value, right):
 )
 def test_the_settings_of_a_resumed_run_have_their_types(tmp_path, saved, message):
     (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
-    with pytest.raises(UserError, match=re.escape(message)):
-        config.parse(Config, ["--resume", str(tmp_path)])
+    refuses(re.escape(message), config.parse, Config, ["--resume", str(tmp_path)])
 
 
 def test_a_resumed_run_that_lacks_a_setting_gets_the_default_and_a_note(tmp_path, capsys):
@@ -80,8 +79,7 @@ def test_a_verifier_that_never_answers_is_refused_before_the_first_step(tmp_path
 
 @pytest.mark.parametrize("option, message", [("--recipe", "is unknown; known: "), ("--resume", "no config.json there")])
 def test_a_name_too_long_for_a_file_is_a_file_that_is_not_there(option, message):
-    with pytest.raises(UserError, match=message):
-        config.parse(Config, [option, "x" * 300])
+    refuses(message, config.parse, Config, [option, "x" * 300])
 
 
 @pytest.mark.parametrize(
@@ -95,8 +93,7 @@ def test_a_name_that_no_file_can_have_is_refused(name, value, message):
     if name == "run-name" and not value:
         assert config.parse(Config, ["--run-name="])[0].run_name == ""
         return
-    with pytest.raises(UserError, match=f"^{name.replace('-', '_')} .*{message}"):
-        config.parse(Config, [f"--{name}={value}"])
+    refuses(f"^{name.replace('-', '_')} .*{message}", config.parse, Config, [f"--{name}={value}"])
 
 
 @pytest.mark.parametrize(
@@ -113,8 +110,7 @@ def test_a_name_that_no_file_can_have_is_refused(name, value, message):
 )
 def test_a_value_that_the_libraries_cannot_use_is_refused(names, value, message):
     for name in names.split():
-        with pytest.raises(UserError, match=f"^{name.replace('-', '_')}{message}"):
-            config.parse(Config, [f"--{name}={value}"])
+        refuses(f"^{name.replace('-', '_')}{message}", config.parse, Config, [f"--{name}={value}"])
     assert config.parse(Config, ["--system-prompt", "日本 \U0001f600"])[0].system_prompt == "日本 \U0001f600"
 
 
@@ -150,8 +146,7 @@ def test_a_library_error_whose_first_line_only_announces_it_is_told_with_the_sec
 
 def test_a_source_that_is_a_verifier_but_for_its_case_is_refused():
     problem = Problem("", [1], "2", "GSM8K")
-    with pytest.raises(UserError, match="source 'GSM8K' is not 'gsm8k', .*--rewards GSM8K=gsm8k, or GSM8K=math"):
-        reward.assign("", [problem])
+    refuses("source 'GSM8K' is not 'gsm8k', .*--rewards GSM8K=gsm8k, or GSM8K=math", reward.assign, "", [problem])
     for chosen in ("GSM8K=math", "math"):
         assert reward.assign(chosen, [problem])[1][0][0].verifier == "math"
 
@@ -161,11 +156,9 @@ def test_what_is_no_settings_no_recipe_and_no_manifest(tmp_path, monkeypatch, de
     for name, text in {"config.json": deep, "deep.toml": f"steps = {deep}"}.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(config, "RECIPES", tmp_path)
-    with pytest.raises(UserError, match="not the settings of a run"):
-        config.parse(Config, ["--resume", str(tmp_path)])
+    refuses("not the settings of a run", config.parse, Config, ["--resume", str(tmp_path)])
     if deep != "3":
-        with pytest.raises(UserError, match="not TOML|steps = .* where int is needed"):
-            config.parse(Config, ["--recipe", "deep"])
+        refuses("not TOML|steps = .* where int is needed", config.parse, Config, ["--recipe", "deep"])
     (tmp_path / "manifest.json").write_text(deep)
     assert checkpoint.damage(tmp_path)
 
@@ -198,8 +191,7 @@ def test_a_wandb_project_that_is_none_is_refused_and_a_failing_wandb_is_off(tmp_
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "me/ce-gppo")
-    with pytest.raises(UserError, match="WANDB_PROJECT=me/ce-gppo: Invalid project name"):
-        tracking.check_wandb()
+    refuses("WANDB_PROJECT=me/ce-gppo: Invalid project name", tracking.check_wandb)
     full = OSError("No space left on device")
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(full))
     monkeypatch.setattr(wandb, "teardown", lambda: None)
@@ -214,8 +206,7 @@ def test_results_that_cannot_be_written_are_told_before_the_engine_starts(tiny_f
     with pytest.raises(UserError, match="--out /tmp: a folder is there"):
         evaluate.main(evaluate.Config(model=str(tiny_folder), bench=bench, max_response_tokens=8, out="/tmp"))
     for settings in (evaluate.Config(bench=""), evaluate.Config(model="x" * 300), doctor.Config(out="x" * 300)):
-        with pytest.raises(UserError, match="blank|too long"):
-            config.check_ranges(settings)
+        refuses("blank|too long", config.check_ranges, settings)
 
 
 def test_doctor_names_what_a_gpu_lacks(monkeypatch, tmp_path):
@@ -227,15 +218,12 @@ def test_doctor_names_what_a_gpu_lacks(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: cuda[0])
     monkeypatch.setattr(doctor.sysconfig, "get_path", lambda _: str(tmp_path))
     monkeypatch.setattr(doctor.torch, "__version__", "2.13.0+cpu")
-    with pytest.raises(UserError, match="NVIDIA H100.* cannot use it: it is a build for CPUs, perhaps from a folder"):
-        doctor.check_gpu()
+    refuses("NVIDIA H100.* cannot use it: it is a build for CPUs, perhaps from a folder", doctor.check_gpu)
     monkeypatch.setattr(doctor.torch, "__version__", "2.13.0")
-    with pytest.raises(UserError, match="cannot use it: make clean, then make setup; the driver must be 580 or newer"):
-        doctor.check_gpu()
+    refuses("cannot use it: make clean, then make setup; the driver must be 580 or newer", doctor.check_gpu)
     cuda[0] = True
     for missing in ("Python.h", "gcc"):
-        with pytest.raises(UserError, match="needs gcc and .*/Python.h: install gcc and python3-dev"):
-            doctor.main(doctor.Config(gpu=True))
+        refuses("needs gcc and .*/Python.h: install gcc and python3-dev", doctor.main, doctor.Config(gpu=True))
         (tmp_path / "Python.h").touch()
         present ^= {"gcc"} if missing == "Python.h" else set()
     present.add("gcc")
@@ -272,5 +260,4 @@ def test_a_gpu_that_the_policy_would_not_fit_beside_vllm(monkeypatch, share, ran
 def test_doctor_finds_a_folder_of_runs_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     assert "GiB free" in doctor.check_out(tmp_path / "new" / "out")
-    with pytest.raises(UserError, match="cannot be made"):
-        doctor.check_out(tmp_path / "file" / "out")
+    refuses("cannot be made", doctor.check_out, tmp_path / "file" / "out")

@@ -27,7 +27,7 @@ from ce_gppo.problems import (
     problems_of_batch,
     seed_of_step,
 )
-from helpers import resolved, rollout_of
+from helpers import refuses, resolved, rollout_of
 
 GOOD = {"prompt": [{"role": "user", "content": "1+2=?"}], "answer": "3", "source": "test"}
 
@@ -77,14 +77,12 @@ def test_a_bad_row_is_named_by_file_and_line(write_rows, bad, message):
 
 
 def test_missing_and_empty_files(write_rows, tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.jsonl: no such file"):
-        load_rows(str(tmp_path / "nothing.jsonl"))
+    refuses(r"nothing\.jsonl: no such file", load_rows, str(tmp_path / "nothing.jsonl"))
     with pytest.raises(UserError, match=r"klear\.jsonl: no such file; make it with .*-m data\.math\.prepare"):
         (tmp_path / "data" / "math").mkdir(parents=True)
         (tmp_path / "data" / "math" / "prepare.py").touch()
         load_rows(str(tmp_path / "data" / "math" / "klear.jsonl"))
-    with pytest.raises(UserError, match=r"no rows"):
-        load_rows(write_rows())
+    refuses(r"no rows", load_rows, write_rows())
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted(write_rows, tokenizer):
@@ -173,8 +171,7 @@ def test_tokens_that_the_model_lacks_or_that_hide_what_a_verifier_looks_for(toke
     by_exact = [replace(problems[0], verifier="exact")]
     check_tokens(problems + by_exact, 11, tokenizer, True, reward.MARKS)
     check_tokens(problems, 11, hiding, False, reward.MARKS)
-    with pytest.raises(UserError, match="has the token 10, and the model only has 10"):
-        check_tokens(problems, 10, tokenizer, False, reward.MARKS)
+    refuses("has the token 10, and the model only has 10", check_tokens, problems, 10, tokenizer, False, reward.MARKS)
     with pytest.raises(UserError, match="thinking: the tokenizer drops </think> as a special token"):
         check_tokens(problems, 11, hiding, True, reward.MARKS)
     with pytest.raises(UserError, match="exact: the tokenizer drops <answer> as a special token"):
@@ -219,8 +216,7 @@ def test_held_out_problems_that_are_trained_on_and_problems_with_two_answers_are
     limits.max_position_embeddings = 128
     sets(path, max_response_tokens=64)
     for setting in ("max_response_tokens", "eval_response_tokens"):
-        with pytest.raises(UserError, match=f"max_prompt_tokens . {setting} = 129 is beyond the .* context of 128"):
-            sets(path, **{setting: 65})
+        refuses(f"max_prompt_tokens . {setting} = 129 is beyond the .* context of 128", sets, path, **{setting: 65})
 
 
 @pytest.mark.parametrize("count", [3, 7, 20])

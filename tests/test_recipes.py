@@ -9,8 +9,7 @@ import train
 from bench import scaling
 from ce_gppo import config as settings
 from ce_gppo.entropy import betas_of_step
-from ce_gppo.messages import UserError
-from helpers import ROOT, Forked, quick, run_here
+from helpers import ROOT, Forked, quick, refuses, run_here
 
 PAPER = {  # arXiv 2509.20712, Table 1, section 4.1 and appendix A.1: objective, beta1, eps_high, average
     "r1-distill-1.5b": ("ce_gppo", 0.5, 0.2, 54.9),
@@ -172,17 +171,14 @@ def test_a_recipe_extends_another(recipe, tmp_path):
 )
 def test_bad_recipes(recipe, text, message):
     recipe(text)
-    with pytest.raises(UserError, match=message):
-        parse(["--recipe", "mine"])
+    refuses(message, parse, ["--recipe", "mine"])
 
 
 def test_unknown_recipes_and_circles(recipe, tmp_path):
     (tmp_path / "yours.toml").write_text('extends = "mine"')
     recipe('extends = "yours"')
-    with pytest.raises(UserError, match=r"yours\.toml: extends = 'mine' goes round in a circle: mine, yours, mine"):
-        parse(["--recipe", "mine"])
-    with pytest.raises(UserError, match="recipe 'his' is unknown; known: mine, yours"):
-        parse(["--recipe", "his"])
+    refuses(r"yours\.toml: extends = 'mine' goes round in a circle: mine, yours, mine", parse, ["--recipe", "mine"])
+    refuses("recipe 'his' is unknown; known: mine, yours", parse, ["--recipe", "his"])
 
 
 def test_missing_data_names_the_script_that_makes_it():

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 import train
 from ce_gppo.config import parse
 from ce_gppo.messages import UserError
-from helpers import Forked, metrics_of, rows_of
+from helpers import Forked, metrics_of, refuses, rows_of
 from results import claims, draw, series, settings, sweep
 
 ROOT = Path(__file__).parents[1]
@@ -73,10 +73,8 @@ def test_results_of_other_arguments_are_not_mixed(tmp_path):
         sweep.main(sweep.Config(results=str(results / "nested")))
     results.write_text(results.read_text() + '{"setting": "grpo", "se')
     for main, config in ((sweep.main, sweep.Config(results=str(results))), (claims.main, claims.Config(results))):
-        with pytest.raises(UserError, match=r"results.jsonl:2: not a row with setting, seed, arguments"):
-            main(config)
-    with pytest.raises(UserError, match="no.jsonl: no runs there"):
-        claims.main(claims.Config(tmp_path / "no.jsonl"))
+        refuses(r"results.jsonl:2: not a row with setting, seed, arguments", main, config)
+    refuses("no.jsonl: no runs there", claims.main, claims.Config(tmp_path / "no.jsonl"))
 
 
 SWEEP = """

@@ -15,7 +15,7 @@ from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.model import load_model, named_weights
 from ce_gppo.policy import Policy, with_old_logprobs
 from ce_gppo.problems import load_problems
-from helpers import BASE, DATA, resolved, rollout_of
+from helpers import BASE, DATA, refuses, resolved, rollout_of
 from loss import correction_weights
 from rollout import Engine, check_engine, check_mismatch, decode, prepare_environment
 from train import MEASURED
@@ -192,8 +192,7 @@ def test_an_engine_that_cannot_start_says_why(fake, monkeypatch, error, cuda, me
         raise ValueError(error)
 
     monkeypatch.setattr(fake.vllm, "LLM", fail)
-    with pytest.raises(UserError, match=message):
-        fake(cuda)
+    refuses(message, fake, cuda)
 
 
 def test_from_sleep_to_new_weights(fake):
@@ -278,8 +277,7 @@ def test_a_mismatch_above_rounding_is_warned_of_once_at_each_level(device, level
 @pytest.mark.parametrize("space", ["abc", "", "0", "01", "0.5", "-1", "100000"])
 def test_a_size_of_the_cache_that_vllm_cannot_read(space, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
-    with pytest.raises(UserError, match=f"VLLM_CPU_KVCACHE_SPACE={space} .* a whole number of GiB"):
-        prepare_environment()
+    refuses(f"VLLM_CPU_KVCACHE_SPACE={space} .* a whole number of GiB", prepare_environment)
 
 
 @pytest.mark.parametrize("cuda, level", [(True, "WARNING"), (False, "ERROR")])
@@ -439,5 +437,4 @@ def test_vllm_has_the_options_and_methods_that_are_used(engine, tiny_folder):
 @pytest.mark.slow
 def test_a_cache_too_small_for_one_response_names_the_setting(base, monkeypatch):
     monkeypatch.setattr(module, "CPU_CACHE_GIB", 0.0001)
-    with pytest.raises(UserError, match="VLLM_CPU_KVCACHE_SPACE, .* is too small for a cache of 512 tokens"):
-        Engine(BASE, base[1], context=512)
+    refuses("VLLM_CPU_KVCACHE_SPACE, .* is too small for a cache of 512 tokens", Engine, BASE, base[1], context=512)

@@ -18,7 +18,7 @@ from data.countdown import prepare as countdown
 from data.countdown import small
 from data.gsm8k import prepare as gsm8k
 from data.words import prepare as words
-from helpers import score
+from helpers import refuses, score
 from train import Config
 
 
@@ -150,10 +150,8 @@ def test_gsm8k_from_local_files(tmp_path, monkeypatch):
     assert held_out["prompt"][0]["content"].startswith("Half of 2468? Let's think step by step")
     texts = ["#### 1234", "#### 1,234.00", "#### 1235", "1234"]
     assert score(texts, [held_out["answer"]] * 4, [held_out["source"]] * 4) == [1, 1, 0, 0]
-    with pytest.raises(UserError, match="--train and --test go together"):
-        written(gsm8k, monkeypatch, tmp_path, *files[:2])
-    with pytest.raises(UserError, match="1 rows have no answer"):
-        gsm8k.rows_of([*raw["test"], {"question": "?"}], "here")
+    refuses("--train and --test go together", written, gsm8k, monkeypatch, tmp_path, *files[:2])
+    refuses("1 rows have no answer", gsm8k.rows_of, [*raw["test"], {"question": "?"}], "here")
 
 
 def test_sums_in_words(tmp_path, monkeypatch):

@@ -21,11 +21,10 @@ from ce_gppo.advantages import Critic
 from ce_gppo.batch import Rollout
 from ce_gppo.checkpoint import State
 from ce_gppo.entropy import QUADRANTS, betas_of_step, next_control
-from ce_gppo.messages import UserError
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy, with_old_logprobs
 from ce_gppo.problems import Problem, problems_of_batch
-from helpers import ROOT, SMALL, metrics_of, resolved, rollout_of, run, start, without_timings
+from helpers import ROOT, SMALL, metrics_of, refuses, resolved, rollout_of, run, start, without_timings
 from tools.metrics import rows as metric_rows
 
 
@@ -171,8 +170,7 @@ def test_a_folder_of_another_run_is_not_touched(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious").write_text("x")
-    with pytest.raises(UserError, match="mine"):
-        runs.locate(resolved(out=str(tmp_path), run_name="mine"), "", [])
+    refuses("mine", runs.locate, resolved(out=str(tmp_path), run_name="mine"), "", [])
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["precious"]
 
 

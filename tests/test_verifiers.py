@@ -23,7 +23,7 @@ from ce_gppo.messages import UserError
 from ce_gppo.problems import Problem
 from ce_gppo.verifier import puzzles, workers
 from ce_gppo.verifier.answers import Undecided
-from helpers import ROOT, score
+from helpers import ROOT, refuses, score
 from reward import VERIFIERS, extract_answer
 
 
@@ -349,8 +349,7 @@ def test_mistakes_in_the_setting(rewards, message):
 
 @pytest.mark.parametrize("answer", ["4", "", "[1]", '{"numbers": [1]}', '{"numbers": [1.5], "target": 1}', "9" * 5000])
 def test_answers_that_are_no_countdown_task(answer):
-    with pytest.raises(UserError, match="countdown: answer .* is needed"):
-        puzzles.countdown("", answer)
+    refuses("countdown: answer .* is needed", puzzles.countdown, "", answer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -421,10 +420,8 @@ def test_the_sentence_arrives_from_the_worker(mine):
     verifier = mine("def score(response, answer): return int(response)")
     scorer = reward.in_background([Problem("", [], "4", "mine", verifier=verifier)])
     scorer.add(0, ["4", "four"])
-    with pytest.raises(UserError, match="raised ValueError.*'four'"):
-        scorer.finish()
-    with pytest.raises(UserError, match="has no function other"):
-        chosen(verifier.replace(":score", ":other"), "mine")
+    refuses("raised ValueError.*'four'", scorer.finish)
+    refuses("has no function other", chosen, verifier.replace(":score", ":other"), "mine")
 
 
 @pytest.mark.parametrize("value", [1, True, 0.5, -1, Fraction(1, 2), torch.tensor(0.25)])
@@ -437,8 +434,7 @@ def test_the_users_files_are_named(tmp_path):
     """For the fingerprints of a run. Those beside them are not."""
     settings = f"x={tmp_path}/b.py:score,{tmp_path}/a.py:score,y={tmp_path}/a.py:other,z=math"
     (tmp_path / "a.py").touch()
-    with pytest.raises(UserError, match="there is no file .*b.py"):
-        reward.files(settings)
+    refuses("there is no file .*b.py", reward.files, settings)
     (tmp_path / "b.py").touch()
     assert reward.files(settings) == [tmp_path / "a.py", tmp_path / "b.py"]
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from ce_gppo.messages import UserError
 from ce_gppo.verifier.puzzles import MOVES
 from ce_gppo.verifier.puzzles import walk as score
 from data import base
 from data.walk import prepare
-from helpers import run_here
+from helpers import refuses, run_here
 
 
 def naive(response: str, start: int, target: int) -> bool:
@@ -103,8 +102,7 @@ BAD_ANSWERS = ["", "30", "17 to 60", "17 to -3", "17-30", "17 to 30 to 40", "017
 
 @pytest.mark.parametrize("answer", BAD_ANSWERS)
 def test_an_answer_of_another_form_is_the_users_mistake(answer):
-    with pytest.raises(UserError, match="'<start> to <target>' is needed, each from 0 to 59"):
-        score("+7 =24", answer)
+    refuses("'<start> to <target>' is needed, each from 0 to 59", score, "+7 =24", answer)
 
 
 def test_the_data(tmp_path):
@@ -121,8 +119,7 @@ def test_the_data(tmp_path):
     for (start, target), row in zip(pairs, rows["train"] + rows["eval"], strict=True):
         assert row["prompt"][0]["content"] == f"start ={start}\ntarget ={target}\n" and row["source"] == "walk"
     assert prepare.splits(0, 100) == prepare.splits(0, 100) != prepare.splits(1, 100)
-    with pytest.raises(UserError, match="--held-out 3540: there are 3540 problems"):
-        prepare.splits(0, 3540)
+    refuses("--held-out 3540: there are 3540 problems", prepare.splits, 0, 3540)
 
 
 def test_a_trace_has_the_probabilities_by_which_it_was_drawn():
