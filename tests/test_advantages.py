@@ -19,8 +19,6 @@ from ce_gppo.advantages import Critic, explained_variance, gae, group_advantages
 from ce_gppo.batch import Rollout, append, concat, local_batch, micro_batches
 from ce_gppo.entropy import QUADRANTS
 from ce_gppo.model import load_model
-from ce_gppo.perf import Meter
-from ce_gppo.policy import Policy
 from helpers import SMALL, by_ranks, metrics_of, resolved, rollout_of, run, without_timings
 
 KINDS = ("group", "group-mean", "leave-one-out")
@@ -219,22 +217,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny_folder, reward):
     assert found["value/skipped"] == 1 and not made.optimizer.state
     assert all(torch.equal(p, q) for p, q in zip(made.model.parameters(), before, strict=True))
     assert made.learn([]) == ([], {}), "no group is left"
-
-
-def test_the_policy_waits_for_the_critic(tiny_model, tmp_path):
-    """For warmup_steps rollouts the learning rate is 0, and no update is made; then it grows."""
-    config = resolved(objective="ppo", lr=1.0, critic_lr=1.0, warmup_steps=2, mini_batch_prompts=2, max_kept_prompts=2)
-    assert [train.lr_of_step(config, step) for step in range(1, 6)] == [0, 0, 0.5, 1, 1]
-    assert [train.lr_of_step(resolved(lr=1.0, warmup_steps=2), step) for step in (1, 2, 3)] == [0.5, 1, 1]
-    assert train.lr_of_step(resolved(objective="ppo", lr=1.0, critic_lr=1.0, warmup_steps=0), 1) == 1
-    before = [p.detach().clone() for p in tiny_model.parameters()]
-    state, optimizer = checkpoint.State("id", step=1), torch.optim.AdamW(tiny_model.parameters())
-    objective, meter = train.objective_of_step(config, state), Meter(tiny_model, "cpu")
-    data = concat(rewarded()), [torch.arange(6), torch.arange(6, 12)], objective, 0.0, state, config, tmp_path, meter
-    learned = train.learn(Policy(tiny_model), optimizer, None, None, *data)
-    assert learned.updates == [] and not optimizer.state
-    assert all(torch.equal(p, q) for p, q in zip(tiny_model.parameters(), before, strict=True))
-    assert all(batch.entropy is not None for batch in learned.measured), "entropy/mean is that of all tokens"
 
 
 @pytest.mark.parametrize("settings", [{"objective": "ppo"}, {"advantages": "gae"}], ids=str)
