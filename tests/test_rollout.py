@@ -16,7 +16,6 @@ from ce_gppo.model import load_model, named_weights
 from ce_gppo.policy import Policy, with_old_logprobs
 from ce_gppo.problems import load_problems
 from helpers import BASE, DATA, refuses, resolved, rollout_of
-from loss import correction_weights
 from rollout import Engine, check_engine, check_mismatch, decode, prepare_environment
 from train import MEASURED
 
@@ -46,14 +45,10 @@ class FakeEngine:
         outputs = []
         for i in reversed(range(params.n)):
             tokens = (prompt, i, 7)[: 3 - i % 2]
-            logprobs = types.SimpleNamespace(
-                token_ids=[t + self.shift for t in tokens], logprobs=[-1.0 * i] * len(tokens)
-            )
-            outputs.append(
-                types.SimpleNamespace(
-                    index=i, token_ids=tokens, logprobs=logprobs, finish_reason=self.reason[i % 2], text=""
-                )
-            )
+            ids, logprobs = [t + self.shift for t in tokens], [-1.0 * i] * len(tokens)
+            found = {"logprobs": types.SimpleNamespace(token_ids=ids, logprobs=logprobs)}
+            found |= {"index": i, "token_ids": tokens, "finish_reason": self.reason[i % 2], "text": ""}
+            outputs.append(types.SimpleNamespace(**found))
         return [types.SimpleNamespace(request_id=name, outputs=outputs)]
 
 
@@ -109,20 +104,14 @@ def fake(monkeypatch):
 
 def test_a_rollout_has_the_responses_in_the_order_of_the_prompts(fake):
     engine, groups = fake(), []
-    found = engine.generate(
-        [[4], [5]],
-        2,
-        max_tokens=3,
-        temperature=0.7,
-        seed=9,
-        on_group=lambda index, texts: groups.append((index, texts)),
-    )
+    options = {"max_tokens": 3, "temperature": 0.7, "seed": 9, "on_group": lambda *group: groups.append(group)}
+    found = engine.generate([[4], [5]], 2, **options)
     assert groups == [(1, ["5,0,7", "5,1"]), (0, ["4,0,7", "4,1"])], "as soon as each is complete"
     assert found.prompts == [[4], [5]] and found.prompt_of.tolist() == [0, 0, 1, 1]
     assert found.texts == ["4,0,7", "4,1", "5,0,7", "5,1"] and found.lengths.tolist() == [3, 2, 3, 2]
     assert found.tokens.tolist() == [4, 0, 7, 4, 1, 5, 0, 7, 5, 1] and found.truncated.tolist() == [False, True] * 2
     assert found.rollout_logprobs.tolist() == [0, 0, 0, -1, -1] * 2 and engine.llm.llm_engine.aborted == []
-    empty = engine.generate([], 2, max_tokens=3, temperature=1.0, seed=9)
+    empty = engine.generate([], 2, **options)
     assert len(empty) == 0 and empty.tokens.dtype == empty.prompt_of.dtype == torch.long
 
 
@@ -180,7 +169,7 @@ def test_options_of_the_engine(fake, monkeypatch):
         (
             "the KV cache needs\n 2 GiB",
             False,
-            r"^VLLM_CPU_KVCACHE_SPACE, .* is too small for a cache of 64 tokens \(the KV ",
+            r"^VLLM_CPU_KVCACHE_SPACE, .* too small for a cache of 64 .*\(the KV ",
         ),
         ("the KV cache needs 2 GiB", True, "^gpu_memory_utilization is too small"),
         ("Available memory for the cache is 1", True, "^gpu_memory_utilization is too large"),
@@ -202,9 +191,8 @@ def test_from_sleep_to_new_weights(fake):
     engine.wake(weights)
     rounded = weights[0][1].bfloat16()
     names = [("sleep", 2), ("wake_up", ["weights"]), ("reload_weights", [("a", rounded)]), "reset_prefix_cache"]
-    assert (
-        engine.llm.calls == [*names, ("wake_up", ["kv_cache"])] and engine.llm.calls[2][1][0][1].dtype == rounded.dtype
-    )
+    assert engine.llm.calls == [*names, ("wake_up", ["kv_cache"])]
+    assert engine.llm.calls[2][1][0][1].dtype == rounded.dtype
     engine = fake()
     engine.sleep()
     engine.wake(weights)
@@ -247,10 +235,8 @@ def test_the_engine_is_checked_as_a_step_uses_it(monkeypatch, tiny_model):
     assert engine.calls == ["sleep", "wake", ("generate", [[9]], 2, options), "sleep", "wake"]
     assert passes == [(4, (0.7, config.max_micro_batch_tokens, "cuda"))]
     for shift[0], said in ((0.25, "0.25"), (math.nan, "nan")):
-        with pytest.raises(
-            UserError, match=f"model 'data/walk/base'.* differ by {said} nats on average, more than 0.2"
-        ):
-            check_engine(engine, tiny_model, None, [9], config, "cuda")
+        sentence = f"model 'data/walk/base'.* differ by {said} nats on average, more than 0.2"
+        refuses(sentence, check_engine, engine, tiny_model, None, [9], config, "cuda")
     check_mismatch({"mismatch/mean": module.MAX_MISMATCH, "entropy/mean": 0.5}, "cpu")
 
 
@@ -376,10 +362,6 @@ def test_rollout_correction_with_other_weights_in_vllm(engine, base, prompts):
     (sampled,) = with_old_logprobs(Policy(base[0]), [sampled], 1.0, 8192, "cpu")
     ratio = (sampled.old_logprobs - sampled.rollout_logprobs).exp()
     assert ratio.max() > 1.5 and abs(ratio.mean() - 1) < 0.02 < abs((1 / ratio).mean() - 1)
-    tis = correction_weights(sampled, "tis", cap=1.2)
-    torch.testing.assert_close(tis, torch.tensor([min(r, 1.2) for r in ratio.tolist()]))
-    kept = correction_weights(sampled, "mask", cap=1.2)
-    assert kept.tolist() == [float(1 / 1.2 <= r <= 1.2) for r in ratio.tolist()] and 0.5 < kept.mean() < 1
 
 
 @pytest.mark.slow
