@@ -89,13 +89,9 @@ def rows_in(name: str) -> list[dict]:
     "answers, truth, right",
     [
         (["4", "4", "3"], "4", True),
-        (["3", "3", "4"], "4", False),
         (["3", "4"], "4", False),  # a tie: first seen
-        (["4", "3"], "4", True),
         ([None, None, None, "4"], "4", True),  # responses without a box do not vote
-        ([None, None], "4", False),
         (["3", "6/2", "4", "4", "3.0"], "4", False),  # three spellings of 3, three votes for 3
-        (["3", "5", "6", "4", "4"], "4", True),
         (["4", "8/2", "3", "3", "12/3"], "4", True),
         ([r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}", "1"], "1", False),  # only math-verify finds them equal
         (["(1,2)", "(2,1)", "(1,2)", r"\{1,2\}"], r"\{1,2\}", False),
@@ -122,7 +118,16 @@ def test_the_table(capsys):
     tables.print_table(rows, 3)
     header, test, other, average = capsys.readouterr().out.splitlines()
     assert header.split() == [
-        *("benchmark", "problems", "avg@3", "95", "%", "interval", "pass@3", "majority@3", "tokens", "truncated")
+        "benchmark",
+        "problems",
+        "avg@3",
+        "95",
+        "%",
+        "interval",
+        "pass@3",
+        "majority@3",
+        "tokens",
+        "truncated",
     ]
     low, high = tables.bootstrap([2 / 3, 1 / 3, 0, 1])
     assert test.split() == f"test 4 0.5000 {low:.4f} - {high:.4f} 0.7500 0.5000 11.0 0.3333".split()
@@ -225,13 +230,8 @@ def test_benchmarks_that_are_not_there(fake):
 
 
 def test_settings_out_of_range():
-    for name, value in (
-        ("k", 0),
-        ("temperature", 0.005),
-        ("top_p", 0.0),
-        ("max_response_tokens", 0),
-        ("write_every", 0),
-    ):
+    for name in ("k", "temperature", "top_p", "max_response_tokens", "write_every"):
+        value = 0.005 if name == "temperature" else 0
         refuses(f"{name} = {value}", check_ranges, evaluate.Config(**{name: value}))
 
 
@@ -261,10 +261,8 @@ def test_compare(tmp_path, capsys):
     assert header.split()[-2:] == ["gained", "lost"]
     low, high = tables.bootstrap([0, 1, -0.5, 0])
     assert test.split() == f"test 4 0.6250 0.7500 +0.1250 {low:+.4f} - {high:+.4f} 1 1".split()
-    assert [line.split() for line in changed] == [
-        ["test", "0.000", "->", "1.000", "test", "1?"],
-        ["test", "1.000", "->", "0.500", "test", "2?"],
-    ]
+    found = [" ".join(line.split()) for line in changed]
+    assert found == ["test 0.000 -> 1.000 test 1?", "test 1.000 -> 0.500 test 2?"]
 
 
 def test_files_that_cannot_be_compared(tmp_path):
