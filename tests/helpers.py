@@ -259,3 +259,15 @@ def naive_statistics(hidden, weight, targets, temperature):
     H = -(p * log_p).sum(-1)
     S = (p**2 * (log_p + H[:, None])).sum(-1)
     return log_p.gather(1, targets[:, None])[:, 0], H, S
+
+
+def naive_outputs(model, rollout: Rollout, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logprobs, entropy) [N] in float64, by transformers' own attention, without packing: a pass for each response."""
+    model.set_attn_implementation("sdpa")
+    logits = []
+    for number, tokens in zip(rollout.prompt_of.tolist(), rollout.tokens.split(rollout.lengths.tolist()), strict=True):
+        prompt = rollout.prompts[number]
+        logits.append(model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1])
+    model.set_attn_implementation("packed")
+    log_p = torch.log_softmax(torch.cat(logits).double() / temperature, -1)  # [N, V]
+    return log_p.gather(1, rollout.tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)

@@ -13,7 +13,7 @@ from ce_gppo.checkpoint import State
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy
 from ce_gppo.problems import Problem
-from helpers import Forked, quick, refuses, resolved, rollout_of
+from helpers import Forked, naive_outputs, quick, refuses, resolved, rollout_of
 from results import branch, draw
 from results.settings import SETTINGS
 
@@ -68,6 +68,9 @@ def test_settings_have_their_own_effects_from_a_state_that_does_not_change(step,
     rows = step.branch(COMPARED | {"again": COMPARED["grpo"]})
     assert len(before) > 30 and all(torch.equal(a, b) for a, b in zip(before, step.state(), strict=True))
     assert repr(given) == responses and rows["grpo"] == rows["again"]
+    small = step.branch({"small": replace(CONFIG, lr=1e-4)})["small"]
+    for tokens in ("rollout", "held_out"):  # the first order in the weights is exact for small steps
+        assert small[f"linear/{tokens}"] == pytest.approx(small[f"delta/{tokens}"], rel=0.1)
     for name in ("gppo", "grpo, bonus 0.003"):
         assert rows[name]["delta/rollout"] != rows["grpo"]["delta/rollout"]
         assert rows[name]["predicted/clip/low"] > 0 and "predicted/kl/approx" in rows[name]
@@ -77,15 +80,7 @@ def test_measurements_against_float64(step, given):
     """Entropy, logprobs and their parts, with the whole vocabulary in float64 and each sequence by itself."""
 
     def truth(rollout):
-        model = copy.deepcopy(step.policy.model).double()
-        model.set_attn_implementation("eager")
-        rows = []
-        for i, tokens in enumerate(rollout.tokens.split(rollout.lengths.tolist())):
-            prompt = rollout.prompts[rollout.prompt_of[i]]
-            log_p = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)  # [R, V]
-            own = log_p.gather(1, tokens[:, None])[:, 0]
-            rows.append(torch.stack([own, -(log_p.exp() * log_p).sum(-1)]))
-        return torch.cat(rows, 1).detach()  # [2, N]
+        return torch.stack(naive_outputs(copy.deepcopy(step.policy.model).double(), rollout)).detach()  # [2, N]
 
     row, (rollout, held_out) = step.branch({"grpo": CONFIG})["grpo"], given
     before, held_before = truth(rollout), truth(held_out)
@@ -100,12 +95,6 @@ def test_measurements_against_float64(step, given):
     for name, members in (("right", right), ("wrong", ~right)):
         assert row[f"logprob/{name}"] == pytest.approx(moved[members].mean().item(), abs=5e-6)
     assert row["kl/rollout"] == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-4)
-
-
-def test_first_order_in_the_weights_is_exact_for_small_steps(step):
-    small = step.branch({"small": replace(CONFIG, lr=1e-4)})["small"]
-    for tokens in ("rollout", "held_out"):
-        assert small[f"linear/{tokens}"] == pytest.approx(small[f"delta/{tokens}"], rel=0.1)
 
 
 def test_rank_correlation_of_the_tokens_velocities(step, given):
