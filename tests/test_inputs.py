@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import reward
-from ce_gppo import checkpoint, config, messages, parallel, perf, tracking
+from ce_gppo import checkpoint, config, messages, parallel, perf
 from ce_gppo.config import Range
 from ce_gppo.messages import UserError, first_line
 from ce_gppo.problems import Problem
@@ -38,10 +38,11 @@ def test_ranges(range_, inside, outside, said):
     assert {range_.problem(value) for value in outside} == {said}
 
 
-@pytest.mark.parametrize("value, right", [("score", True), ("1", True), ("0012", True), ("0", False), ("", False)])
-def test_names_or_a_number(value, right):
-    assert (config.OneOf(("score", "mask"), or_count=True).problem(value) is None) == right
-    assert (config.OneOf(("score", "mask")).problem(value) is None) == (value == "score")
+def test_names_or_a_number():
+    names, counts = config.OneOf(("score", "mask")), config.OneOf(("score", "mask"), or_count=True)
+    for value in ("score", "1", "0012", "0", ""):
+        assert (names.problem(value) is None) == (value == "score")
+        assert (counts.problem(value) is None) == (value in ("score", "1", "0012"))
 
 
 @pytest.mark.parametrize(
@@ -50,9 +51,7 @@ def test_names_or_a_number(value, right):
         ({"lr": "fast"}, "lr = 'fast', where float is needed"),
         ({"steps": 1.5}, "steps = 1.5, where int is needed"),
         ({"lr": None}, "lr = None, where float is needed"),
-        ({"lr": 10**400}, "where float is needed"),
         ([], "not the settings of a run"),
-        (None, "not the settings of a run"),
         ({"steps": 10**30}, "at most 2147483647"),
     ],
 )
@@ -186,19 +185,6 @@ def test_closed_streams_and_an_encoding_without_the_characters_raise_nothing():
         assert done.returncode == 7 and done.stdout == ("" if redirections else "\\u03b2 \\ud800\n"), done
 
 
-def test_a_wandb_project_that_is_none_is_refused_and_a_failing_wandb_is_off(tmp_path, monkeypatch, capsys):
-    import wandb
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_PROJECT", "me/ce-gppo")
-    refuses("WANDB_PROJECT=me/ce-gppo: Invalid project name", tracking.check_wandb)
-    full = OSError("No space left on device")
-    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(full))
-    monkeypatch.setattr(wandb, "teardown", lambda: None)
-    assert tracking.start_wandb(tmp_path, resolved(), "abc") is None
-    assert "W&B cannot be reached, it is off" in capsys.readouterr().err
-
-
 def test_results_that_cannot_be_written_are_told_before_the_engine_starts(tiny_folder, write_rows):
     bench = write_rows(ROW)
     with pytest.raises(UserError, match="--out .*: cannot be written"):
@@ -217,15 +203,17 @@ def test_doctor_names_what_a_gpu_lacks(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: seen)
     monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: cuda[0])
     monkeypatch.setattr(doctor.sysconfig, "get_path", lambda _: str(tmp_path))
-    monkeypatch.setattr(doctor.torch, "__version__", "2.13.0+cpu")
-    refuses("NVIDIA H100.* cannot use it: it is a build for CPUs, perhaps from a folder", doctor.check_gpu)
-    monkeypatch.setattr(doctor.torch, "__version__", "2.13.0")
-    refuses("cannot use it: make clean, then make setup; the driver must be 580 or newer", doctor.check_gpu)
+    for version, said in (
+        ("2.13.0+cpu", "it is a build for CPUs, perhaps from a folder"),
+        ("2.13.0", "make clean, then make setup; the driver must be 580 or newer"),
+    ):
+        monkeypatch.setattr(doctor.torch, "__version__", version)
+        refuses(f"NVIDIA H100.* cannot use it: {said}", doctor.check_gpu)
     cuda[0] = True
-    for missing in ("Python.h", "gcc"):
+    for there in ({"nvidia-smi", "gcc"}, {"nvidia-smi"}):  # without Python.h, and with it but without gcc
+        present &= there
         refuses("needs gcc and .*/Python.h: install gcc and python3-dev", doctor.main, doctor.Config(gpu=True))
         (tmp_path / "Python.h").touch()
-        present ^= {"gcc"} if missing == "Python.h" else set()
     present.add("gcc")
     assert "torch sees" in doctor.check_gpu()
     present.clear()
