@@ -517,7 +517,7 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
     parts = sorted(str(path) for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert len(parts) == 2 and f"sync --id abcd1234 {' '.join(parts)}" in capsys.readouterr().out
     monkeypatch.setenv("WANDB_PROJECT", "a/b")
-    refuses("WANDB_PROJECT=a/b: .*WANDB_ENTITY names its owner", tracking.check_wandb)
+    refuses("WANDB_PROJECT=a/b: Invalid project name.*WANDB_ENTITY names its owner", tracking.check_wandb)
     assert tracking.wandb_mode() == "offline"
     (tmp_path / "keys").write_text("machine api.wandb.ai login user password " + "0" * 40)
     (tmp_path / "keys").chmod(0o600)
