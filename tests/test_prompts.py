@@ -32,9 +32,10 @@ from helpers import refuses, resolved, rollout_of
 GOOD = {"prompt": [{"role": "user", "content": "1+2=?"}], "answer": "3", "source": "test"}
 
 
-def test_rows_come_back_in_order(write_rows):
-    path = write_rows(GOOD, "", GOOD | {"answer": "4"})
-    assert [row["answer"] for row in load_rows(path)] == ["3", "4"]
+def test_rows_of_several_files_come_back_in_order(write_rows, tokenizer):
+    paths = [write_rows(GOOD, name="a.jsonl"), write_rows(GOOD | {"answer": "4"}, "", GOOD, name="b.jsonl")]
+    problems, dropped = load_problems(",".join(paths), tokenizer, 64)
+    assert [problem.answer for problem in problems] == ["3", "4", "3"] and dropped == 0
 
 
 @pytest.mark.parametrize(
@@ -44,22 +45,13 @@ def test_rows_come_back_in_order(write_rows):
         ("[1, 2]", "a list, where an object"),
         ({"prompt": GOOD["prompt"], "source": "test"}, "the key 'answer' is missing"),
         (GOOD | {"answer": 3}, "'answer' is 3, where a string"),
-        (GOOD | {"source": None}, "'source' is null, where a string"),
         (GOOD | {"prompt": "1+2=?"}, "'prompt' is not a list of messages"),
-        (GOOD | {"prompt": []}, "'prompt' is not a list of messages"),
         (GOOD | {"prompt": [{"role": "user"}]}, "lacks a string for 'role' or 'content'"),
         (GOOD | {"answer": " "}, "'answer' is empty"),
         ('{"prompt": [], "answer": "3", "answer": "4"}', "the key 'answer' is there twice"),
         (GOOD | {"prompt": [{"role": "user", "content": "\n"}]}, "the last message of 'prompt' is empty"),
-        (
-            GOOD | {"prompt": [*GOOD["prompt"], {"role": "assistant", "content": "3"}]},
-            "the last message of 'prompt' is the assistant's",
-        ),
         (GOOD | {"prompt": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
-        (GOOD | {"prompt": [{"role": "\ud800", "content": "x"}]}, "half of a surrogate pair"),
-        (GOOD | {"answer": "\ud800"}, "half of a surrogate pair"),
         (GOOD | {"source": ""}, "it must be printable"),
-        (GOOD | {"source": "a\nb"}, "it must be printable"),
         (GOOD | {"source": "a,b"}, "without a comma"),
         (GOOD | {"source": "sums "}, "without a comma or spaces around it"),
         (GOOD | {"source": "s" * 101}, "at most 100 characters"),
@@ -142,12 +134,6 @@ def test_a_text_with_a_control_token_is_refused(tokenizer, write_rows, role, tex
     refused = pytest.raises(UserError, match=rf"problem 2: its text has {re.escape(found)}, which") if found else None
     with refused or contextlib.nullcontext():
         load_problems(write_rows(GOOD, row), tokenizer, 64)
-
-
-def test_several_files_are_one(write_rows, tokenizer):
-    paths = [write_rows(GOOD, name="a.jsonl"), write_rows(GOOD | {"answer": "4"}, GOOD, name="b.jsonl")]
-    problems, dropped = load_problems(",".join(paths), tokenizer, 64)
-    assert [problem.answer for problem in problems] == ["3", "4", "3"] and dropped == 0
 
 
 def test_system_prompt_and_suffix(write_rows, tokenizer):
