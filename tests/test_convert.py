@@ -75,7 +75,6 @@ def test_repeated_problems_and_those_without_an_answer_are_counted():
     [
         ({"text": "1+1=?", "answer": "2"}, r"row 1: no problem found; .* \(its keys: text, answer\)"),
         ({"prompt": [{"role": "user"}], "answer": "2"}, "row 1: no problem found"),
-        ({"prompt": [3], "answer": "2"}, "row 1: no problem found"),
         ("1+1=?", "row 1: a str, where an object"),
         ({"problem": "1+1=?"}, "no row with an answer"),
     ],
@@ -98,7 +97,6 @@ def test_file_formats(tmp_path):
     "name, content, message",
     [
         ("a.csv", b"problem,answer", "must end in .parquet, .json or .jsonl"),
-        ("a.pkl", b"\x80\x04N.", "must end in .parquet, .json or .jsonl"),
         ("a.jsonl", b'{"problem": "1"}\n{"pro', "a.jsonl, line 2: not JSON"),
         ("a.parquet", b"PAR2", "a.parquet: not a readable parquet file"),
         ("missing.json", None, "missing.json: no such file"),
@@ -115,11 +113,8 @@ def test_training_problems_that_a_benchmark_has_are_dropped_and_counted(tmp_path
     (tmp_path / "aime.json").write_text(json.dumps(verl(AIME, "1.75")))
     made = run_here(BENCHMARKS, "aime24", "--file", tmp_path / "aime.json", "--out", tmp_path / "benchmarks")
     assert made.returncode == 0
-    same = [
-        AIME,
-        r"let \(x\) be real; find \[\frac{x}{2}\,\] if   $x=3.5$",
-        AIME.upper().replace("DFRAC", "frac") + "\n",
-    ]
+    same = [AIME, AIME.upper().replace("DFRAC", "frac") + "\n"]
+    same += [r"let \(x\) be real; find \[\frac{x}{2}\,\] if   $x=3.5$"]
     other = [AIME.replace("3.5", "35"), AIME.replace("= 3", "= -3"), AIME.replace("2", "3"), "1+1=?", "1-1=?"]
     raw = [{"problem": problem, "answer": "1"} for problem in [*same, *other]]
     pq.write_table(pa.Table.from_pylist(raw), tmp_path / "mine.parquet")
@@ -170,7 +165,5 @@ def test_the_hub_is_read_at_the_pinned_commit(tmp_path, monkeypatch):
     args = convert.arguments("", {"set": source}, ["set"], tmp_path).parse_args([])
     rows = convert.prepare("set", {"set": source}, args)
     assert calls == [("some/set", "a", "test", source.revision), ("some/set", "b", "test", source.revision)]
-    assert [(row["prompt"][0]["content"], row["answer"], row["source"]) for row in rows] == [
-        ("a?", "7", "set"),
-        ("b?", "7", "set"),
-    ]
+    found = [(row["prompt"][0]["content"], row["answer"], row["source"]) for row in rows]
+    assert found == [("a?", "7", "set"), ("b?", "7", "set")]

@@ -148,21 +148,7 @@ def test_a_long_text_equals_only_itself(length, no_cache):
 def test_reading_hostile_text_raises_nothing():
     """Whatever tokens are strung together: an exception in the main process would end the training."""
     rng = random.Random(0)
-    words = [
-        "=",
-        r"\approx",
-        r"\in",
-        r"\cup",
-        r"\infty",
-        r"\le",
-        r"\cdot",
-        r"\text{ and }",
-        "²",
-        "π",
-        r"\circ",
-        "x",
-        "4",
-    ]
+    words = ["=", r"\approx", r"\in", r"\cup", r"\infty", r"\le", r"\cdot", r"\text{ and }", "²", "π", r"\circ", "4"]
     tokens = [*RUNS, *words]
     for _ in range(5_000):
         answer, truth = ("".join(rng.choices(tokens, k=rng.randint(1, 12))) for _ in range(2))
