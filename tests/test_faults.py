@@ -27,76 +27,46 @@ from helpers import (
 
 pytestmark = pytest.mark.slow
 
-# train.py with a few lines that cause a fault.
+# train.py with a few lines that cause a fault, such as `at(train, "update", [10], die)`.
 PROGRAM = """
-import os, signal
+import os, signal, time
 import loss, rollout, torch, train
 from ce_gppo.config import command
 count = 0
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+def stop():
+    open("{asked}", "w").write(str(time.time()))
+    os.kill(os.getpid(), signal.SIGTERM)
+def fail(error):
+    raise error
+def at(module, name, numbers, fault):
+    inner, calls = getattr(module, name), []
+    def function(*args, **options):
+        calls.append(0)
+        if len(calls) in numbers: fault()
+        return inner(*args, **options)
+    setattr(module, name, function)
 {line}
 command(train.main)
 """
 KILLED = {
-    "mid-rollout": """
-generate = rollout.Engine.generate
-def dying(*args, on_group=lambda *a: None, **options):
-    global count
-    count += 1
-    def third(index, group):
-        on_group(index, group)
-        if count == 4 and index == 2: die()  # check, evaluation, step 1, step 2
-    return generate(*args, on_group=third, **options)
-rollout.Engine.generate = dying
-""",
-    "mid-update": """
-update = train.update
-def dying(*args):
-    global count
-    count += 1
-    done = update(*args)
-    if count == 10: die()  # steps of up to four updates
-    return done
-train.update = dying
-""",
-    "mid-checkpoint": """
-save = torch.save
-def dying(record, path):
-    save(record, path)
-    if "000004" in str(path): die()
-torch.save = dying
-""",
+    "mid-rollout": 'at(train, "sample", [2], lambda: at(rollout, "decode", [20], die))',
+    "mid-update": 'at(train, "update", [10], die)',  # steps of up to four updates
+    "mid-checkpoint": 'at(torch, "save", [1], die)',
 }
-
-
-# Sends a stop request at the nth call of a function, and writes the time to a file.
-STOPPING = """
-import time
-from pathlib import Path
-def stop():
-    Path("{asked}").write_text(str(time.time()))
-    os.kill(os.getpid(), signal.SIGTERM)
-def stopping(module, name):
-    inner = getattr(module, name)
-    def function(*args, **options):
-        global count
-        count += 1
-        if count == {nth}: stop()
-        return inner(*args, **options)
-    setattr(module, name, function)
-"""
-STOPPED = [  # (part, nth call, line, newest checkpoint afterwards)
-    ("old logprobs", 2, 'stopping(train, "with_old_logprobs")', 2),
-    ("update", 2, 'stopping(train, "update")', 3),
-    ("checkpoint", 1, 'stopping(torch, "save")', 4),
-    ("evaluation", 6, 'stopping(rollout, "decode")', 4),
+STOPPED = [  # (part, line, newest checkpoint afterwards)
+    ("old logprobs", 'at(train, "with_old_logprobs", [2], stop)', 2),
+    ("update", 'at(train, "update", [2], stop)', 3),
+    ("checkpoint", 'at(torch, "save", [1], stop)', 4),
+    ("evaluation", 'at(rollout, "decode", [6], stop)', 4),
 ]
+FULL = 'lambda: fail(OSError(28, "No space left on device"))'
 
 
 def run_program(folder: Path, line: str, *arguments: str, mode: str = "disabled") -> tuple[int, str]:
     script = folder / "program.py"
-    script.write_text(PROGRAM.format(line=line))
+    script.write_text(PROGRAM.format(line=line, asked=folder / "asked"))
     quickly = [] if "--resume" in arguments else quick(folder / "out")
     process = Forked(str(script), *quickly, *arguments, WANDB_MODE=mode)
     output = process.communicate(timeout=300)[0]
@@ -141,10 +111,9 @@ def test_a_run_killed_three_times_and_started_again_is_the_same_run(finished, tm
 def test_a_run_stopped_in_any_part_of_a_step_ends_within_20_seconds_and_loses_at_most_that_step(finished, tmp_path):
     """SIGTERM in the old logprobs, an update, a checkpoint and an evaluation; rollouts are in test_train.py."""
     asked, folder = tmp_path / "asked", tmp_path / "out" / "stopped"
-    for what, nth, line, newest in STOPPED:
-        program = STOPPING.format(asked=asked, nth=nth) + line
+    for what, line, newest in STOPPED:
         settings = ["--resume", str(folder)] if what == "evaluation" else [*SMALL, "--run-name", "stopped"]
-        code, output = run_program(tmp_path, program, *settings)
+        code, output = run_program(tmp_path, line, *settings)
         assert code == 0 and "SIGTERM" in output and "Traceback" not in output, (what, output)
         assert time.time() - float(asked.read_text()) < 20, what
         assert max(path.name for path in folder.glob("checkpoint-*")) == f"checkpoint-{newest:06d}", what
@@ -198,19 +167,8 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path):
     assert "stopped after step 0" in output and not list(tmp_path.glob("early/checkpoint*"))
 
 
-FULL_DISK = """
-save = torch.save
-def full(record, path):
-    global count
-    count += 1
-    if count == 1: raise OSError(28, "No space left on device")
-    save(record, path)
-torch.save = full
-"""
-
-
 def test_with_a_full_disk_only_a_checkpoint_is_missing(finished, tmp_path):
-    code, output = run_program(tmp_path, FULL_DISK, *SMALL, "--run-name", "full")
+    code, output = run_program(tmp_path, f'at(torch, "save", [1], {FULL})', *SMALL, "--run-name", "full")
     assert code == 0, output
     assert "checkpoint not written, training goes on" in output and "No space left on device" in output
     assert [path.name for path in tmp_path.glob("out/full/checkpoint*")] == ["checkpoint-000004"]
@@ -218,7 +176,7 @@ def test_with_a_full_disk_only_a_checkpoint_is_missing(finished, tmp_path):
 
 
 def test_a_run_whose_last_checkpoint_is_not_written_ends_with_an_error(tmp_path):
-    always = FULL_DISK.replace("if count == 1: ", "")
+    always = f'at(torch, "save", range(99), {FULL})'
     code, output = run_program(tmp_path, always, *SMALL, "--steps", "2", "--run-name", "full")
     assert code == 1 and "train.py" not in output.split("program.py:")[0], output
     assert "the checkpoint of step 2 could not be written" in output and "Traceback" not in output, output
