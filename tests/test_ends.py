@@ -3,7 +3,7 @@
 import pytest
 
 from helpers import SMALL, Forked, metrics_of, quick, ranks, wandb_of
-from test_faults import PROGRAM
+from test_faults import program
 
 pytestmark = pytest.mark.slow
 
@@ -21,9 +21,8 @@ ENDS = {  # kind: (what happens in step 2, exit code, last step with a row, what
 def test_what_an_end_means(tmp_path, kind, processes):
     """The table of docs/interruptions.md, row by row: exit code, also in W&B, last row, sentence, the same command."""
     fault, code, last, sentence = ENDS[kind]
-    folder, script = tmp_path / "out" / "it", tmp_path / "program.py"
+    folder, script = tmp_path / "out" / "it", program(tmp_path, f'at(train, "learn", [2], {fault})')
     arguments = [*quick(tmp_path / "out"), *SMALL, "--steps", "3" if kind == "stopped" else "2", "--run-name", "it"]
-    script.write_text(PROGRAM.format(line=f'at(train, "learn", [2], {fault})', asked=tmp_path / "asked"))
     started = ranks(processes, str(script), *arguments, WANDB_MODE="offline")
     outputs = [process.communicate(timeout=200)[0] for process in started]
     assert started[0].returncode == code and sentence in outputs[0], outputs[0]

@@ -29,8 +29,9 @@ pytestmark = pytest.mark.slow
 
 # train.py with a few lines that cause a fault, such as `at(train, "update", [10], die)`.
 PROGRAM = """
-import os, signal, time
+import os, signal, sys, time
 import loss, rollout, torch, train
+from ce_gppo import parallel
 from ce_gppo.config import command
 count = 0
 def die():
@@ -64,11 +65,14 @@ STOPPED = [  # (part, line, newest checkpoint afterwards)
 FULL = 'lambda: fail(OSError(28, "No space left on device"))'
 
 
+def program(folder: Path, line: str) -> Path:
+    (script := folder / "program.py").write_text(PROGRAM.format(line=line, asked=folder / "asked"))
+    return script
+
+
 def run_program(folder: Path, line: str, *arguments: str, mode: str = "disabled") -> tuple[int, str]:
-    script = folder / "program.py"
-    script.write_text(PROGRAM.format(line=line, asked=folder / "asked"))
     quickly = [] if "--resume" in arguments else quick(folder / "out")
-    process = Forked(str(script), *quickly, *arguments, WANDB_MODE=mode)
+    process = Forked(str(program(folder, line)), *quickly, *arguments, WANDB_MODE=mode)
     output = process.communicate(timeout=300)[0]
     return process.returncode, output
 
