@@ -113,6 +113,7 @@ def test_a_rollout_has_the_responses_in_the_order_of_the_prompts(fake):
     assert found.rollout_logprobs.tolist() == [0, 0, 0, -1, -1] * 2 and engine.llm.llm_engine.aborted == []
     empty = engine.generate([], 2, **options)
     assert len(empty) == 0 and empty.tokens.dtype == empty.prompt_of.dtype == torch.long
+    assert decode(Letters(), [3, 20, 19]) == "3,19", "ids past the vocabulary are survived"
 
 
 @pytest.mark.parametrize("cuda, seeds", [(False, [None] * 3), (True, [100, 104, 108])])
@@ -281,10 +282,6 @@ def test_the_environment_of_vllm(cuda, level, monkeypatch):
     assert os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == bind and ("OMP_NUM_THREADS" in os.environ) == (not cuda)
 
 
-def test_ids_past_the_vocabulary_are_survived():
-    assert decode(Letters(), [3, 20, 19]) == "3,19"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The real vLLM
 
@@ -332,9 +329,8 @@ def test_responses_and_their_logprobs(engine, base, prompts, temperature):
     whole, tokenizer = again[0], base[1]
     assert whole.tokens.equal(again[1].tokens) and not whole.tokens.equal(again[2].tokens)
     assert gap(base[0], whole, temperature) < 1e-4 and set(whole.truncated.tolist()) == {True, False}
-    for response, text, cut in zip(
-        whole.tokens.split(whole.lengths.tolist()), whole.texts, whole.truncated, strict=True
-    ):
+    responses = whole.tokens.split(whole.lengths.tolist())
+    for response, text, cut in zip(responses, whole.texts, whole.truncated, strict=True):
         ends = [token in engine.stop_token_ids for token in response.tolist()]
         assert not any(ends[:-1]) and ends[-1] == (not cut) and (len(ends) == 12 or not cut)
         assert text == tokenizer.decode(response, skip_special_tokens=True) and "<|end|>" not in text
