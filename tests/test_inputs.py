@@ -76,11 +76,6 @@ def test_a_verifier_that_never_answers_is_refused_before_the_first_step(tmp_path
         reward.assign(f"{tmp_path}/mine.py:score", [Problem("", [1], "2", "sums")])
 
 
-@pytest.mark.parametrize("option, message", [("--recipe", "is unknown; known: "), ("--resume", "no config.json there")])
-def test_a_name_too_long_for_a_file_is_a_file_that_is_not_there(option, message):
-    refuses(message, config.parse, Config, [option, "x" * 300])
-
-
 @pytest.mark.parametrize(
     "value, message",
     [("x" * 300, "too long"), ("a\0b", "cannot be printed"), ("a\nb", "cannot be printed"), (" ", "blank")]
@@ -160,6 +155,8 @@ def test_what_is_no_settings_no_recipe_and_no_manifest(tmp_path, monkeypatch, de
         refuses("not TOML|steps = .* where int is needed", config.parse, Config, ["--recipe", "deep"])
     (tmp_path / "manifest.json").write_text(deep)
     assert checkpoint.damage(tmp_path)
+    for option, message in (("--recipe", "is unknown; known: "), ("--resume", "no config.json there")):
+        refuses(message, config.parse, Config, [option, "x" * 300])  # too long for a file's name
 
 
 def test_text_left_in_a_closed_pipe_does_not_change_the_exit_code(monkeypatch):
@@ -219,6 +216,8 @@ def test_doctor_names_what_a_gpu_lacks(monkeypatch, tmp_path):
     present.clear()
     cuda[0] = False
     assert doctor.check_gpu().startswith("none")
+    assert "GiB free" in doctor.check_out(tmp_path / "new" / "out")
+    refuses("cannot be made", doctor.check_out, tmp_path / "Python.h" / "out")
 
 
 def test_the_lock_for_gpus_refuses_a_build_for_cpus():
@@ -243,9 +242,3 @@ def test_a_gpu_that_the_policy_would_not_fit_beside_vllm(monkeypatch, share, ran
     with refused if most else contextlib.nullcontext():
         perf.check_memory(settings, model, "cuda")
     perf.check_memory(settings, model, "cpu")
-
-
-def test_doctor_finds_a_folder_of_runs_that_cannot_be(tmp_path):
-    (tmp_path / "file").touch()
-    assert "GiB free" in doctor.check_out(tmp_path / "new" / "out")
-    refuses("cannot be made", doctor.check_out, tmp_path / "file" / "out")
