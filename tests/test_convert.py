@@ -12,6 +12,7 @@ from ce_gppo.problems import load_rows
 from data import convert
 from helpers import refuses, run_here
 
+BRIEF = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1=?"}]
 AIME = r"Let $x$ be real. Find $\dfrac{x}{2}$, if $x = 3.5$."
 
 
@@ -38,18 +39,14 @@ def converted(*raw):
         ({"problem": "1+1=?", "level": "Level 1", "type": "Algebra", "solution": r"\boxed{1}, \boxed{\frac{4}{2}}"},
          "1+1=?", r"\frac{4}{2}"),
         ({"question": "Roots?", "final_answer": ["$1$", "$2$"], "answer": None}, "Roots?", "$1$, $2$"),
+        ({"prompt": BRIEF, "answer": "2"}, BRIEF, "2"),
         ({"prompt": "1+1=?", "solution": "two", "reward_model": {"ground_truth": "2"}}, "1+1=?", "2"),
     ],
 )  # fmt: skip
 def test_schemas(raw, problem, answer):
     rows, repeated, unanswered = converted(raw)
-    assert rows == [{"prompt": [{"role": "user", "content": problem}], "answer": answer, "source": "mine"}]
-    assert repeated == unanswered == 0
-
-
-def test_a_system_message_stays():
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1=?"}]
-    assert converted({"prompt": messages, "answer": "2"})[0][0]["prompt"] == messages
+    messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem}]
+    assert rows == [{"prompt": messages, "answer": answer, "source": "mine"}] and repeated == unanswered == 0
 
 
 def test_the_text_around_a_problem_of_dapo_is_removed():
