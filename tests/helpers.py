@@ -17,11 +17,13 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 import reward
 from ce_gppo import config
 from ce_gppo.batch import Rollout
+from ce_gppo.messages import UserError
 from data.base import make_model, make_tokenizer
 from train import Config
 
@@ -38,6 +40,12 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 def resolved(**settings) -> Config:
     """train.py's configuration, checked, with the values of the objective's paper filled in."""
     return config.resolve(Config(**settings))
+
+
+def refuses(message: str, function, *arguments, **options) -> None:
+    """The call ends with a UserError whose sentence has this pattern."""
+    with pytest.raises(UserError, match=message):
+        function(*arguments, **options)
 
 
 def score(responses: list[str], answers: list[str], *verifiers, **options) -> list[float]:
@@ -253,3 +261,15 @@ def naive_statistics(hidden, weight, targets, temperature, bias=0.0, scale=1.0, 
     H = -(p * log_p).sum(-1)
     S = (p**2 * (log_p + H[:, None])).sum(-1)
     return log_p.gather(1, targets[:, None])[:, 0], H, S
+
+
+def naive_outputs(model, rollout: Rollout, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logprobs, entropy) [N] in float64, by transformers' own attention, without packing: a pass for each response."""
+    model.set_attn_implementation("sdpa")
+    logits = []
+    for number, tokens in zip(rollout.prompt_of.tolist(), rollout.tokens.split(rollout.lengths.tolist()), strict=True):
+        prompt = rollout.prompts[number]
+        logits.append(model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1])
+    model.set_attn_implementation("packed")
+    log_p = torch.log_softmax(torch.cat(logits).double() / temperature, -1)  # [N, V]
+    return log_p.gather(1, rollout.tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)

@@ -15,9 +15,8 @@ CALM |= {"reward/group_solved_all": 0.2, "reward/group_solved_none": 0.2, "rollo
 def run(steps: int = 20, accuracies=(), last: int = 20, **changed: float) -> list[dict]:
     """The history of a run whose entropy falls from 1 to 0.5. changed: metrics of the last steps, `kl_approx=1`."""
     named = {name.replace("_", "/", 1): value for name, value in changed.items()}
-    rows = [{"step": 0}] + [
-        {"step": i, "entropy/mean": 1 - 0.5 * (i - 1) / (steps - 1), **CALM} for i in range(1, steps + 1)
-    ]
+    entropies = [1 - 0.5 * i / (steps - 1) for i in range(steps)]
+    rows = [{"step": 0}, *({"step": i, "entropy/mean": H, **CALM} for i, H in enumerate(entropies, start=1))]
     for row in rows[-last:]:
         row |= named
     for row, accuracy in zip(rows[:: max(1, steps // max(1, len(accuracies) - 1))], accuracies, strict=False):
@@ -51,30 +50,21 @@ def test_the_last_sentence_is_on_entropy_and_accuracy(accuracies, said):
 
 
 @pytest.mark.parametrize(
-    "below, above, pattern",
-    [  # metrics of the last ten steps; below the limit there is no fault
-        (
-            {"mismatch_kl": 9.9e-4},
-            {"mismatch_kl": 1.1e-3},
-            r"mismatch/kl 0\.0011 nats.: set rollout_correction to tis\.$",
-        ),
-        (
-            {"response_truncated": 0.099},
-            {"response_truncated": 0.11},
-            r"At the end 11% .* \(samples\.jsonl\), lower lr",
-        ),
-        ({"reward_group_solved_all": 0.69}, {"reward_group_solved_all": 0.71}, r"71% .* right answers, 20% .* harder"),
-        ({"reward_group_solved_none": 0.69}, {"reward_group_solved_none": 0.71}, r"20% .* answers, 71% .* easier"),
+    "name, limit, margin, pattern",
+    [
+        ("mismatch_kl", 1e-3, 1e-4, r"mismatch/kl 0\.0011 nats.: set rollout_correction to tis\.$"),
+        ("response_truncated", 0.1, 0.01, r"At the end 11% .* \(samples\.jsonl\), lower lr"),
+        ("reward_group_solved_all", 0.7, 0.01, r"71% .* right answers, 20% .* harder"),
+        ("reward_group_solved_none", 0.7, 0.01, r"20% .* answers, 71% .* easier"),
     ],
 )
-def test_the_mean_of_the_last_ten_steps_is_held_against_a_limit(below, above, pattern):
-    more = {"rollout_unused": 0.95}
-    assert faults(run(last=10, **below | more)) == faults(run(last=9, **above | more)) == []
-    (sentence,) = faults(run(last=10, **above | more))
-    assert re.search(pattern, sentence), sentence
-    (sentence,) = faults(run(steps=4, last=2, **above | more))  # of a short run, the second half
-    assert re.search(pattern, sentence), sentence
-    assert faults(run(steps=4, last=1, **above | more)) == []
+def test_the_mean_of_the_last_ten_steps_is_held_against_a_limit(name, limit, margin, pattern):
+    """Of a short run, that of its second half."""
+    below, above = ({name: value, "rollout_unused": 0.95} for value in (limit - margin, limit + margin))
+    assert faults(run(last=10, **below)) == faults(run(last=9, **above)) == faults(run(4, last=1, **above)) == []
+    for history in (run(last=10, **above), run(4, last=2, **above)):
+        (sentence,) = faults(history)
+        assert re.search(pattern, sentence), sentence
 
 
 @pytest.mark.parametrize(
@@ -129,13 +119,8 @@ def test_sentences_that_depend_on_other_settings():
 @pytest.mark.parametrize("objective", loss.OBJECTIVES)
 def test_the_settings_that_it_names_can_be_changed(objective):
     """Every `name (value)` is a setting with its value that the objective does not ignore."""
-    several = (
-        run(mismatch_kl=1, reward_group_solved_none=0.9),
-        run(kl_approx=1, response_truncated=1, last=10),
-        run(clip_low=-1),
-    )
-    for history in several:
-        config = resolved(objective=objective)
+    config, far = resolved(objective=objective), run(kl_approx=1, response_truncated=1, last=10)
+    for history in (run(mismatch_kl=1, reward_group_solved_none=0.9), far, run(clip_low=-1)):
         for sentence in log.advice(history, config):
             for name, told in re.findall(r"\b([a-z][a-z_0-9]+) \(([-+.e\d]+)\)", sentence):
                 value = getattr(config, name)

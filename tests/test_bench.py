@@ -17,7 +17,7 @@ import train
 from bench import common, contestants, gpu, scaling, update
 from ce_gppo import checkpoint, config, metrics, parallel, perf, policy
 from ce_gppo.messages import RunEnded, UserError
-from helpers import Forked, resolved, rollout_of, rows_of
+from helpers import Forked, refuses, resolved, rollout_of, rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -202,8 +202,7 @@ def test_gpu_continues_after_a_part_that_fails(monkeypatch, capsys):
             raise subprocess.TimeoutExpired(command, timeout)
         return types.SimpleNamespace(returncode=139 if "run" in command else 0)
 
-    with pytest.raises(UserError, match="tokens = 0"):
-        gpu.read(["--tokens", "0"])
+    refuses("tokens = 0", gpu.read, ["--tokens", "0"])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tokens", "64"])
     monkeypatch.setattr(gpu.subprocess, "run", run)
     with pytest.raises(RunEnded, match="failed: run, offload; "):

@@ -10,11 +10,10 @@ from scipy import stats
 
 import train
 from ce_gppo.checkpoint import State
-from ce_gppo.messages import UserError
 from ce_gppo.perf import Meter
 from ce_gppo.policy import Policy
 from ce_gppo.problems import Problem
-from helpers import Forked, quick, resolved, rollout_of
+from helpers import Forked, naive_outputs, quick, refuses, resolved, rollout_of
 from results import branch, draw
 from results.settings import SETTINGS
 
@@ -69,6 +68,9 @@ def test_settings_have_their_own_effects_from_a_state_that_does_not_change(step,
     rows = step.branch(COMPARED | {"again": COMPARED["grpo"]})
     assert len(before) > 30 and all(torch.equal(a, b) for a, b in zip(before, step.state(), strict=True))
     assert repr(given) == responses and rows["grpo"] == rows["again"]
+    small = step.branch({"small": replace(CONFIG, lr=1e-4)})["small"]
+    for tokens in ("rollout", "held_out"):  # the first order in the weights is exact for small steps
+        assert small[f"linear/{tokens}"] == pytest.approx(small[f"delta/{tokens}"], rel=0.1)
     for name in ("gppo", "grpo, bonus 0.003"):
         assert rows[name]["delta/rollout"] != rows["grpo"]["delta/rollout"]
         assert rows[name]["predicted/clip/low"] > 0 and "predicted/kl/approx" in rows[name]
@@ -78,15 +80,7 @@ def test_measurements_against_float64(step, given):
     """Entropy, logprobs and their parts, with the whole vocabulary in float64 and each sequence by itself."""
 
     def truth(rollout):
-        model = copy.deepcopy(step.policy.model).double()
-        model.set_attn_implementation("eager")
-        rows = []
-        for i, tokens in enumerate(rollout.tokens.split(rollout.lengths.tolist())):
-            prompt = rollout.prompts[rollout.prompt_of[i]]
-            log_p = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)  # [R, V]
-            own = log_p.gather(1, tokens[:, None])[:, 0]
-            rows.append(torch.stack([own, -(log_p.exp() * log_p).sum(-1)]))
-        return torch.cat(rows, 1).detach()  # [2, N]
+        return torch.stack(naive_outputs(copy.deepcopy(step.policy.model).double(), rollout)).detach()  # [2, N]
 
     row, (rollout, held_out) = step.branch({"grpo": CONFIG})["grpo"], given
     before, held_before = truth(rollout), truth(held_out)
@@ -101,12 +95,6 @@ def test_measurements_against_float64(step, given):
     for name, members in (("right", right), ("wrong", ~right)):
         assert row[f"logprob/{name}"] == pytest.approx(moved[members].mean().item(), abs=5e-6)
     assert row["kl/rollout"] == pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-4)
-
-
-def test_first_order_in_the_weights_is_exact_for_small_steps(step):
-    small = step.branch({"small": replace(CONFIG, lr=1e-4)})["small"]
-    for tokens in ("rollout", "held_out"):
-        assert small[f"linear/{tokens}"] == pytest.approx(small[f"delta/{tokens}"], rel=0.1)
 
 
 def test_rank_correlation_of_the_tokens_velocities(step, given):
@@ -171,8 +159,7 @@ def test_results_files(tmp_path):
     assert draw.read_branches(path) == []
     for line in (json.dumps({"seed": 0}), "{", "[]", json.dumps({"seed": 0, "step": 1, "setting": "grpo"})):
         path.write_text(json.dumps(row(0, 0, "grpo", 1.0)) + "\n" + line + "\n")
-        with pytest.raises(UserError, match=r"results.jsonl:2: not a row with seed, step, .*model.*; remove this line"):
-            draw.read_branches(path)
+        refuses(r"results.jsonl:2: not a row with seed, step, .*model.*; remove this line", draw.read_branches, path)
     twice = [row(0, 1, "grpo", 1.0), row(0, 1, "grpo", 2.0)]
     path.write_text("".join(json.dumps(r) + "\n" for r in twice))
     assert [r["delta/rollout"] for r in draw.read_branches(path)] == [2.0]
@@ -183,11 +170,9 @@ def test_a_start_without_a_whole_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, problem in mistakes:
         monkeypatch.setattr("sys.argv", ["branch.py", *arguments])
-        with pytest.raises(UserError, match=problem):
-            branch.main()
+        refuses(problem, branch.main)
     (tmp_path / "checkpoint-000004").mkdir()
-    with pytest.raises(UserError, match="checkpoint-000004: no whole checkpoint there"):
-        branch.start_of(str(tmp_path / "checkpoint-000004"))
+    refuses("checkpoint-000004: no whole checkpoint there", branch.start_of, str(tmp_path / "checkpoint-000004"))
 
 
 def test_stored_branches_give_the_stored_pages():

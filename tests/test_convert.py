@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ce_gppo.messages import UserError
 from ce_gppo.problems import load_rows
 from data import convert
-from helpers import run_here
+from helpers import refuses, run_here
 
+BRIEF = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1=?"}]
 AIME = r"Let $x$ be real. Find $\dfrac{x}{2}$, if $x = 3.5$."
 
 
@@ -39,18 +39,14 @@ def converted(*raw):
         ({"problem": "1+1=?", "level": "Level 1", "type": "Algebra", "solution": r"\boxed{1}, \boxed{\frac{4}{2}}"},
          "1+1=?", r"\frac{4}{2}"),
         ({"question": "Roots?", "final_answer": ["$1$", "$2$"], "answer": None}, "Roots?", "$1$, $2$"),
+        ({"prompt": BRIEF, "answer": "2"}, BRIEF, "2"),
         ({"prompt": "1+1=?", "solution": "two", "reward_model": {"ground_truth": "2"}}, "1+1=?", "2"),
     ],
 )  # fmt: skip
 def test_schemas(raw, problem, answer):
     rows, repeated, unanswered = converted(raw)
-    assert rows == [{"prompt": [{"role": "user", "content": problem}], "answer": answer, "source": "mine"}]
-    assert repeated == unanswered == 0
-
-
-def test_a_system_message_stays():
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1=?"}]
-    assert converted({"prompt": messages, "answer": "2"})[0][0]["prompt"] == messages
+    messages = problem if isinstance(problem, list) else [{"role": "user", "content": problem}]
+    assert rows == [{"prompt": messages, "answer": answer, "source": "mine"}] and repeated == unanswered == 0
 
 
 def test_the_text_around_a_problem_of_dapo_is_removed():
@@ -76,14 +72,12 @@ def test_repeated_problems_and_those_without_an_answer_are_counted():
     [
         ({"text": "1+1=?", "answer": "2"}, r"row 1: no problem found; .* \(its keys: text, answer\)"),
         ({"prompt": [{"role": "user"}], "answer": "2"}, "row 1: no problem found"),
-        ({"prompt": [3], "answer": "2"}, "row 1: no problem found"),
         ("1+1=?", "row 1: a str, where an object"),
         ({"problem": "1+1=?"}, "no row with an answer"),
     ],
 )
 def test_rows_that_cannot_be_read(raw, message):
-    with pytest.raises(UserError, match=f"here.*{message}"):
-        converted(raw)
+    refuses(f"here.*{message}", converted, raw)
 
 
 def test_file_formats(tmp_path):
@@ -100,7 +94,6 @@ def test_file_formats(tmp_path):
     "name, content, message",
     [
         ("a.csv", b"problem,answer", "must end in .parquet, .json or .jsonl"),
-        ("a.pkl", b"\x80\x04N.", "must end in .parquet, .json or .jsonl"),
         ("a.jsonl", b'{"problem": "1"}\n{"pro', "a.jsonl, line 2: not JSON"),
         ("a.parquet", b"PAR2", "a.parquet: not a readable parquet file"),
         ("missing.json", None, "missing.json: no such file"),
@@ -109,8 +102,7 @@ def test_file_formats(tmp_path):
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        list(convert.read_file(str(tmp_path / name)))
+    refuses(message, list, convert.read_file(str(tmp_path / name)))
 
 
 def test_training_problems_that_a_benchmark_has_are_dropped_and_counted(tmp_path):
@@ -118,11 +110,8 @@ def test_training_problems_that_a_benchmark_has_are_dropped_and_counted(tmp_path
     (tmp_path / "aime.json").write_text(json.dumps(verl(AIME, "1.75")))
     made = run_here(BENCHMARKS, "aime24", "--file", tmp_path / "aime.json", "--out", tmp_path / "benchmarks")
     assert made.returncode == 0
-    same = [
-        AIME,
-        r"let \(x\) be real; find \[\frac{x}{2}\,\] if   $x=3.5$",
-        AIME.upper().replace("DFRAC", "frac") + "\n",
-    ]
+    same = [AIME, AIME.upper().replace("DFRAC", "frac") + "\n"]
+    same += [r"let \(x\) be real; find \[\frac{x}{2}\,\] if   $x=3.5$"]
     other = [AIME.replace("3.5", "35"), AIME.replace("= 3", "= -3"), AIME.replace("2", "3"), "1+1=?", "1-1=?"]
     raw = [{"problem": problem, "answer": "1"} for problem in [*same, *other]]
     pq.write_table(pa.Table.from_pylist(raw), tmp_path / "mine.parquet")
@@ -173,7 +162,5 @@ def test_the_hub_is_read_at_the_pinned_commit(tmp_path, monkeypatch):
     args = convert.arguments("", {"set": source}, ["set"], tmp_path).parse_args([])
     rows = convert.prepare("set", {"set": source}, args)
     assert calls == [("some/set", "a", "test", source.revision), ("some/set", "b", "test", source.revision)]
-    assert [(row["prompt"][0]["content"], row["answer"], row["source"]) for row in rows] == [
-        ("a?", "7", "set"),
-        ("b?", "7", "set"),
-    ]
+    found = [(row["prompt"][0]["content"], row["answer"], row["source"]) for row in rows]
+    assert found == [("a?", "7", "set"), ("b?", "7", "set")]

@@ -3,26 +3,17 @@
 import pytest
 
 from helpers import SMALL, Forked, metrics_of, quick, ranks, wandb_of
-from test_faults import PROGRAM
+from test_faults import program
 
 pytestmark = pytest.mark.slow
 
-ENDS = {  # kind: (the fault in step 2, exit code, last step with a row, what is printed)
-    "finished": ("", 0, 2, ""),
-    "stopped": ("if state.step == 1: os.kill(os.getpid(), signal.SIGTERM)", 0, 2, "stopped after step 2; continue"),
-    "ended": ("train.run.MAX_SKIPPED_UPDATES = 5 - 6 * state.step", 1, 2, "updates in a row had no finite gradient"),
-    "failed": ("if state.step == 1: raise MemoryError('of rank 0')", 1, 1, "of rank 0"),
-    "refused": ("if state.step == 1: raise train.loss.UserError('a mistake')", 2, 1, "a mistake"),
+ENDS = {  # kind: (what happens in step 2, exit code, last step with a row, what is printed)
+    "finished": ("lambda: None", 0, 2, ""),
+    "stopped": ("stop", 0, 2, "stopped after step 2; continue"),
+    "ended": ('lambda: setattr(train.run, "MAX_SKIPPED_UPDATES", -1)', 1, 2, "updates in a row had no finite gradient"),
+    "failed": ("lambda: fail(MemoryError('of rank 0'))", 1, 1, "of rank 0"),
+    "refused": ("lambda: fail(train.messages.UserError('a mistake'))", 2, 1, "a mistake"),
 }
-ENDING = """
-learn = train.learn
-def ending(*args):
-    state = args[8]
-    {fault}
-    return learn(*args)
-train.learn = ending
-train.loss.UserError = __import__("ce_gppo.messages").messages.UserError
-"""
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -30,9 +21,8 @@ train.loss.UserError = __import__("ce_gppo.messages").messages.UserError
 def test_what_an_end_means(tmp_path, kind, processes):
     """The table of docs/interruptions.md, row by row: exit code, also in W&B, last row, sentence, the same command."""
     fault, code, last, sentence = ENDS[kind]
-    folder, script = tmp_path / "out" / "it", tmp_path / "program.py"
+    folder, script = tmp_path / "out" / "it", program(tmp_path, f'at(train, "learn", [2], {fault})')
     arguments = [*quick(tmp_path / "out"), *SMALL, "--steps", "3" if kind == "stopped" else "2", "--run-name", "it"]
-    script.write_text(PROGRAM.format(line=ENDING.format(fault=fault or "pass")))
     started = ranks(processes, str(script), *arguments, WANDB_MODE="offline")
     outputs = [process.communicate(timeout=200)[0] for process in started]
     assert started[0].returncode == code and sentence in outputs[0], outputs[0]

@@ -12,10 +12,9 @@ import torch
 
 from ce_gppo import evaluation
 from ce_gppo.batch import Rollout
-from ce_gppo.messages import UserError
 from ce_gppo.problems import Problem
 from ce_gppo.ranges import check_ranges
-from helpers import BASE, rollout_of, score
+from helpers import BASE, refuses, rollout_of, score
 from tools import evaluate, tables
 
 
@@ -90,13 +89,9 @@ def rows_in(name: str) -> list[dict]:
     "answers, truth, right",
     [
         (["4", "4", "3"], "4", True),
-        (["3", "3", "4"], "4", False),
         (["3", "4"], "4", False),  # a tie: first seen
-        (["4", "3"], "4", True),
         ([None, None, None, "4"], "4", True),  # responses without a box do not vote
-        ([None, None], "4", False),
         (["3", "6/2", "4", "4", "3.0"], "4", False),  # three spellings of 3, three votes for 3
-        (["3", "5", "6", "4", "4"], "4", True),
         (["4", "8/2", "3", "3", "12/3"], "4", True),
         ([r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}", "1"], "1", False),  # only math-verify finds them equal
         (["(1,2)", "(2,1)", "(1,2)", r"\{1,2\}"], r"\{1,2\}", False),
@@ -123,7 +118,16 @@ def test_the_table(capsys):
     tables.print_table(rows, 3)
     header, test, other, average = capsys.readouterr().out.splitlines()
     assert header.split() == [
-        *("benchmark", "problems", "avg@3", "95", "%", "interval", "pass@3", "majority@3", "tokens", "truncated")
+        "benchmark",
+        "problems",
+        "avg@3",
+        "95",
+        "%",
+        "interval",
+        "pass@3",
+        "majority@3",
+        "tokens",
+        "truncated",
     ]
     low, high = tables.bootstrap([2 / 3, 1 / 3, 0, 1])
     assert test.split() == f"test 4 0.5000 {low:.4f} - {high:.4f} 0.7500 0.5000 11.0 0.3333".split()
@@ -178,10 +182,8 @@ def test_another_verifier_gives_other_verdicts_and_belongs_to_the_settings(fake,
     for r in rows_in("own.jsonl"):
         assert r["correct"] is (r["extracted"] == ("3" if r["source"] == "amc23" else "4"))
     mine.write_text(mine.read_text() + "\n")
-    with pytest.raises(UserError, match="made with other settings .data: "):
-        fake(rewards=f"amc23={mine}:score", out="own.jsonl")
-    with pytest.raises(UserError, match="no problem has the source 'aime'; the data's: aime24, amc23"):
-        fake(rewards="aime=exact", out="own.jsonl")
+    refuses("made with other settings .data: ", fake, rewards=f"amc23={mine}:score", out="own.jsonl")
+    refuses("no problem has the source 'aime'; the data's: aime24, amc23", fake, rewards="aime=exact", out="own.jsonl")
 
 
 def test_an_evaluation_that_another_rank_gave_up_has_no_metrics():
@@ -210,46 +212,34 @@ def test_a_file_of_other_settings_is_not_touched(fake, tiny_model, tiny_folder, 
     before = Path("a.jsonl").read_bytes()
     for settings in ({"k": 2}, {"temperature": 1.0}, {"thinking": True}, {"bench": "aime24"}, {"prompt_suffix": "!"}):
         name = "data" if "bench" in settings else next(iter(settings))
-        with pytest.raises(UserError, match=rf"a\.jsonl was made with other settings \(.*{name}.*--out"):
-            fake(out="a.jsonl", **settings)
+        refuses(rf"a\.jsonl was made with other settings \(.*{name}.*--out", fake, out="a.jsonl", **settings)
     with torch.no_grad():
         tiny_model.model.norm.weight += 1
     tiny_model.save_pretrained(tiny_folder)
-    with pytest.raises(UserError, match="weights"):
-        fake(out="a.jsonl")
+    refuses("weights", fake, out="a.jsonl")
     assert Path("a.jsonl").read_bytes() == before
     Path("notes.jsonl").write_text('{"mine": 1}\n')
-    with pytest.raises(UserError, match=r"notes\.jsonl: not a result file"):
-        fake(out="notes.jsonl")
+    refuses(r"notes\.jsonl: not a result file", fake, out="notes.jsonl")
     assert Path("notes.jsonl").read_text() == '{"mine": 1}\n'
 
 
 def test_benchmarks_that_are_not_there(fake):
     Path("data/benchmarks/prepare.py").touch()
-    with pytest.raises(UserError, match=r"hmmt25\.jsonl: no such file; make it with .*data\.benchmarks\.prepare"):
-        fake(bench="aime24,hmmt25")
-    with pytest.raises(UserError, match=r"mine\.jsonl: no such file"):
-        fake(bench="mine.jsonl")
+    refuses(r"hmmt25\.jsonl: no such file; make it with .*data\.benchmarks\.prepare", fake, bench="aime24,hmmt25")
+    refuses(r"mine\.jsonl: no such file", fake, bench="mine.jsonl")
 
 
 def test_settings_out_of_range():
-    for name, value in (
-        ("k", 0),
-        ("temperature", 0.005),
-        ("top_p", 0.0),
-        ("max_response_tokens", 0),
-        ("write_every", 0),
-    ):
-        with pytest.raises(UserError, match=f"{name} = {value}"):
-            check_ranges(evaluate.Config(**{name: value}))
+    for name in ("k", "temperature", "top_p", "max_response_tokens", "write_every"):
+        value = 0.005 if name == "temperature" else 0
+        refuses(f"{name} = {value}", check_ranges, evaluate.Config(**{name: value}))
 
 
 def test_one_evaluation_writes_a_file_at_a_time(fake):
     fake(out="a.jsonl")
     with open("a.jsonl") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"a\.jsonl: another evaluation is writing it"):
-            fake(out="a.jsonl")
+        refuses(r"a\.jsonl: another evaluation is writing it", fake, out="a.jsonl")
     fake(out="a.jsonl")
 
 
@@ -271,22 +261,17 @@ def test_compare(tmp_path, capsys):
     assert header.split()[-2:] == ["gained", "lost"]
     low, high = tables.bootstrap([0, 1, -0.5, 0])
     assert test.split() == f"test 4 0.6250 0.7500 +0.1250 {low:+.4f} - {high:+.4f} 1 1".split()
-    assert [line.split() for line in changed] == [
-        ["test", "0.000", "->", "1.000", "test", "1?"],
-        ["test", "1.000", "->", "0.500", "test", "2?"],
-    ]
+    found = [" ".join(line.split()) for line in changed]
+    assert found == ["test 0.000 -> 1.000 test 1?", "test 1.000 -> 0.500 test 2?"]
 
 
 def test_files_that_cannot_be_compared(tmp_path):
     a = results(tmp_path / "a.jsonl", {0: ["4"], 1: ["3"]}, 2)
     b = results(tmp_path / "b.jsonl", {0: ["4"], 2: ["3"]}, 2)
-    with pytest.raises(UserError, match="have different problems, 2 in only one of them, such as 'test 1"):
-        tables.compare(a, b)
+    refuses("have different problems, 2 in only one of them, such as 'test 1", tables.compare, a, b)
     unfinished = results(tmp_path / "c.jsonl", {0: ["4"]}, 2)
-    with pytest.raises(UserError, match=r"c\.jsonl: not finished"):
-        tables.compare(a, unfinished)
-    with pytest.raises(UserError, match=r"d\.jsonl: no such file"):
-        tables.compare(a, str(tmp_path / "d.jsonl"))
+    refuses(r"c\.jsonl: not finished", tables.compare, a, unfinished)
+    refuses(r"d\.jsonl: no such file", tables.compare, a, str(tmp_path / "d.jsonl"))
 
 
 @pytest.mark.slow

@@ -71,9 +71,9 @@ def test_the_head_on_a_gpu_matches_naive_float64(width, temperature):
     assert -0.02 < logprobs[0] < -0.0002
     ((logprobs * to_logprobs).sum() + (H * to_entropy).sum()).backward()
     found = head_like_gpu(hidden, weight, targets, temperature, width, to_logprobs, to_entropy)
-    for ours, expected in zip(found[:3], (logprobs, H, S), strict=True):
-        torch.testing.assert_close(ours.double(), expected.detach(), atol=1e-5, rtol=1e-5)
-    for ours, expected in zip(found[3:], (h.grad, w.grad), strict=True):  # the products of backward are in bfloat16
+    values = torch.stack([logprobs, H, S]).detach()
+    torch.testing.assert_close(torch.stack(found[:3]).double(), values, atol=1e-5, rtol=1e-5)
+    for ours, expected in zip(found[3:], (h.grad, w.grad), strict=True):  # backward's products are in bfloat16
         torch.testing.assert_close(ours.double(), expected, atol=0.02 * expected.abs().max().item(), rtol=0)
     sure = head_like_gpu(hidden[:1], weight, targets[:1], temperature, width, to_logprobs[:1], None)[3].double()
     logprob = naive_statistics(h[:1], w, targets[:1], temperature)[0]
@@ -262,20 +262,19 @@ def test_layers_of_two_kinds_stay_compiled(tmp_path, one_process, recwarn):
     assert not [str(w.message) for w in recwarn if "view tensor" in str(w.message)], "FSDP2 could lose its hooks"
 
 
-@pytest.mark.parametrize("ranks, responses", [(2, 80), (8, 128), (64, 512)])
-def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses):
+@pytest.mark.parametrize("ranks, responses", [(2, 80), (64, 512)])
+@pytest.mark.parametrize("prompt, most", [(200, 1.025), (4000, 1.37)])
+def test_ranks_have_nearly_the_same_number_of_tokens(ranks, responses, prompt, most):
     """Long-tailed lengths: at most 2.5 % above an even load, or with long prompts, in many parts, 37 %."""
     groups = [i // 8 for i in range(responses)]
-    for seed, prompt in itertools.product(range(20), (200, 4000)):
+    for seed in range(20):
         normal = torch.randn(responses, generator=torch.Generator().manual_seed(seed))
         lengths = ((0.8 * normal).exp() * 4000).clamp(1, 16384).long().tolist()
-        owners, loads = parallel.deal(groups, [prompt + length for length in lengths], lengths, ranks), [0] * ranks
+        owners = parallel.deal(groups, [prompt + length for length in lengths], lengths, ranks)
+        loads = torch.zeros(ranks).index_add(0, torch.tensor(owners), torch.tensor(lengths).float())
         for rank, _ in {*zip(owners, groups, strict=True)}:
             loads[rank] += prompt
-        for rank, length in zip(owners, lengths, strict=True):
-            loads[rank] += length
-        even = (sum(lengths) + prompt * responses / 8) / ranks
-        assert max(loads) <= (1.025 if prompt == 200 else 1.37) * even, "dealt one by one they would be at up to 1.67"
+        assert loads.max() <= most * loads.new_tensor(sum(lengths) + prompt * responses / 8) / ranks, "one by one 1.67"
 
 
 def test_offload_in_one_process_changes_nothing_but_memory(tmp_path, tokenizer, one_process):

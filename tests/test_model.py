@@ -297,7 +297,6 @@ def test_only_the_layers_are_compiled(tiny_model, monkeypatch):
 
 
 def test_the_reference_is_the_base_policy_if_it_is_needed(tiny_model, tiny_folder, monkeypatch):
-    assert load_reference(resolved(model="no/such/model"), "cpu") is None
     sharded = []
     monkeypatch.setattr(parallel, "distribute", lambda policy, *options: sharded.append(options) or policy)
     load_reference(resolved(model=str(tiny_folder), kl_coef=0.1, shard="offload"), "cpu")

@@ -16,7 +16,7 @@ from ce_gppo import policy as P
 from ce_gppo.messages import UserError
 from ce_gppo.model import load_model, load_reference
 from ce_gppo.policy import Policy, token_statistics
-from helpers import naive_statistics, resolved, rollout_of
+from helpers import naive_outputs, naive_statistics, resolved, rollout_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rollouts and their parts
@@ -260,10 +260,8 @@ def test_on_a_gpu_each_function_is_compiled_once(monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: made.append((function, dynamic)) or object())
     for function in (P._fold, P._grad_logits):
-        assert (
-            len({id(P._on_device(function, True)) for _ in range(50)}) == 1
-            and P._on_device(function, False) is function
-        )
+        assert len({id(P._on_device(function, True)) for _ in range(50)}) == 1
+        assert P._on_device(function, False) is function
     P._on_device.cache_clear()
     assert made == [(P._fold, True), (P._grad_logits, True)]
 
@@ -300,22 +298,6 @@ def test_head_never_allocates_tokens_by_vocabulary():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The policy
-
-
-def naive_logits(model, part: B.Rollout) -> torch.Tensor:
-    """[N, V], one response at a time, by transformers with its own attention."""
-    model.set_attn_implementation("sdpa")
-    logits = []
-    for row in records(part):
-        ids = torch.tensor([row["prompt"] + row["tokens"]])
-        logits.append(model(input_ids=ids).logits[0, len(row["prompt"]) - 1 : -1])
-    model.set_attn_implementation("packed")
-    return torch.cat(logits)
-
-
-def naive_outputs(model, part: B.Rollout, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    log_p = torch.log_softmax(naive_logits(model, part).double() / temperature, -1)
-    return log_p.gather(1, part.tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
 def test_forward_matches_transformers_on_single_sequences(tiny_model):
@@ -406,9 +388,8 @@ def update_gradient(model, batch: B.Rollout, **changes) -> tuple[torch.Tensor, f
 )
 def test_the_gradient_is_that_of_the_loss_over_whole_logits(tiny_model, changes, aggregation):
     """By the real update, in one micro-batch and in many; by autograd over transformers' logits."""
-    batch = B.append(
-        rollout_of([(4, i + 1) for i in range(6)]), rollout_of([(6, n) for n in (3, 9, 1, 5)], 1, shared=True)
-    )
+    shared = rollout_of([(6, n) for n in (3, 9, 1, 5)], 1, shared=True)
+    batch = B.append(rollout_of([(4, i + 1) for i in range(6)]), shared)
     g, N = torch.Generator().manual_seed(1), len(batch.tokens)
     old = naive_outputs(tiny_model, batch)[0].detach().float() + 0.6 * torch.randn(N, generator=g)
     gaps = torch.randn(2, N, generator=g)

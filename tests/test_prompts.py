@@ -27,14 +27,15 @@ from ce_gppo.problems import (
     problems_of_batch,
     seed_of_step,
 )
-from helpers import resolved, rollout_of
+from helpers import refuses, resolved, rollout_of
 
 GOOD = {"prompt": [{"role": "user", "content": "1+2=?"}], "answer": "3", "source": "test"}
 
 
-def test_rows_come_back_in_order(write_rows):
-    path = write_rows(GOOD, "", GOOD | {"answer": "4"})
-    assert [row["answer"] for row in load_rows(path)] == ["3", "4"]
+def test_rows_of_several_files_come_back_in_order(write_rows, tokenizer):
+    paths = [write_rows(GOOD, name="a.jsonl"), write_rows(GOOD | {"answer": "4"}, "", GOOD, name="b.jsonl")]
+    problems, dropped = load_problems(",".join(paths), tokenizer, 64)
+    assert [problem.answer for problem in problems] == ["3", "4", "3"] and dropped == 0
 
 
 @pytest.mark.parametrize(
@@ -44,23 +45,16 @@ def test_rows_come_back_in_order(write_rows):
         ("[1, 2]", "a list, where an object"),
         ({"prompt": GOOD["prompt"], "source": "test"}, "the key 'answer' is missing"),
         (GOOD | {"answer": 3}, "'answer' is 3, where a string"),
-        (GOOD | {"source": None}, "'source' is null, where a string"),
         (GOOD | {"prompt": "1+2=?"}, "'prompt' is not a list of messages"),
-        (GOOD | {"prompt": []}, "'prompt' is not a list of messages"),
         (GOOD | {"prompt": [{"role": "user"}]}, "lacks a string for 'role' or 'content'"),
         (GOOD | {"answer": " "}, "'answer' is empty"),
         ('{"prompt": [], "answer": "3", "answer": "4"}', "the key 'answer' is there twice"),
         (GOOD | {"prompt": [{"role": "user", "content": "\n"}]}, "the last message of 'prompt' is empty"),
-        (
-            GOOD | {"prompt": [*GOOD["prompt"], {"role": "assistant", "content": "3"}]},
-            "the last message of 'prompt' is the assistant's",
-        ),
         (GOOD | {"prompt": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         (GOOD | {"prompt": [{"role": "\ud800", "content": "x"}]}, "half of a surrogate pair"),
         (GOOD | {"answer": "\ud800"}, "half of a surrogate pair"),
         (GOOD | {"tools": [{"name": "python"}]}, "it has 'tools', which is not read"),
         (GOOD | {"source": ""}, "it must be printable"),
-        (GOOD | {"source": "a\nb"}, "it must be printable"),
         (GOOD | {"source": "a,b"}, "without a comma"),
         (GOOD | {"source": "sums "}, "without a comma or spaces around it"),
         (GOOD | {"source": "s" * 101}, "at most 100 characters"),
@@ -87,8 +81,7 @@ def test_missing_and_empty_files(write_rows, tmp_path):
         (tmp_path / "data" / "math").mkdir(parents=True)
         (tmp_path / "data" / "math" / "prepare.py").touch()
         load_rows(str(tmp_path / "data" / "math" / "klear.jsonl"))
-    with pytest.raises(UserError, match=r"no rows"):
-        load_rows(write_rows())
+    refuses(r"no rows", load_rows, write_rows())
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted(write_rows, tokenizer):
@@ -150,12 +143,6 @@ def test_a_text_with_a_control_token_is_refused(tokenizer, write_rows, role, tex
         load_problems(write_rows(GOOD, row), tokenizer, 64)
 
 
-def test_several_files_are_one(write_rows, tokenizer):
-    paths = [write_rows(GOOD, name="a.jsonl"), write_rows(GOOD | {"answer": "4"}, GOOD, name="b.jsonl")]
-    problems, dropped = load_problems(",".join(paths), tokenizer, 64)
-    assert [problem.answer for problem in problems] == ["3", "4", "3"] and dropped == 0
-
-
 def test_system_prompt_and_suffix(write_rows, tokenizer):
     own = GOOD | {"prompt": [{"role": "system", "content": "Hm."}, *GOOD["prompt"]]}
     path = write_rows(GOOD, own)
@@ -177,8 +164,7 @@ def test_tokens_that_the_model_lacks_or_that_hide_what_a_verifier_looks_for(toke
     by_exact = [replace(problems[0], verifier="exact")]
     check_tokens(problems + by_exact, 11, tokenizer, True, reward.MARKS)
     check_tokens(problems, 11, hiding, False, reward.MARKS)
-    with pytest.raises(UserError, match="has the token 10, and the model only has 10"):
-        check_tokens(problems, 10, tokenizer, False, reward.MARKS)
+    refuses("has the token 10, and the model only has 10", check_tokens, problems, 10, tokenizer, False, reward.MARKS)
     with pytest.raises(UserError, match="thinking: the tokenizer drops </think> as a special token"):
         check_tokens(problems, 11, hiding, True, reward.MARKS)
     with pytest.raises(UserError, match="exact: the tokenizer drops <answer> as a special token"):
@@ -223,8 +209,7 @@ def test_held_out_problems_that_are_trained_on_and_problems_with_two_answers_are
     limits.max_position_embeddings = 128
     sets(path, max_response_tokens=64)
     for setting in ("max_response_tokens", "eval_response_tokens"):
-        with pytest.raises(UserError, match=f"max_prompt_tokens . {setting} = 129 is beyond the .* context of 128"):
-            sets(path, **{setting: 65})
+        refuses(f"max_prompt_tokens . {setting} = 129 is beyond the .* context of 128", sets, path, **{setting: 65})
 
 
 @pytest.mark.parametrize("count", [3, 7, 20])

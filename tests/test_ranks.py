@@ -16,6 +16,7 @@ from ce_gppo.entropy import QUADRANTS
 from ce_gppo.metrics import Sums, Update
 from ce_gppo.model import load_model
 from helpers import by_ranks, metrics_of, outputs_of, quick, ranks, rollout_of, run, torchrun, without_timings
+from test_faults import program
 
 pytestmark = pytest.mark.slow
 
@@ -165,21 +166,9 @@ def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path, request):
         if not left.exists():
             left.touch()
             request.addfinalizer(left.unlink)
-    script = tmp_path / "stops.py"
-    script.write_text(
-        "import os, signal\n"
-        "import rollout, train\nfrom ce_gppo import parallel\nfrom ce_gppo.config import command\n"
-        "calls, generate = 0, rollout.Engine.generate\n"
-        "def stopping(engine, *args, **options):\n"
-        "    global calls\n"
-        "    calls += 1\n"
-        "    if calls == 4 and parallel.rank() == 0:\n"  # after the check, the first evaluation and rollout
-        "        inner = engine.llm.llm_engine.step\n"
-        "        engine.llm.llm_engine.step = lambda: (os.kill(os.getpid(), signal.SIGTERM), inner())[1]\n"
-        "    return generate(engine, *args, **options)\n"
-        "rollout.Engine.generate = stopping\n"
-        "command(train.main)\n"
-    )
+    # In the loop of the fourth call, after those of the check, the first evaluation and rollout.
+    asked = "lambda: parallel.rank() or at(sys.modules['vllm.v1.engine.llm_engine'].LLMEngine, 'step', [1], stop)"
+    script = program(tmp_path, f'at(rollout.Engine, "generate", [4], {asked})')
     arguments = [*quick(tmp_path), *SMALL, "--run-name", "tp", "--rollout-tp", "2"]
     output = outputs_of(ranks(2, str(script), *arguments), timeout=100)
     assert "stopped after step 1" in output, output
@@ -188,16 +177,8 @@ def test_a_stop_that_reaches_one_rank_of_an_engine_ends_both(tmp_path, request):
 
 
 def test_a_rank_that_fails_ends_all_ranks_with_its_message(tmp_path):
-    script = tmp_path / "fails.py"
-    script.write_text(
-        "import train\nfrom ce_gppo import metrics, parallel\nfrom ce_gppo.config import command\n"
-        "measured_sums = metrics.measured_sums\n"
-        "def fail(parts):\n"
-        "    if parallel.rank() == 1: raise RuntimeError('the disk of rank 1 is on fire')\n"
-        "    return measured_sums(parts)\n"
-        "metrics.measured_sums = fail\n"
-        "command(train.main)\n"
-    )
+    fault = "lambda: parallel.rank() == 1 and fail(RuntimeError('the disk of rank 1 is on fire'))"
+    script = program(tmp_path, f'at(train.metrics, "measured_sums", [1], {fault})')
     process = torchrun(2, str(script), *quick(tmp_path), *SMALL)
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and "the disk of rank 1 is on fire" in output, output

@@ -1,5 +1,6 @@
 """Published settings: read, checked, and run for two steps with model, lengths and counts scaled down."""
 
+import itertools
 import json
 import re
 
@@ -9,8 +10,7 @@ import train
 from bench import scaling
 from ce_gppo import config as settings
 from ce_gppo.entropy import betas_of_step
-from ce_gppo.messages import UserError
-from helpers import ROOT, Forked, quick, run_here
+from helpers import ROOT, Forked, metrics_of, quick, refuses, run_here
 
 PAPER = {  # arXiv 2509.20712, Table 1, section 4.1 and appendix A.1: objective, beta1, eps_high, average
     "r1-distill-1.5b": ("ce_gppo", 0.5, 0.2, 54.9),
@@ -48,16 +48,37 @@ def recipe(tmp_path, monkeypatch):
     return (tmp_path / "mine.toml").write_text
 
 
-def test_every_recipe_is_known():
-    others = {ONE_GPU, "walk", "countdown"}
-    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == PAPER.keys() | FIGURES.keys() | others
+def test_every_recipe_is_known_and_its_values_have_sources():
+    known = PAPER.keys() | FIGURES.keys() | {ONE_GPU}
+    assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == known | {"walk", "countdown"}
+    for path in [ROOT / "recipes" / f"{name}.toml" for name in known]:
+        for line in path.read_text().splitlines():
+            if re.match(r"(?!objective|extends|beta2 = .None)\w+ = ", line):
+                assert "  # " in line, f"no source: {path}: {line}"
 
 
-def test_the_recipe_for_one_gpu_differs_only_in_settings_of_memory():
-    whole, one = (settings.read_recipe(train.Config, name) for name in ("r1-distill-7b", ONE_GPU))
-    assert whole.keys() == one.keys() and one["shard"] == "offload"
-    machine = {"shard", "gpu_memory_utilization", "max_micro_batch_tokens"}
-    assert {name for name in whole if whole[name] != one[name]} == machine
+def differences(one: str, other: str) -> set[str]:
+    """The settings in which two recipes differ."""
+    ours, others = (settings.read_recipe(train.Config, name) for name in (one, other))
+    return {name for name in ours.keys() | others.keys() if ours.get(name) != others.get(name)}
+
+
+def test_recipes_differ_only_in_what_they_compare():
+    """And the one for one GPU in settings of memory."""
+    memory = {"shard", "gpu_memory_utilization", "max_micro_batch_tokens"}
+    assert differences("r1-distill-7b", ONE_GPU) == memory and parse(["--recipe", ONE_GPU]).shard == "offload"
+    compared = {"objective", "beta1", "beta2", "eps_high"}
+    for size, kind in itertools.product(("1.5b", "7b"), ("grpo", "dapo")):
+        assert differences(f"r1-distill-{size}", f"r1-distill-{size}-{kind}") <= compared
+    page = (ROOT / "docs" / "paper.md").read_text()
+    for name, values in FIGURES.items():
+        config = parse(["--recipe", name])
+        assert re.search(rf"\b{re.escape(name)}[ ;]", page), name
+        assert (config.objective, (config.beta1, config.beta2), config.steps) == values
+        base = "r1-distill-7b" if "7B" in config.model else "r1-distill-1.5b"
+        assert differences(base, name) <= compared | {"steps", "beta_schedule"}, name
+    switched = parse(["--recipe", "figure6"])
+    assert [betas_of_step(switched, step, 0.5) for step in (1, 584, 585, 1000)] == [(0, 1)] * 2 + [(0.5, 1)] * 2
 
 
 @pytest.mark.parametrize("words, value", [([], "no"), (["--shard"], "yes"), (["--shard", "offload"], "offload")])
@@ -82,30 +103,6 @@ def test_published_settings(name):
     text = (ROOT / "recipes" / f"{name}.toml").read_text()
     scores = re.search(r"# Expect: AIME24 (.+), AIME25 (.+), HMMT25 (.+), MATH500 (.+), AMC23 (\S+) ", text).groups()
     assert sum(map(float, scores)) / 5 == pytest.approx(average, abs=0.06) and f"on average {average}, from" in text
-    for path in [ROOT / "recipes" / f"{name}.toml" for name in (*PAPER, *FIGURES, ONE_GPU)]:
-        for line in path.read_text().splitlines():
-            if re.match(r"(?!objective|extends|beta2 = .None)\w+ = ", line):
-                assert "  # " in line, f"no source: {path}: {line}"
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_differs_only_in_the_settings_that_it_compares(name):
-    config = parse(["--recipe", name])
-    assert (config.objective, (config.beta1, config.beta2), config.steps) == FIGURES[name]
-    base = settings.read_recipe(train.Config, "r1-distill-7b" if "7B" in config.model else "r1-distill-1.5b")
-    own = settings.read_recipe(train.Config, name)
-    different = {key for key in base.keys() | own.keys() if base.get(key) != own.get(key)}
-    assert different <= {"objective", "beta1", "beta2", "eps_high", "steps", "beta_schedule"}
-
-
-def test_figure_6_is_a_switch():
-    config = parse(["--recipe", "figure6"])
-    assert [betas_of_step(config, step, 0.5) for step in (1, 300, 584, 585, 1000)] == [(0, 1)] * 3 + [(0.5, 1)] * 2
-
-
-def test_the_page_of_the_paper_names_every_figure():
-    page = (ROOT / "docs" / "paper.md").read_text()
-    assert not [name for name in FIGURES if not re.search(rf"\b{re.escape(name)}[ ;]", page)]
 
 
 def test_gpu_memory_utilization_is_the_share_that_the_policy_leaves():
@@ -114,15 +111,6 @@ def test_gpu_memory_utilization_is_the_share_that_the_policy_leaves():
         if row["gpus"] == 8 or row["recipe"] == ONE_GPU:
             left = row["memory_gib"]["utilization"]
             assert left - 0.051 <= parse(["--recipe", row["recipe"]]).gpu_memory_utilization <= left
-
-
-def test_a_baseline_differs_only_in_its_objective():
-    for size in ("1.5b", "7b"):
-        names = [f"r1-distill-{size}{kind}" for kind in ("", "-grpo", "-dapo")]
-        ours, *baselines = (settings.read_recipe(train.Config, name) for name in names)
-        for baseline in baselines:
-            different = {name for name in ours.keys() | baseline.keys() if ours.get(name) != baseline.get(name)}
-            assert different <= {"objective", "beta1", "beta2", "eps_high"}
 
 
 def test_the_command_line_wins(recipe):
@@ -148,23 +136,16 @@ def test_a_recipe_extends_another(recipe, tmp_path):
         ('extends = "his"', r"mine\.toml: extends = 'his' is unknown; known: mine, yours"),
         ('extends = "mine"', r"mine\.toml: extends = 'mine' goes round in a circle: mine, mine"),
         ('extends = ["yours"]', r"mine\.toml: extends = \['yours'\], where the name of a recipe is needed"),
-        ("beta_schedule = 5", r"beta_schedule = 5, where str is needed"),
-        *(
-            (f'beta_schedule = "{value}"', rf"'{value}' is no point")
-            for value in ("5", "5:0.5", "5:0.5,1.2.3", "5:0.5,-1")
-        ),
+        ('beta_schedule = "5:0.5"', "'5:0.5' is no point"),
         ('beta_schedule = "5:0.5,1.5"', r"the betas in '5:0\.5,1\.5' must be at least 0 and at most 1"),
-        ('beta_schedule = "1:0.5,1"', "step 1 in '1:0.5,1' must be above 1"),
         ('beta_schedule = "9:0.5,1 9:0,1"', "step 9 in '9:0,1' must be above 1 and the step before it"),
         ('objective = "grpo"\nbeta_schedule = "9:0,1"', r"beta_schedule = 9:0,1: objective grpo ignores it"),
         ('entropy_target = 0.1\nbeta_schedule = "9:0,1"', r"cannot go with beta_schedule"),
         ("learning_rate = 1", r"mine\.toml: unknown settings learning_rate; known: .*\blr\b"),
         ('resume = "out/x"', r"unknown settings resume"),
         *((f"steps = {value}", r"where int is needed") for value in ('"None"', "1.5", "true")),
-        *(
-            (f"{name} = {value}", f"{name} = .*, where float is needed")
-            for name, value in (("lr", '"1e-6"'), ("dual_clip", "[10.0]"))
-        ),
+        ('lr = "1e-6"', "lr = .*, where float is needed"),
+        ("dual_clip = [10.0]", "dual_clip = .*, where float is needed"),
         ("thinking = 1", r"thinking = 1, where bool is needed"),
         ("lr = ", r"mine\.toml: not TOML"),
         ("steps = 0", r"steps = 0: must be at least 1"),
@@ -172,17 +153,14 @@ def test_a_recipe_extends_another(recipe, tmp_path):
 )
 def test_bad_recipes(recipe, text, message):
     recipe(text)
-    with pytest.raises(UserError, match=message):
-        parse(["--recipe", "mine"])
+    refuses(message, parse, ["--recipe", "mine"])
 
 
 def test_unknown_recipes_and_circles(recipe, tmp_path):
     (tmp_path / "yours.toml").write_text('extends = "mine"')
     recipe('extends = "yours"')
-    with pytest.raises(UserError, match=r"yours\.toml: extends = 'mine' goes round in a circle: mine, yours, mine"):
-        parse(["--recipe", "mine"])
-    with pytest.raises(UserError, match="recipe 'his' is unknown; known: mine, yours"):
-        parse(["--recipe", "his"])
+    refuses(r"yours\.toml: extends = 'mine' goes round in a circle: mine, yours, mine", parse, ["--recipe", "mine"])
+    refuses("recipe 'his' is unknown; known: mine, yours", parse, ["--recipe", "his"])
 
 
 def test_missing_data_names_the_script_that_makes_it():
@@ -219,10 +197,8 @@ def test_two_steps(tmp_path):
     output = process.communicate()[0]
     assert process.returncode == 0, output
     for name in RUN:
-        record = json.loads((tmp_path / name / "config.json").read_text())
-        assert record["recipe"] == name
-        record = record["config"]
-        assert record["objective"] == (PAPER | FIGURES)[name][0] and record["lr"] == 1e-6
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        record, rows = json.loads((tmp_path / name / "config.json").read_text()), metrics_of(tmp_path / name)
+        assert (record["recipe"], record["config"]["lr"]) == (name, 1e-6)
+        assert record["config"]["objective"] == (PAPER | FIGURES)[name][0]
         assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["optim/updates"] > 0
         assert (tmp_path / name / "checkpoint-000002").is_dir() and "eval/walk/avg_at_k" in rows[2]

@@ -16,10 +16,9 @@ from wandb.errors import CommError
 from ce_gppo import log, metrics, perf, tracking
 from ce_gppo.checkpoint import State
 from ce_gppo.entropy import QUADRANTS, entropy_velocity
-from ce_gppo.messages import UserError
 from ce_gppo.metrics import Details, Learned, Sums, Update
 from ce_gppo.problems import Problem
-from helpers import resolved, rollout_of
+from helpers import refuses, resolved, rollout_of
 from loss import Objective
 from reward import extract_answer
 from tools import figures
@@ -49,11 +48,6 @@ def learned(measured, others, updates=(), **objective) -> Learned:
 
 def problems(sources: str) -> list[Problem]:
     return [Problem(f"prompt {p}", [1], str(4 * p), source) for p, source in enumerate(sources)]
-
-
-def gathered(monkeypatch, *own):
-    """As if each of these values, and not this process's, were a rank's."""
-    monkeypatch.setattr(metrics.parallel, "all_gather", lambda value: list(own) or [value])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,18 +83,15 @@ def test_rollout_metrics_against_loops():
     for source, rows in (("a", [0, 1, 4]), ("b", [2, 3, 5])):
         expected[f"reward/{source}/correctness"] = correct[rows].mean()
         expected |= {f"reward/{source}/format": 0.5, f"reward/{source}/mean": correct[rows].mean() + 0.5}
-    for name, value in expected.items():
-        assert found[name] == pytest.approx(float(value), rel=1e-6), name
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     assert details.entropies == {i: pytest.approx(whole[[i]].entropy.mean().item()) for i in (0, 3, 6, *range(8, 22))}
     assert not {"optim/beta1", "optim/beta2"} & found.keys() and found["optim/entropy_coef"] == 0
     shown = learned([whole], whole[:0], beta1=0.0, beta2=1.0, entropy_coef=0.1)
     found, _ = metrics.step_metrics(whole, chosen, [torch.arange(24)], shown, None)
     assert [found[f"optim/{name}"] for name in ("beta1", "beta2", "entropy_coef")] == [0, 1, 0.1]
     assert "entropy/delta" not in found and found["rollout/unused"] == 0
-    one = dataclasses.replace(
-        whole, prompts=[[1]] * 24, prompt_of=torch.arange(24), components=[{"correctness": 1.0}] * 24
-    )
-    found = metrics.rollout_metrics(one, ["a"] * 24, 0)
+    one = {"prompts": [[1]] * 24, "prompt_of": torch.arange(24), "components": [{"correctness": 1.0}] * 24}
+    found = metrics.rollout_metrics(dataclasses.replace(whole, **one), ["a"] * 24, 0)
     assert found["reward/std"] == 0 and found["reward/a/mean"] == 1 and "reward/a/correctness" not in found
 
 
@@ -112,7 +103,7 @@ def test_entropy_and_mismatch_against_lists(monkeypatch):
         [[], metrics.measured_sums([trained[a:b]]), metrics.measured_sums([others[c:d]]), {}]
         for a, b, c, d in ((0, 10, 0, 1), (10, 16, 1, 3))
     ]
-    gathered(monkeypatch, *own)
+    monkeypatch.setattr(metrics.parallel, "all_gather", lambda value: own)
     found, _ = metrics.step_metrics(whole, problems("aaaaaa"), [torch.arange(8, 24)], learned([], whole[:0]), None)
     all_others = int(whole[:8].lengths.sum())
     repeated = np.concatenate([trained.entropy.repeat(len(others.tokens)), others.entropy.repeat(all_others)])
@@ -234,11 +225,8 @@ def test_updates_of_all_ranks_as_one_without_a_skipped_one():
     assert found.pop("clip/amplification_p99") == pytest.approx(2, rel=4e-3)
     assert found == pytest.approx(expected | {"update_3/kl_approx": 0.275})
     assert histograms["probability/pa_hp"].tolist() == [100.0] * 64
-    skipped = metrics.update_metrics([[ranks[0][1]]])
-    assert (
-        skipped == ({"optim/updates": 1, "optim/skipped": 1}, {})
-        and metrics.update_metrics([[]])[0]["optim/updates"] == 0
-    )
+    assert metrics.update_metrics([[ranks[0][1]]]) == ({"optim/updates": 1, "optim/skipped": 1}, {})
+    assert metrics.update_metrics([[]])[0]["optim/updates"] == 0
 
 
 def test_the_page_of_metrics_is_made_from_the_docstrings():
@@ -257,13 +245,12 @@ def test_seconds_and_tokens_of_a_step(tiny_model, monkeypatch):
     monkeypatch.setattr(perf, "matrix_rate", lambda device: 1e6)
     monkeypatch.setattr(perf, "now", lambda device: next(clock))
     meter, whole = perf.Meter(tiny_model, "cpu"), groups()
-    with meter("rollout"):
-        pass
-    with meter("update"):
-        pass
+    for part in ("rollout", "update"):
+        with meter(part):
+            pass
     found = meter.take(whole, [torch.arange(4), torch.arange(8)], 2)
-    batches = [whole[:4], whole[:8]]
-    assert (found["time/rollout"], found["time/update"], found["time/step"]) == (2, 4, 10)
+    batches, seconds = [whole[:4], whole[:8]], {"time/rollout": 2, "time/update": 4, "time/step": 10}
+    assert found.items() >= seconds.items()
     assert found["perf/rollout_tokens_per_s"] == len(whole.tokens) / 2 and 0.1 < found["perf/peak_memory_gib"] < 50
     assert found["perf/update_tokens_per_s"] == sum(int(batch.sizes.sum()) for batch in batches) / 2
     operations = sum(perf.flops(tiny_model, batch) for batch in batches)
@@ -273,7 +260,7 @@ def test_seconds_and_tokens_of_a_step(tiny_model, monkeypatch):
     assert meter.take_part("eval") == {"time/eval": 5}
     with pytest.raises(KeyError):  # a step always samples
         meter.take(whole, [], 1)
-    assert perf.matrix_rate is not None and meter.start == 20
+    assert meter.start == 20
 
 
 def test_operations_of_a_pass(tiny_model):
@@ -311,10 +298,8 @@ def quiet(monkeypatch):
 
 def test_samples_tokens_and_histograms(tmp_path, quiet, monkeypatch):
     """Samples at each step; at the first, evaluations and the last also tokens, and a table and histograms for W&B."""
-    whole, given = (
-        groups(),
-        [{"correctness": 1.0, "format": 0.1}, {"correctness": 0.0}, {"correctness": 0.0, "short": 0.2}, {}],
-    )
+    given = [{"correctness": 1.0, "format": 0.1}, {"correctness": 0.0}, {"correctness": 0.0, "short": 0.2}, {}]
+    whole = groups()
     for i, parts in enumerate(given):
         whole.components[4 * i] = parts
     chosen, logged = problems("tttttt"), {}
@@ -331,10 +316,7 @@ def test_samples_tokens_and_histograms(tmp_path, quiet, monkeypatch):
     assert [row["extracted"] for row in rows[:4]] == ["0", "4", "8", "12"] == [row["answer"] for row in rows[:4]]
     assert [row["reward"] for row in rows[:4]] == [whole.rewards[4 * i].item() for i in range(4)]
     assert [row["entropy"] for row in rows[:4]] == [0.12346, None, None, None] and rows[1]["tokens"] == whole.lengths[4]
-    assert [(row["prompt"], row["response"]) for row in rows[:2]] == [
-        ("prompt 0", r"\boxed{0}"),
-        ("prompt 1", r"\boxed{4}"),
-    ]
+    assert rows[1].items() >= {"prompt": "prompt 1", "response": r"\boxed{4}"}.items()
     assert [row["step"] for row in read(tmp_path / "tokens.jsonl")] == [1, 2, 4, 5]
     assert [step for step in logged if "samples" in logged[step]] == [1, 2, 4, 5]
     table, histogram = logged[2]["samples"], logged[2]["probability/pa_hp"]
@@ -351,15 +333,14 @@ def test_rows_of_tokens(tokenizer):
     columns = {"ratio": torch.arange(length) / 3, "weight": torch.full((length,), math.nan)}
     right = {"response": part[[0]], "columns": columns}
     wrong = {"response": part[[1]], "columns": {name: column[:3] for name, column in columns.items()}}
-    updates = [[Update(None, 0, 0, False, [wrong, wrong])] * 7, [Update(None, 0, 0, False, [right])] * 7]
+    updates = [[Update(None, 0, 0, False, own)] * 12 for own in ([wrong, wrong], [right])]  # by rank
     rows = tracking.token_rows(updates, problems("aa"), tokenizer)
-    assert [(row["update"], row["correct"]) for row in rows] == [(k, c) for k in (1, 3, 5, 7) for c in (True, False)]
+    assert [(row["update"], row["correct"]) for row in rows] == [(k, c) for k in (1, 5, 8, 12) for c in (True, False)]
     row = rows[0]
-    assert row["length"] == 2500 and len(row["tokens"]) == len(row["ratio"]) == 2000 and row["updates"] == 7
+    assert row["length"] == 2500 and len(row["tokens"]) == len(row["ratio"]) == 2000 and row["updates"] == 12
     assert row["ratio"][999:1001] == [333.0, 500.0] and row["ratio"][-1] == 833.0 and row["weight"] == [None] * 2000
-    assert (row["prompt"], row["answer"], row["reward"]) == ("prompt 0", "0", 1.0) and row["components"][
-        "correctness"
-    ] == 1
+    asked = {"prompt": "prompt 0", "answer": "0", "reward": 1.0, "components": {"correctness": 1.0}}
+    assert row.items() >= asked.items()
     assert rows[1]["prompt"] == "prompt 1" and rows[1]["length"] == 3
     assert tracking.token_rows([[], []], problems("a"), tokenizer) == []
     one = [[Update(None, 0, 0, False, [wrong])]]
@@ -408,11 +389,9 @@ def test_metrics_are_always_json_and_whole(tmp_path, quiet, capsys):
     (tmp_path / "metrics.jsonl").rmdir()
     writer.add(3, {"entropy/mean": 0.3})
     writer.add(3, {"eval/a/avg_at_k": 0.7})
-    assert read(tmp_path / "metrics.jsonl") == [
-        {"step": 1, "optim/skipped": 8, "entropy/mean": 0.5},
-        {"step": 2, "entropy/mean": 0.4},
-        {"step": 3, "entropy/mean": 0.3, "eval/a/avg_at_k": 0.7},
-    ]
+    rows = {1: {"optim/skipped": 8, "entropy/mean": 0.5}, 2: {"entropy/mean": 0.4}}
+    rows[3] = {"entropy/mean": 0.3, "eval/a/avg_at_k": 0.7}
+    assert read(tmp_path / "metrics.jsonl") == [{"step": step} | row for step, row in rows.items()]
     assert writer.has_evaluation(3) and not writer.has_evaluation(2)
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["step 3/60 entropy 0.300", "step 3/60 accuracy 0.700"]
@@ -522,10 +501,8 @@ def test_without_a_network_it_logs_offline_into_the_same_run(monkeypatch, tmp_pa
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_MODE", "online")
     assert tracking.start_wandb(tmp_path, resolved(lr=1e-4), "abc")
-    assert [(c["mode"], c["id"], c.get("resume")) for c in calls] == [
-        ("online", "abc", "allow"),
-        ("offline", "abc", None),
-    ]
+    found = [(c["mode"], c["id"], c.get("resume")) for c in calls]
+    assert found == [("online", "abc", "allow"), ("offline", "abc", None)]
     assert calls[0]["settings"].init_timeout == 30 and calls[0]["config"]["lr"] == 1e-4
     assert "logging offline (no route to host)" in capsys.readouterr().err
     fails.append("offline")
@@ -553,8 +530,7 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("WANDB_MODE", "quiet")
-    with pytest.raises(UserError, match="WANDB_MODE=quiet: online, offline"):
-        tracking.check_wandb()
+    refuses("WANDB_MODE=quiet: online, offline", tracking.check_wandb)
     monkeypatch.setenv("WANDB_MODE", "")
     for step, project in enumerate(("", "sums")):
         monkeypatch.setenv("WANDB_PROJECT", project)
@@ -565,8 +541,7 @@ def test_wandb_names_and_keys(tmp_path, monkeypatch, capsys):
     parts = sorted(str(path) for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert len(parts) == 2 and f"sync --id abcd1234 {' '.join(parts)}" in capsys.readouterr().out
     monkeypatch.setenv("WANDB_PROJECT", "a/b")
-    with pytest.raises(UserError, match="WANDB_PROJECT=a/b: .*WANDB_ENTITY names its owner"):
-        tracking.check_wandb()
+    refuses("WANDB_PROJECT=a/b: Invalid project name.*WANDB_ENTITY names its owner", tracking.check_wandb)
     assert tracking.wandb_mode() == "offline"
     (tmp_path / "keys").write_text("machine api.wandb.ai login user password " + "0" * 40)
     (tmp_path / "keys").chmod(0o600)
@@ -653,5 +628,4 @@ def test_a_run_draws_its_curves(tmp_path, quiet, capsys):
 def test_figures_of_what_is_no_run_or_has_no_step_are_refused(tmp_path, config, metrics, message):
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "metrics.jsonl").write_text(metrics)
-    with pytest.raises(UserError, match=message):
-        figures.main(figures.Config((tmp_path,), out=tmp_path))
+    refuses(message, figures.main, figures.Config((tmp_path,), out=tmp_path))

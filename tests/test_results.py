@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 import train
 from ce_gppo.config import parse
 from ce_gppo.messages import UserError
-from helpers import Forked, metrics_of, rows_of
+from helpers import Forked, metrics_of, refuses, rows_of
 from results import claims, coin, draw, series, settings, sweep
 
 ROOT = Path(__file__).parents[1]
@@ -73,10 +73,8 @@ def test_results_of_other_arguments_are_not_mixed(tmp_path):
         sweep.main(sweep.Config(results=str(results / "nested")))
     results.write_text(results.read_text() + '{"setting": "grpo", "se')
     for main, config in ((sweep.main, sweep.Config(results=str(results))), (claims.main, claims.Config(results))):
-        with pytest.raises(UserError, match=r"results.jsonl:2: not a row with setting, seed, arguments"):
-            main(config)
-    with pytest.raises(UserError, match="no.jsonl: no runs there"):
-        claims.main(claims.Config(tmp_path / "no.jsonl"))
+        refuses(r"results.jsonl:2: not a row with setting, seed, arguments", main, config)
+    refuses("no.jsonl: no runs there", claims.main, claims.Config(tmp_path / "no.jsonl"))
 
 
 SWEEP = """
@@ -198,9 +196,8 @@ def test_verdicts_follow_the_runs():
     assert {name for name, verdict in found.items() if verdict == "held"} == held
     assert {name for name in found if found[name] == "no difference"} == {"3b.", "4b.", "4c.", "9a."}
 
-    found = verdicts(
-        made_up({"grpo": 0.25, "ce_gppo (0, 1)": 0.1, "ce_gppo (1, 0.5)": 0.3}, {"ce_gppo (0.75, 1)": 0.7})
-    )
+    against = {"grpo": 0.25, "ce_gppo (0, 1)": 0.1, "ce_gppo (1, 0.5)": 0.3}
+    found = verdicts(made_up(against, {"ce_gppo (0.75, 1)": 0.7}))
     assert {found[name] for name in ("1a.", "1b.", "2a.", "2b.", "4a.", "8.")} == {"not held"}
 
     found = verdicts(made_up(like_the_paper, {}, seeds=1))
@@ -278,10 +275,8 @@ def test_curves_show_each_seed_and_the_mean():
         assert entropy.get_ylim()[0] == 0
         labels = [text.get_text() for text in accuracy.get_legend().get_texts()]
         assert labels == [f"{name}, 3 seeds" for name in names]
-        colors = [
-            [line.get_color() for line in axis.lines if line.get_linewidth() >= 2] for axis in (entropy, accuracy)
-        ]
-        assert colors[0] == colors[1]  # one legend for both
+        ours, others = ([x.get_color() for x in axis.lines if x.get_linewidth() >= 2] for axis in (entropy, accuracy))
+        assert ours == others  # one legend for both
     part = {name: groups[name] for name in ("grpo", "ce_gppo (0, 1)")}
     for names, title in ((list(part)[:1], "objectives"), (list(part), "betas")):
         left, _ = draw.curves({name: part[name] for name in names}).axes  # no empty panels

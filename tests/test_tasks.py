@@ -18,7 +18,7 @@ from data.countdown import prepare as countdown
 from data.countdown import small
 from data.gsm8k import prepare as gsm8k
 from data.words import prepare as words
-from helpers import score
+from helpers import refuses, score
 from train import Config
 
 
@@ -109,11 +109,8 @@ def test_the_tasks_of_the_small_countdown(tmp_path, monkeypatch):
 
 
 def test_countdown_from_the_hubs_file(tmp_path, monkeypatch):
-    raw = [
-        {"target": 98, "nums": [44, 19, 35]},
-        {"target": 64, "nums": [63, 95, 96]},
-        {"target": 98, "nums": [19, 35, 44]},
-    ]
+    raw = [{"target": 98, "nums": [44, 19, 35]}, {"target": 64, "nums": [63, 95, 96]}]
+    raw += [{"target": 98, "nums": [19, 35, 44]}]  # the first one again
     raw += [{"target": 50 + i, "nums": [i, 50, 7, 7]} for i in range(1, 7)]
     pq.write_table(pa.Table.from_pylist(raw), tmp_path / "tasks.parquet")
     arguments = ["--file", tmp_path / "tasks.parquet", "--train", 5, "--held-out", 2]
@@ -135,12 +132,9 @@ def test_rows_that_are_no_tasks(row):
 
 
 def test_gsm8k_from_local_files(tmp_path, monkeypatch):
-    raw = {
-        "train": [
-            {"question": f"{i} and {i}?", "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>\n#### {2 * i}"} for i in range(5)
-        ],
-        "test": [{"question": "Half of 2468?", "answer": "so\n#### 1,234"}],
-    }
+    sums = {f"{i} and {i}?": f"{i}+{i} = <<{i}+{i}={2 * i}>>\n#### {2 * i}" for i in range(5)}
+    raw = {"train": [{"question": question, "answer": answer} for question, answer in sums.items()]}
+    raw["test"] = [{"question": "Half of 2468?", "answer": "so\n#### 1,234"}]
     for name, rows in raw.items():
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
     files = ["--train", tmp_path / "train.parquet", "--test", tmp_path / "test.parquet"]
@@ -150,10 +144,8 @@ def test_gsm8k_from_local_files(tmp_path, monkeypatch):
     assert held_out["prompt"][0]["content"].startswith("Half of 2468? Let's think step by step")
     texts = ["#### 1234", "#### 1,234.00", "#### 1235", "1234"]
     assert score(texts, [held_out["answer"]] * 4, [held_out["source"]] * 4) == [1, 1, 0, 0]
-    with pytest.raises(UserError, match="--train and --test go together"):
-        written(gsm8k, monkeypatch, tmp_path, *files[:2])
-    with pytest.raises(UserError, match="1 rows have no answer"):
-        gsm8k.rows_of([*raw["test"], {"question": "?"}], "here")
+    refuses("--train and --test go together", written, gsm8k, monkeypatch, tmp_path, *files[:2])
+    refuses("1 rows have no answer", gsm8k.rows_of, [*raw["test"], {"question": "?"}], "here")
 
 
 def test_sums_in_words(tmp_path, monkeypatch):

@@ -2,17 +2,15 @@
 
 import ast
 import contextlib
-import inspect
 import itertools
 import json
-import math
 import operator
 import random
 import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -23,7 +21,7 @@ from ce_gppo.messages import UserError
 from ce_gppo.problems import Problem
 from ce_gppo.verifier import puzzles, workers
 from ce_gppo.verifier.answers import Undecided
-from helpers import ROOT, score
+from helpers import ROOT, refuses, rollout_of, score
 from reward import VERIFIERS, extract_answer
 
 
@@ -73,21 +71,21 @@ def test_countdown_computes_what_python_does():
 def test_countdown_by_brute_force():
     """For each task, the expressions that solve it score 1, those with another value or other numbers 0."""
     rng = random.Random(1)
-    for _ in range(100):
-        numbers = [rng.randint(1, 30) for _ in range(3)]
-        target = rng.randint(1, 60)
+
+    def correct(text, numbers, target):
         answer = json.dumps({"numbers": numbers, "target": target})
+        return puzzles.countdown(f"so <answer> {text}</answer>", answer)["correctness"]
+
+    for _ in range(100):
+        numbers, target = [rng.randint(1, 30) for _ in range(3)], rng.randint(1, 60)
         for order in itertools.permutations(numbers):
             text = expression(rng, list(order))
-            right = by_python(text) is not None and by_python(text)[0] == target
-            assert puzzles.countdown(f"so <answer>{text}</answer>", answer)["correctness"] == right
-            exact = by_python(text)
-            if exact and exact[0].denominator == 1:
-                hit = json.dumps({"numbers": numbers, "target": int(exact[0])})
-                assert puzzles.countdown(f"<answer> {text} </answer>", hit)["correctness"] == 1
+            value, _ = by_python(text) or (None, None)
+            assert correct(text, numbers, target) == (value == target)
+            if value is not None and value.denominator == 1:
+                assert correct(text, numbers, int(value)) == 1
                 for other in (numbers[:2], [*numbers, 1], [*numbers[:2], numbers[2] + 1]):
-                    task = json.dumps({"numbers": other, "target": int(exact[0])})
-                    assert puzzles.countdown(f"<answer>{text}</answer>", task)["correctness"] == 0
+                    assert correct(text, other, int(value)) == 0
 
 
 TASK = json.dumps({"numbers": [1, 2, 3, 4], "target": 10})
@@ -99,25 +97,15 @@ TASK = json.dumps({"numbers": [1, 2, 3, 4], "target": 10})
         ("1+2+3+4", 1, True),
         (" ( 1 + 2 ) + 3\n+ 4 ", 1, True),
         ("4*3-2/1", 1, True),
-        ("4*3-(2*1)", 1, True),
-        ("-2+4*3*1", 1, True),
         ("1+2+3", 0, True),  # not all
         ("1+2+3+4+4-4", 0, True),  # one three times
-        ("5+5", 0, True),
-        ("12-3+4-3", 0, True),
         ("1 2-3+4-3", 0, False),  # white space does not join digits
         ("12 - 34", 0, True),  # concatenated numbers are other numbers
-        ("10", 0, True),
         ("1+2+3+4=10", 0, False),
         ("1.0+2+3+4", 0, False),
         ("4**1+3*2", 0, False),
         ("7//1", 0, False),
         ("1+2+3+٤", 0, False),  # a digit of another script
-        ("１+2+3+4", 0, False),
-        ("1+2+3+4²", 0, False),
-        ("1×2", 0, False),
-        ("1/(2-2)", 0, False),
-        ("3/0+1+2+4", 0, False),
         ("9**9**9**9", 0, False),
         ("9" * 150, 0, False),
         ("*".join(["9" * 9] * 20), 0, True),
@@ -126,17 +114,10 @@ TASK = json.dumps({"numbers": [1, 2, 3, 4], "target": 10})
         ("(" * 100_000, 0, False),
         ("-" * 190 + "1", 0, False),
         ("1+" * 100_000 + "1", 0, False),
-        ("1+2+3+4)", 0, False),
-        ("(1+2+3+4", 0, False),
-        ("()", 0, False),
-        ("", 0, False),
         ("+1", 0, False),
-        ("1+", 0, False),
         ("__import__('os').getpid()", 0, False),
-        ("1 if 1 else 2", 0, False),
         ("1_0", 0, False),
         ("0x10", 0, False),
-        ("1e1", 0, False),
         ("1\0+2+3+4", 0, False),
     ],
 )
@@ -175,21 +156,14 @@ def test_countdown_format():
         ("gsm8k", "#### 41\nno\n#### 42\nThat is it.", "42", 1),
         ("gsm8k", "#### 1,234", "1234", 1),
         ("gsm8k", "#### $1234", "1,234", 1),
-        ("gsm8k", "#### 42.00", "42", 1),
-        ("gsm8k", "#### 42 apples", "42", 1),
-        ("gsm8k", "#### forty-two", "42", 1),
         ("gsm8k", "#### **42**", "42", 1),
         ("gsm8k", "#### The answer is 42", "42", 1),
-        ("gsm8k", "#### 0.42%", "0.42", 0),
-        ("gsm8k", "#### 2(21)", "23", 0),
         ("gsm8k", "#### 43", "42", 0),
         ("gsm8k", "#### 4 2", "42", 0),
         ("gsm8k", "#### 42\n#### 41", "42", 0),
-        ("gsm8k", "42", "42", 0),
         ("gsm8k", "#### ", "42", 0),
         ("gsm8k", r"\boxed{42}", "42", 1),  # as a model for competitions writes it
         ("gsm8k", r"\boxed{42} #### 41", "42", 0),
-        ("gsm8k", "#### 10^{10^{10}}", "42", 0),
         ("gsm8k", "#### " + "(" * 100_000, "42", 0),
         ("choice", r"\boxed{C}", "C", 1),
         ("choice", r"\boxed{\text{(C)}}", "C", 1),
@@ -199,29 +173,21 @@ def test_countdown_format():
         ("choice", "Answer: **C**", "C", 1),
         ("choice", "#### C", "(C)", 1),
         ("choice", "The answer is B. No, the answer is C", "C", 1),
-        ("choice", "The answer is C. No, the answer is B", "C", 0),
         ("choice", r"The answer is C \boxed{B}", "C", 0),
         ("choice", "The answer is Canada", "C", 0),
         ("choice", "The answer is $C$.", "C", 1),
         ("choice", r"The answer is \text{C}", "C", 1),
         ("choice", "Answer: C or A", "C", 0),
-        ("choice", "Answer: **C** and **D**", "C", 0),
         ("choice", "Answer: (C), (D)", "C", 0),
         ("choice", "Answer: A\nNo. Answer: C or A", "A", 0),
         ("choice", "The answer is C, and I am sure", "C", 1),
         ("choice", "C", "C", 0),
-        ("choice", "A B C D", "C", 0),
-        ("choice", "", "C", 0),
         ("choice", "answer is " * 50_000, "C", 0),
         ("exact", "I say <answer> yes sir </answer>", "yes sir", 1),
         ("exact", r"\boxed{yes}", "yes", 1),
         ("exact", " yes\n", "yes", 1),
         ("exact", "Yes", "yes", 0),
         ("exact", "<answer>no</answer> yes", "yes", 0),
-        ("exact", "", "yes", 0),
-        ("exact", "yes\0", "yes", 0),
-        ("walk", "+7 =24\r\n+6 =30", "17 to 30", 0),
-        ("walk", "+07 =24\n+6 =30", "17 to 30", 0),
         ("walk", "x" * 1_000_000, "17 to 30", 0),
         ("math", r"\boxed{42}", "42", 1),
         ("math", "#### 42", "42", 0),
@@ -275,12 +241,8 @@ def test_a_source_chooses_its_verifier():
     assert chosen("", "gsm8k", "countdown", "mine") == {"gsm8k": "gsm8k", "countdown": "countdown", "mine": "math"}
     assert chosen("gsm8k=math, mine = exact", "gsm8k", "mine") == {"gsm8k": "math", "mine": "exact"}
     assert chosen("exact,gsm8k=math", "gsm8k", "mine", "b") == {"gsm8k": "math", "mine": "exact", "b": "exact"}
-
-
-def test_verifiers_are_assigned_over_both_sets_and_listed():
     said, (train, held_out) = reward.assign("a=exact,b=math", [problem("a")], [problem("b"), problem("a")])
-    assert [p.verifier for p in train + held_out] == ["exact", "math", "exact"]
-    assert said == "a by exact, b by math"
+    assert [p.verifier for p in train + held_out] == ["exact", "math", "exact"] and said == "a by exact, b by math"
 
 
 @pytest.mark.parametrize(
@@ -290,12 +252,9 @@ def test_verifiers_are_assigned_over_both_sets_and_listed():
         ('["2", "3"]', "2, 3"),
         ("[1, 2]", "[1, 2]"),  # an interval
         ("So 3 + 4 = 7.\n#### 7", "7"),  # GSM8K's
-        ("12", "12"),
         ("\\text{proof}", None),  # NuminaMath's
-        ("See the proof.", None),
         ("[]", None),
         ('[""]', None),
-        ("####", None),
         ("\\frac{1}{2}}", None),
     ],
 )
@@ -349,8 +308,7 @@ def test_mistakes_in_the_setting(rewards, message):
 
 @pytest.mark.parametrize("answer", ["4", "", "[1]", '{"numbers": [1]}', '{"numbers": [1.5], "target": 1}', "9" * 5000])
 def test_answers_that_are_no_countdown_task(answer):
-    with pytest.raises(UserError, match="countdown: answer .* is needed"):
-        puzzles.countdown("", answer)
+    refuses("countdown: answer .* is needed", puzzles.countdown, "", answer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -389,24 +347,21 @@ def test_a_users_function_gives_components_and_cannot_stop_the_run(mine, tmp_pat
     [
         (
             "def score(response, answer):\n    x = 1\n    return int(response)",
-            r"raised ValueError: .* \(line 3\); a wrong",
+            r"raised ValueError: .* \(line 3\); a",
         ),
         ("def score(response): return 1", "raised TypeError"),
         ("def score(response, answer): raise SystemExit", "raised SystemExit"),
         ("def score(response, answer): return float('nan')", "returned nan; a number is needed"),
         ("def score(response, answer): return None", "returned None; a number is needed"),
-        ("def score(response, answer): return '1'", "returned '1'; a number is needed"),
         ("def score(response, answer): return {}", "returned {}; a number is needed"),
         ("def score(response, answer): return {'format': 1}", "returned {'format': 1}; .* 'correctness' among"),
         ("def score(response, answer): return {'correctness': 1, 'mean': 1}", "'mean' is taken"),
         ("def score(response, answer): return {'correctness': 1, 'a\\nb': 1}", "of numbers by name"),
-        ("def score(response, answer): return [1]", r"returned \[1\]"),
         ("def score(response, answer): return 10**400", "returned 10*; a number"),
         ("def score(response, answer): return -1e39", r"returned -1e\+39; a number is needed, at most 1e\+06 in size"),
         ("def other(response, answer): return 1", "has no function score; it has: other"),
         ("score = 1", "has no function score; it has: none"),
         ("def score(response, answer)", r"cannot be imported: SyntaxError: .* \(line 1\)"),
-        ("import nothing_like_it", r"cannot be imported: ModuleNotFoundError: .* \(line 1\)"),
         ("1 / 0", r"cannot be imported: ZeroDivisionError: division by zero \(line 1\)"),
     ],
 )
@@ -422,10 +377,8 @@ def test_the_sentence_arrives_from_the_worker(mine):
     verifier = mine("def score(response, answer): return int(response)")
     scorer = reward.in_background([Problem("", [], "4", "mine", verifier=verifier)])
     scorer.add(0, ["4", "four"])
-    with pytest.raises(UserError, match="raised ValueError.*'four'"):
-        scorer.finish()
-    with pytest.raises(UserError, match="has no function other"):
-        chosen(verifier.replace(":score", ":other"), "mine")
+    refuses("raised ValueError.*'four'", scorer.finish)
+    refuses("has no function other", chosen, verifier.replace(":score", ":other"), "mine")
 
 
 @pytest.mark.parametrize("value", [1, True, 0.5, -1, Fraction(1, 2), torch.tensor(0.25)])
@@ -438,8 +391,7 @@ def test_the_users_files_are_named(tmp_path):
     """For the fingerprints of a run. Those beside them are not."""
     settings = f"x={tmp_path}/b.py:score,{tmp_path}/a.py:score,y={tmp_path}/a.py:other,z=math"
     (tmp_path / "a.py").touch()
-    with pytest.raises(UserError, match="there is no file .*b.py"):
-        reward.files(settings)
+    refuses("there is no file .*b.py", reward.files, settings)
     (tmp_path / "b.py").touch()
     assert reward.files(settings) == [tmp_path / "a.py", tmp_path / "b.py"]
 
@@ -466,33 +418,19 @@ def test_a_limit_of_the_shell_is_no_obstacle(limit):
     assert found.stdout == '{"correctness": 1.0}\n', found.stderr
 
 
-def test_only_training_has_a_budget():
-    assert inspect.signature(reward.score).parameters["budget"].default == math.inf
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # From components to rewards
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """The fields of ce_gppo.batch.Rollout that count here."""
-
-    lengths: torch.Tensor
-    components: list | None = None
-    correct: torch.Tensor | None = None
-    rewards: torch.Tensor | None = None
 
 
 def test_components_become_rewards():
     """The sum of the components and the penalty for length; a response is correct where `correctness` is 1 or more."""
     found = [[{"correctness": 1.0, "format": 0.1}, {"correctness": 0.0, "format": 0.1}], [{"correctness": 0.5}] * 2]
-    before = Rollout(torch.tensor([10, 8, 10, 12]))
+    before = replace(rollout_of([(1, n) for n in (10, 8, 10, 12)]), components=None)
     after = reward.with_rewards(before, found, max_tokens=12, overlong="4")  # 10 tokens are 2 into the buffer
     assert after.components == [*found[0], *found[1]] and before.components is None
     assert after.correct.tolist() == [True, False, False, False]
     assert after.rewards.dtype == torch.float64
     assert after.rewards.tolist() == pytest.approx([0.6, 0.1, 0, -0.5])
     assert reward.with_rewards(before, found, 12, "score").rewards.tolist() == pytest.approx([1.1, 0.1, 0.5, 0.5])
-    none = reward.with_rewards(Rollout(torch.zeros(0)), [], 12, "score")
+    none = reward.with_rewards(rollout_of([]), [], 12, "score")
     assert none.components == [] and none.correct.dtype == torch.bool and len(none.rewards) == 0

@@ -1,6 +1,5 @@
 """The task `walk`: its verifier against a naive one, hostile responses, its data, and what its base policy imitates."""
 
-import json
 import random
 from collections import Counter, defaultdict
 
@@ -8,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from ce_gppo.messages import UserError
+from ce_gppo.problems import load_rows
 from ce_gppo.verifier.puzzles import MOVES
 from ce_gppo.verifier.puzzles import walk as score
 from data import base
 from data.walk import prepare
-from helpers import run_here
+from helpers import refuses, run_here
 
 
 def naive(response: str, start: int, target: int) -> bool:
@@ -54,40 +53,19 @@ def test_the_verifier_agrees_with_python():
     assert all(verdicts[kind, 0.0] > 200 for kind in ("move", "result", "without", "twice"))
 
 
-def test_more_than_six_moves_are_too_many():
+def test_right_responses_have_up_to_six_moves_and_end_at_the_target():
+    for response in ("+7 =24\n+6 =30\n", "+7 =24\n+6 =30", " \n+7 =24\n+6 =30\n\n", "+10 =27\n+3 =30"):
+        assert score(response, "17 to 30") == 1
+    assert score("+7 =24\n+6 =30\n", "17 to 24") == 0, "it passes the target"
     moves = "".join(f"+10 ={number}\n" for number in (10, 20, 30, 40, 50))
-    assert score(moves + "+1 =51\n", "0 to 51") == 1
-    assert score(moves + "+1 =51\n+1 =52\n", "0 to 52") == 0
-
-
-def test_passing_the_target_is_not_reaching_it():
-    assert score("+7 =24\n+6 =30\n", "17 to 24") == 0
-
-
-@pytest.mark.parametrize("response", ["+7 =24\n+6 =30\n", "+7 =24\n+6 =30", " \n+7 =24\n+6 =30\n\n", "+10 =27\n+3 =30"])
-def test_right_responses(response):
-    assert score(response, "17 to 30") == 1
+    assert score(moves + "+1 =51\n", "0 to 51") == 1 and score(moves + "+1 =51\n+1 =52\n", "0 to 52") == 0
 
 
 HOSTILE = [
     *("", "\n", "30", "=30", "+13 =30", "+7 =24\n+6", "+7 =24\n\n+6 =30", "+7 =24 +6 =30", "+7=24\n+6=30"),
     *("I think:\n+7 =24\n+6 =30", "+7 =24\n+6 =30\nDone.", "+7 =24\r\n+6 =30", "+7 =24\v+6 =30", "+7 =24\x00\n+6 =30"),
-    *(
-        "+07 =24\n+6 =30",
-        "+7 =024\n+6 =30",
-        "+7 =+24\n+6 =30",
-        "+7  =24\n+6 =30",
-        "+7 =24\n+6 =30.0",
-        "+７ =24\n+6 =30",
-    ),
-    *(
-        "+７ =24\n+6 =30",
-        "+7 =２４\n+6 =30",
-        "+٧ =24\n+6 =30",
-        "-0 =17\n+13 =30",
-        "*1 =17\n+10 =27\n+3 =30",
-        "/1 =17\n+10 =27\n+3 =30",
-    ),
+    *("+07 =24\n+6 =30", "+7 =024\n+6 =30", "+7 =+24\n+6 =30", "+7  =24\n+6 =30", "+7 =24\n+6 =30.0"),
+    *("+７ =24\n+6 =30", "+7 =２４\n+6 =30", "-0 =17\n+13 =30", "*1 =17\n+13 =30", "/1 =17\n+13 =30"),
     *("**2 =289", "+__import__('os') =30", "+1e1 =27\n+3 =30", "*3 =51\n+10 =61\n-10 =51\n-10 =41\n-10 =31\n-1 =30"),
     *("+7 =24\n" * 10**6, "9" * 10**7, "(" * 10**6, "\n" * 10**6, "\u2028", "\ud800", "+" + "9" * 5000 + " =30"),
 ]
@@ -103,26 +81,21 @@ BAD_ANSWERS = ["", "30", "17 to 60", "17 to -3", "17-30", "17 to 30 to 40", "017
 
 @pytest.mark.parametrize("answer", BAD_ANSWERS)
 def test_an_answer_of_another_form_is_the_users_mistake(answer):
-    with pytest.raises(UserError, match="'<start> to <target>' is needed, each from 0 to 59"):
-        score("+7 =24", answer)
+    refuses("'<start> to <target>' is needed, each from 0 to 59", score, "+7 =24", answer)
 
 
 def test_the_data(tmp_path):
     """All pairs once, none of them both in training and held out, the same every time; answers are the prompt's."""
     done = run_here("data/walk/prepare.py", "--held-out", "100", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = {
-        name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("train", "eval")
-    }
-    assert len(rows["eval"]) == 100
-    pairs = [tuple(map(int, row["answer"].split(" to "))) for row in rows["train"] + rows["eval"]]
+    train, held_out = (load_rows(str(tmp_path / f"{name}.jsonl")) for name in ("train", "eval"))
+    assert len(held_out) == 100
+    pairs = [tuple(map(int, row["answer"].split(" to "))) for row in train + held_out]
     assert sorted(pairs) == [(a, b) for a in range(60) for b in range(60) if a != b]
-    for (start, target), row in zip(pairs, rows["train"] + rows["eval"], strict=True):
+    for (start, target), row in zip(pairs, train + held_out, strict=True):
         assert row["prompt"][0]["content"] == f"start ={start}\ntarget ={target}\n" and row["source"] == "walk"
     assert prepare.splits(0, 100) == prepare.splits(0, 100) != prepare.splits(1, 100)
-    with pytest.raises(UserError, match="--held-out 3540: there are 3540 problems"):
-        prepare.splits(0, 3540)
+    refuses("--held-out 3540: there are 3540 problems", prepare.splits, 0, 3540)
 
 
 def test_a_trace_has_the_probabilities_by_which_it_was_drawn():
