@@ -72,6 +72,7 @@ def test_repeated_problems_and_those_without_an_answer_are_counted():
     [
         ({"text": "1+1=?", "answer": "2"}, r"row 1: no problem found; .* \(its keys: text, answer\)"),
         ({"prompt": [{"role": "user"}], "answer": "2"}, "row 1: no problem found"),
+        ({"prompt": [3], "answer": "2"}, "row 1: no problem found"),
         ("1+1=?", "row 1: a str, where an object"),
         ({"problem": "1+1=?"}, "no row with an answer"),
     ],

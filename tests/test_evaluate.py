@@ -91,6 +91,7 @@ def rows_in(name: str) -> list[dict]:
         (["4", "4", "3"], "4", True),
         (["3", "4"], "4", False),  # a tie: first seen
         ([None, None, None, "4"], "4", True),  # responses without a box do not vote
+        ([None, None], "4", False),
         (["3", "6/2", "4", "4", "3.0"], "4", False),  # three spellings of 3, three votes for 3
         (["4", "8/2", "3", "3", "12/3"], "4", True),
         ([r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}", "1"], "1", False),  # only math-verify finds them equal

@@ -51,7 +51,9 @@ def test_names_or_a_number(value, right):
         ({"lr": "fast"}, "lr = 'fast', where float is needed"),
         ({"steps": 1.5}, "steps = 1.5, where int is needed"),
         ({"lr": None}, "lr = None, where float is needed"),
+        ({"lr": 10**400}, "where float is needed"),
         ([], "not the settings of a run"),
+        (None, "not the settings of a run"),
         ({"steps": 10**30}, "at most 2147483647"),
     ],
 )

@@ -48,9 +48,11 @@ def ended(main, capsys) -> tuple[int, str]:
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
         ({"RANK": "2"}, "RANK=2 and WORLD_SIZE=2 in the environment: ranks go from 0 to WORLD_SIZE - 1"),
         ({"RANK": None}, "RANK=missing in"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x in"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT=http in"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment: torchrun sets a whole number, at most 65535"),
         ({"MASTER_ADDR": None}, "MASTER_ADDR= in the environment: torchrun sets a machine's name or address"),
+        ({"MASTER_ADDR": "node 1"}, "MASTER_ADDR=node 1 in"),
     ],
 )
 def test_wrong_values_of_the_variables_that_torchrun_sets(variables, message, monkeypatch, capsys):
@@ -219,6 +221,7 @@ EVALUATED = {"step": STEPS, "eval/x/avg_at_k": 0.5}
         ([{"step": STEPS}], [40, STEPS], f"after checkpoint-{STEPS:06d}; a new"),  # only its last evaluation is missing
         ([EVALUATED | {"step": 40}], [], "from its start"),
         ([{"step": 0}, EVALUATED], [40, STEPS], None),
+        ([EVALUATED], [], None),
         ([{"step": STEPS}, EVALUATED], [20], None),
     ],
 )

@@ -161,6 +161,7 @@ def test_countdown_format():
         ("gsm8k", "#### 43", "42", 0),
         ("gsm8k", "#### 4 2", "42", 0),
         ("gsm8k", "#### 42\n#### 41", "42", 0),
+        ("gsm8k", "42", "42", 0),
         ("gsm8k", "#### ", "42", 0),
         ("gsm8k", r"\boxed{42}", "42", 1),  # as a model for competitions writes it
         ("gsm8k", r"\boxed{42} #### 41", "42", 0),
@@ -178,6 +179,7 @@ def test_countdown_format():
         ("choice", "The answer is $C$.", "C", 1),
         ("choice", r"The answer is \text{C}", "C", 1),
         ("choice", "Answer: C or A", "C", 0),
+        ("choice", "Answer: **C** and **D**", "C", 0),
         ("choice", "Answer: (C), (D)", "C", 0),
         ("choice", "Answer: A\nNo. Answer: C or A", "A", 0),
         ("choice", "The answer is C, and I am sure", "C", 1),
@@ -255,6 +257,7 @@ def test_a_source_chooses_its_verifier():
         ("\\text{proof}", None),  # NuminaMath's
         ("[]", None),
         ('[""]', None),
+        ("####", None),
         ("\\frac{1}{2}}", None),
     ],
 )

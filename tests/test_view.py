@@ -151,6 +151,7 @@ def test_a_page_is_bounded_and_keeps_the_first_and_the_last_step(tmp_path):
         ('{"step": 1}\n', "tokens.jsonl:1: not a row"),
         (json.dumps(row_of(["a", "b", "c"], 1) | {"ratio": [1.0]}), "tokens.jsonl:1: not a row"),
         (json.dumps(row_of(["a", "b", "c"], 7) | {"step": "7"}), "tokens.jsonl:1: not a row"),
+        (json.dumps(row_of(["a", "b", "c"], 7) | {"entropy": ["x"] * 3}), "tokens.jsonl:1: not a row"),
         (json.dumps(row_of(["a", "b", "c"], 7) | {"tokens": "abc"}), "tokens.jsonl:1: not a row"),
         ("\ufffd\n", "tokens.jsonl:1: not a row"),
         (json.dumps(row_of(["a", "b", "c"], 7)) + '\n{"st', "--steps 8: tokens were kept in the steps 7 only"),
