@@ -59,6 +59,7 @@ class Config:
     max_kept_prompts: t.Count = 64  # groups trained on in a step, at most [128]
     system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
     prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
+    template_switches: str = ""  # of the model's chat template, such as "enable_thinking=false"
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
     overlong: t.Overlong | None = None  # score; mask: no update on cut responses; N: DAPO's penalty, last N tokens
 

@@ -103,18 +103,36 @@ def _problems_with(row) -> Iterator[str]:
         yield f"the last message of 'prompt' is the {prompt[-1]['role']}'s; the policy answers a user or tool"
 
 
+def read_switches(text: str, template: str) -> dict[str, bool | str]:
+    """The switches of a chat template from "enable_thinking=false,name=value". UserError for one that it has not."""
+    switches = {}
+    for entry in filter(None, map(str.strip, text.split(","))):
+        name, equals, value = entry.partition("=")
+        if not equals or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise UserError(f"template_switches: '{entry}', where name=value of the model's chat template is needed")
+        switches[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return switches
+
+
 def load_problems(
-    path: str, tokenizer, max_prompt_tokens: int, system_prompt: str = "", prompt_suffix: str = ""
+    path: str,
+    tokenizer,
+    max_prompt_tokens: int,
+    system_prompt: str = "",
+    prompt_suffix: str = "",
+    template_switches: str = "",
 ) -> tuple[list[Problem], int]:
     """(problems, number of those dropped because their prompt is longer than max_prompt_tokens).
 
     path: one file, or several with commas. system_prompt replaces a row's own system message; prompt_suffix adds a line
-    to the last message. Without them, as in the authors' runs, the rows are used as they are.
+    to the last message. Without them, as in the authors' runs, the rows are used as they are. template_switches: see
+    read_switches.
     """
     rows = [row for file in path.split(",") for row in load_rows(file)]
     if tokenizer.chat_template is None:
         raise UserError(f"{path}: the model's tokenizer has no chat template, so its prompts cannot be rendered")
     problems, control = [], control_tokens(tokenizer)
+    switches = read_switches(template_switches, str(tokenizer.chat_template))
     for number, row in enumerate(rows, start=1):
         messages = [message for message in row["prompt"] if not (system_prompt and message["role"] == "system")]
         if system_prompt:
@@ -122,7 +140,7 @@ def load_problems(
         question = messages[-1]["content"]
         if prompt_suffix:
             messages[-1] = messages[-1] | {"content": f"{question}\n{prompt_suffix}"}
-        options = {"tokenize": False, "add_generation_prompt": True, "strftime_now": TODAY.strftime}
+        options = switches | {"tokenize": False, "add_generation_prompt": True, "strftime_now": TODAY.strftime}
         try:
             prompt = tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # templates are programs, and can raise any error
@@ -164,7 +182,7 @@ def load_sets(config, tokenizer, model_config, assign: Callable, marks: dict) ->
         longest = config.max_prompt_tokens + getattr(config, name)
         if longest > (context := model_config.max_position_embeddings):
             raise UserError(f"max_prompt_tokens + {name} = {longest} is beyond the model's context of {context}")
-    limits = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix
+    limits = config.max_prompt_tokens, config.system_prompt, config.prompt_suffix, config.template_switches
     with messages.explained(f"problems of {config.train_data} and {config.eval_data} cannot be read"):
         problems, dropped = load_problems(config.train_data, tokenizer, *limits)
         held_out, held_out_dropped = load_problems(config.eval_data, tokenizer, *limits)

@@ -14,7 +14,7 @@ from ce_gppo import evaluation
 from ce_gppo.batch import Rollout
 from ce_gppo.problems import Problem
 from ce_gppo.ranges import check_ranges
-from helpers import BASE, refuses, rollout_of, score
+from helpers import BASE, refuses, resolved, rollout_of, score
 from tools import evaluate, tables
 
 
@@ -112,6 +112,19 @@ def test_bootstrap():
     assert tables.bootstrap([0.25] * 7) == (0.25, 0.25)
 
 
+def test_a_run_s_checkpoint_is_evaluated_as_the_run_does(tmp_path):
+    """What is given on the command line counts, also a temperature of 0; any other folder gets the usual values."""
+    saved = resolved(
+        eval_samples=3, eval_temperature=1.0, eval_response_tokens=12, prompt_suffix="Box it.", thinking=True
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"config": vars(saved)}))
+    found = evaluate.complete(evaluate.Config(str(tmp_path / "checkpoint-000020"), temperature=0.0, top_p=0.9))
+    assert (found.k, found.temperature, found.top_p, found.max_response_tokens) == (3, 0, 0.9, 12)
+    assert (found.bench, found.prompt_suffix, found.thinking) == (saved.eval_data, "Box it.", True)
+    usual = evaluate.complete(evaluate.Config(str(tmp_path / "copy")))
+    assert (usual.k, usual.temperature, usual.top_p, usual.prompt_suffix, usual.thinking) == (8, 0.6, 0.95, "", False)
+
+
 def test_the_table(capsys):
     samples = {0: ["4", "4", "3"], 1: ["3", "3", "4"], 2: [None, "5", "6"], 3: ["4", "4", "4"]}
     rows = [row(answer, number=n, sample=s) for n, answers in samples.items() for s, answer in enumerate(answers)]
@@ -141,7 +154,7 @@ def test_the_table(capsys):
 def test_every_response_is_written_with_its_verdict(fake, capsys):
     fake(prompt_suffix="Box it.", system_prompt="Hm.")
     (path,) = Path("out/eval").iterdir()
-    assert path.name.endswith(".aime24-amc23.k4.jsonl")
+    assert path.name.endswith(".aime24-amc23.k4-t0.6.jsonl")
     header, *rows = map(json.loads, path.read_text().splitlines())
     assert header["settings"]["k"] == 4 and header["problems"] == 11
     assert [(r["problem"], r["sample"]) for r in rows] == [(i, j) for i in range(11) for j in range(4)]

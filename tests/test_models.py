@@ -63,8 +63,8 @@ def build(folder: str, name: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def difference(folder: str) -> float:
-    """Largest difference between vLLM's and the trainer's logprobs after the weights have changed, in nats."""
+def difference(folder: str) -> tuple[float, str]:
+    """Largest difference between vLLM's and the trainer's logprobs after the weights have changed, in nats; the way."""
     model, tokenizer = load_model(folder)
     engine = Engine(folder, tokenizer, context=64, max_sequences=8)
     with torch.no_grad():
@@ -74,7 +74,8 @@ def difference(folder: str) -> float:
         prompts = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]]
         rollout = engine.generate(prompts, 2, max_tokens=8, temperature=1.0, seed=0)
         logprobs = Policy(model)(pack(rollout), 1.0)[0]
-    return (logprobs - rollout.rollout_logprobs).abs().max().item()
+    way = "packed" if model.config._attn_implementation == "packed" else "rows"
+    return (logprobs - rollout.rollout_logprobs).abs().max().item(), way
 
 
 def verdict(name: str, answer) -> None:
@@ -82,8 +83,10 @@ def verdict(name: str, answer) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             build(folder, name)
-            gap = difference(folder)
-            answer.send(f"trains, {gap:.0e}" if gap < 1e-4 else f"differs by {gap:.2g} nats, more than rounding does")
+            gap, way = difference(folder)
+            answer.send(
+                f"trains, {gap:.0e}, {way}" if gap < 1e-4 else f"differs by {gap:.2g} nats, more than rounding does"
+            )
         except UserError as error:
             answer.send("refused: " + str(error).partition("': ")[2])
         except Exception as error:  # of a library; train.py prints it as a sentence, too

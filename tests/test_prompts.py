@@ -158,6 +158,12 @@ def test_system_prompt_and_suffix(write_rows, tokenizer):
     suffixed = "<|user|>1+2=?\nBox it.<|end|><|assistant|>"
     assert rendered(prompt_suffix="Box it.") == [suffixed, "<|system|>Hm.<|end|>" + suffixed]
     assert {problem.question for problem in load_problems(path, tokenizer, 64, "Hm.", "Box it.")[0]} == {"1+2=?"}
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template += "{% if not enable_thinking %}<think></think>{% endif %}"
+    assert rendered(template_switches="enable_thinking=true")[0] == bare
+    assert rendered(template_switches="enable_thinking=false")[0] == bare + "<think></think>"
+    for wrong in ("thinking=true", "enable_thinking"):
+        refuses(f"template_switches: '{wrong}', where", rendered, template_switches=wrong)
 
 
 def test_tokens_that_the_model_lacks_or_that_hide_what_a_verifier_looks_for(tokenizer):

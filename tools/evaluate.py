@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
 from ce_gppo import ranges as t
-from ce_gppo.config import command
+from ce_gppo.checkpoint import NAME
+from ce_gppo.config import command, read_record
 from ce_gppo.evaluation import evaluate
 from ce_gppo.messages import UserError
 from ce_gppo.model import load_tokenizer
@@ -32,16 +33,18 @@ from tools.tables import compare, print_table, read_results
 @dataclass
 class Config:
     model: t.Name = "data/walk/base"  # folder or hub name
-    bench: t.Name = "data/walk/eval.jsonl"  # names as in data/benchmarks/<name>.jsonl, or JSONL files, "a,b"
-    k: t.Count = 8  # samples per problem [AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
-    temperature: t.GreedyOrTemperature = 0.6  # the paper's; `make train` evaluates its small model at 1.0
-    top_p: t.Share = 0.95  # the paper's; 1.0 turns it off
-    max_prompt_tokens: t.Count = 4096  # problems with longer prompts are dropped, and counted
-    max_response_tokens: t.Count | None = None  # longer are cut [AIME: 32768]; None: 16384, or what the context leaves
-    system_prompt: str = ""  # instead of a row's own system message; empty: the row as it is, as in the paper
-    prompt_suffix: str = ""  # a line after each problem, such as an instruction to box the answer; empty: none
+    # What is left at None is the run's own for a checkpoint of a run, or else what stands in brackets.
+    bench: t.Name | None = None  # names as in data/benchmarks/<name>.jsonl, or JSONL files, "a,b" [walk's]
+    k: t.Count | None = None  # samples per problem [8; the paper: AIME24, AIME25, HMMT25, AMC23: 32; MATH500: 4]
+    temperature: t.GreedyOrTemperature | None = None  # [0.6, the paper's]
+    top_p: t.Share | None = None  # 1.0 turns it off [0.95, the paper's]
+    max_prompt_tokens: t.Count | None = None  # problems with longer prompts are dropped, and counted [4096]
+    max_response_tokens: t.Count | None = None  # longer are cut; AIME: 32768 [16384, or what the context leaves]
+    system_prompt: str | None = None  # instead of a row's own system message ["": the row as it is, as in the paper]
+    prompt_suffix: str | None = None  # a line after each problem, such as an instruction to box the answer [""]
+    template_switches: str | None = None  # of the model's chat template, such as "enable_thinking=false" [""]
     thinking: bool = False  # count only answers that follow </think>; a response without it scores 0
-    rewards: str = ""  # verifiers, "source=verifier,source2=mine.py:score"; empty: by the source's name, else math
+    rewards: str | None = None  # verifiers, "source=verifier,source2=mine.py:score" [by the source's name, else math]
     out: t.NameOrEmpty = ""  # JSONL file of the responses; empty: out/eval/<model>.<benchmarks>.k<k>.jsonl
     write_every: t.Count = 512  # responses sampled between two writes: a killed run loses at most these
     gpu_memory_utilization: t.Share = 0.9  # share of the GPU's memory for vLLM
@@ -52,6 +55,7 @@ class Config:
 def main(config: Config) -> None:
     if config.compare:
         return compare(*config.compare)
+    config = complete(config)
     if config.temperature == 0 and config.k > 1:
         raise UserError(f"temperature = 0 gives {config.k} equal samples; use k = 1")
     paths = [name if name.endswith(".jsonl") else f"data/benchmarks/{name}.jsonl" for name in config.bench.split(",")]
@@ -60,7 +64,8 @@ def main(config: Config) -> None:
     known, tokenizer = load_tokenizer(config.model)
     limit = known.max_position_embeddings
     longest = min(config.max_prompt_tokens, limit - 1)
-    problems, dropped = load_problems(",".join(paths), tokenizer, longest, config.system_prompt, config.prompt_suffix)
+    texts = config.system_prompt, config.prompt_suffix, config.template_switches
+    problems, dropped = load_problems(",".join(paths), tokenizer, longest, *texts)
     verifiers, (problems,) = assign(config.rewards, problems)
     check_tokens(problems, known.vocab_size, tokenizer, config.thinking, MARKS)
     longest = max(len(problem.prompt_ids) for problem in problems)
@@ -101,6 +106,24 @@ def main(config: Config) -> None:
                 os.fsync(file.fileno())
                 rows += new
     print_table(rows, config.k)
+
+
+def complete(config: Config) -> Config:
+    """Without None: as the run evaluates whose checkpoint the model is, or else with the usual values."""
+    values = {"bench": "data/walk/eval.jsonl", "k": 8, "temperature": 0.6, "top_p": 0.95, "max_prompt_tokens": 4096}
+    values |= {"system_prompt": "", "prompt_suffix": "", "template_switches": "", "rewards": ""}
+    record = Path(config.model).parent / "config.json"
+    if NAME.fullmatch(Path(config.model).name) and record.is_file():
+        saved = read_record(record)["config"]
+        of_run = {"bench": "eval_data", "k": "eval_samples", "temperature": "eval_temperature", "top_p": "eval_top_p"}
+        values = {name: saved.get(of_run.get(name, name), usual) for name, usual in values.items()}
+        values |= {
+            "max_response_tokens": saved.get("eval_response_tokens"),
+            "thinking": config.thinking or saved.get("thinking", False),
+        }
+    return replace(
+        config, **{name: value for name, value in values.items() if getattr(config, name) is None or name == "thinking"}
+    )
 
 
 def settings_of(config: Config, problems: list[Problem], max_tokens: int) -> dict:
@@ -161,7 +184,7 @@ def default_out(config: Config, problems: list[Problem]) -> str:
     model = config.model.strip("/").removeprefix("out/").replace("/", "-")[-100:]
     sources = list(dict.fromkeys(p.source.replace("/", "-") for p in problems))
     names = "-".join(sources) if len("-".join(sources)) <= 100 else f"{len(sources)}-sources"
-    return f"out/eval/{model}.{names}.k{config.k}.jsonl"
+    return f"out/eval/{model}.{names}.k{config.k}-t{config.temperature:g}.jsonl"
 
 
 def resumed(path: Path, settings: dict, chunk_rows: list[int]) -> list[dict]:
