@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint import state_dict
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ce_gppo import lora, messages, parallel
+from ce_gppo import __version__, lora, messages, parallel
 from ce_gppo.messages import RunEnded, UserError
 
 MANIFEST = "manifest.json"
@@ -69,7 +69,7 @@ class Saver:
             record["critic_optimizer"] = _optimizer_state(*trained[1])
         if parallel.is_main():
             weights, adapters, record = _apart((weights, adapters, record), trained)
-            written = weights, adapters, record | {"state": asdict(state)}
+            written = weights, adapters, record | {"state": asdict(state), "version": __version__}
             self.thread = threading.Thread(target=self._write, args=written)
             self.thread.start()
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from ce_gppo import checkpoint, messages, parallel
+from ce_gppo import __version__, checkpoint, messages, parallel
 from ce_gppo.config import read_record
 from ce_gppo.log import read_rows
 from ce_gppo.messages import RunEnded, UserError
@@ -110,6 +110,7 @@ def claim(folder: Path, config, recipe: str, step: int, files: list[Path]) -> No
         copy = folder / f"source-from-step-{step + 1:06d}" if any(name.endswith(".py") for name in changed) else None
     else:
         record = {"config": dataclasses.asdict(config), "recipe": recipe, "git_commit": None, "command": sys.argv}
+        record["version"] = __version__
         with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no commit
             commit = ["git", "rev-parse", "HEAD"]
             record["git_commit"] = subprocess.check_output(

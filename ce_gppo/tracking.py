@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from ce_gppo import __version__
 from ce_gppo.batch import Rollout
 from ce_gppo.entropy import entropy_velocity
 from ce_gppo.messages import UserError, say
@@ -46,7 +47,7 @@ def start_wandb(folder: Path, config, run_id: str):
     for part in ("DATA", "CACHE", "CONFIG") if not os.access(Path.home(), os.W_OK) else ():
         os.environ.setdefault(f"WANDB_{part}_DIR", str(folder / "wandb"))
     options = {"project": os.environ.get("WANDB_PROJECT", "ce-gppo"), "group": group_of(config), "name": folder.name}
-    options |= {"dir": folder, "id": run_id, "config": dataclasses.asdict(config)}
+    options |= {"dir": folder, "id": run_id, "config": dataclasses.asdict(config) | {"version": __version__}}
     for attempt in dict.fromkeys((mode, "offline")):
         online = {} if attempt == "offline" else {"resume": "allow", "settings": wandb.Settings(init_timeout=30)}
         try:

@@ -49,6 +49,7 @@ COLUMNS = (  # of the table: a measure, its digits, and whether also the differe
 class Config:
     results: Annotated[Path, tyro.conf.Positional]  # JSONL file that results.sweep made
     branches: Path | None = None  # JSONL file that results.branch made: drawn beside the curves in another figure
+    coin: Path | None = None  # JSONL file of the sweep coin: its entropy is drawn beside these runs' accuracy
 
 
 def verdict(differences: list[dict[int, float]], margin: float = 0.0, bound: float = 0.0) -> str:
@@ -182,7 +183,9 @@ def main(config: Config) -> None:
     report = f"{table(groups)}\n\n{verdicts}\n\n{margins} {took}\n"
     print(report)
     config.results.with_suffix(".md").write_text(report)
-    for suffix, figure in (("", draw.curves(groups)), ("-summary", branches and draw.summary(groups, branches))):
+    figures = [("", draw.curves(groups)), ("-summary", branches and draw.summary(groups, branches))]
+    figures += [("-coin", draw.coin_and_hot(by_setting(read(config.coin, RUN)), groups))] if config.coin else []
+    for suffix, figure in figures:
         if figure:
             path = config.results.with_name(f"{config.results.stem}{suffix}.png")
             figure.savefig(path, dpi=150)

@@ -16,6 +16,7 @@ ROWS = {  # of panels: title -> settings
     "what is kept decays, or another rule": ("grpo", *STEADY),
     "entropy bonus and target": ("grpo", *WEAK, *STRONG, "ce_gppo, target 0.9"),
 }
+FIVE = ("grpo", "ce_gppo (0, 1)", "ce_gppo (0.75, 1)", "gppo", "decaying (1, 1)")
 SUMMARY = ("grpo", "ce_gppo (0, 1)", "ce_gppo (0.5, 1)", "gppo", "lp_only (1, 1)")
 BASELINE, OWN = "grpo", "the run's own"
 # Settings of a run that all branches in one file have in common.
@@ -54,15 +55,32 @@ def summary(groups: dict[str, list[dict]], rows: list[dict]) -> plt.Figure:
     return fig
 
 
-def panels(left, right, groups: dict[str, list[dict]], title: str = "") -> None:
-    """Entropy and accuracy: the mean of a setting's seeds is thick, each seed thin. The legend is of both."""
+def coin_and_hot(coin: dict[str, list[dict]], hot: dict[str, list[dict]]) -> plt.Figure:
+    """The figure of README: what a coin's rewards do to entropy, and the task's own to accuracy, in five settings."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.4), layout="constrained")
+    for axis, groups, metric in (left, coin, "entropy/mean"), (right, hot, "eval/walk/avg_at_k"):
+        lines(axis, {name: groups[name] for name in FIVE if name in groups}, metric)
+        axis.set(xlabel="step", ylim=(0, None))
+    left.set(title="rewards by the toss of a coin", ylabel="entropy, nats per token")
+    right.set(title="rewards of the task", ylabel="held-out accuracy")
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return fig
+
+
+def lines(axis, groups: dict[str, list[dict]], metric: str) -> None:
+    """The mean of a setting's seeds is thick, each seed thin."""
     for i, (name, runs) in enumerate(groups.items()):
         color = "black" if name == "grpo" else plt.colormaps["turbo"](i / len(groups))  # of betas: from blue to red
-        for axis, metric in (left, "entropy/mean"), (right, f"eval/{runs[0]['source']}/avg_at_k"):
-            values = np.array([run["series"][metric] for run in runs])  # [seeds, steps]
-            steps = range(1, values.shape[1] + 1) if axis is left else runs[0]["eval_steps"]
-            axis.plot(steps, values.mean(0), color=color, linewidth=2, label=f"{name}, {len(runs)} seeds")
-            axis.plot(steps, values.T, color=color, linewidth=0.5, alpha=0.6)
+        values = np.array([run["series"][metric] for run in runs])  # [seeds, steps]
+        steps = runs[0]["eval_steps"] if metric.startswith("eval/") else range(1, values.shape[1] + 1)
+        axis.plot(steps, values.mean(0), color=color, linewidth=2, label=f"{name}, {len(runs)} seeds")
+        axis.plot(steps, values.T, color=color, linewidth=0.5, alpha=0.6)
+
+
+def panels(left, right, groups: dict[str, list[dict]], title: str = "") -> None:
+    """Entropy and accuracy. The legend is of both."""
+    lines(left, groups, "entropy/mean")
+    lines(right, groups, f"eval/{next(iter(groups.values()))[0]['source']}/avg_at_k")
     left.set(title=f"entropy{title}", xlabel="step", ylabel="nats per token", ylim=(0, None))
     right.set(title=f"held-out accuracy{title}", xlabel="step", ylabel="avg@8")
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # inside, it would hide a run that unlearns

@@ -56,7 +56,7 @@ def closure(path: Path) -> set[Path]:
 def test_a_run_is_small_enough_to_be_read():
     run = closure(ROOT / "train.py")
     assert {ROOT / f"{name}.py" for name in SCRIPTS} < run and ROOT / "ce_gppo/batch.py" in run
-    assert len(run) <= 27, sorted(path.name for path in run)
+    assert len(run) <= 28, sorted(path.name for path in run)
     assert sum(map(lines, run)) <= 5850, {path.name: lines(path) for path in run}
 
 

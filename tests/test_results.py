@@ -277,6 +277,8 @@ def test_curves_show_each_seed_and_the_mean():
         assert labels == [f"{name}, 3 seeds" for name in names]
         ours, others = ([x.get_color() for x in axis.lines if x.get_linewidth() >= 2] for axis in (entropy, accuracy))
         assert ours == others  # one legend for both
+    left, right = draw.coin_and_hot(groups, groups).axes
+    assert len(left.lines) == len(right.lines) == 4 * len(draw.FIVE) and "coin" in left.get_title()
     part = {name: groups[name] for name in ("grpo", "ce_gppo (0, 1)")}
     for names, title in ((list(part)[:1], "objectives"), (list(part), "betas")):
         left, _ = draw.curves({name: part[name] for name in names}).axes  # no empty panels

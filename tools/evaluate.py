@@ -117,13 +117,9 @@ def complete(config: Config) -> Config:
         saved = read_record(record)["config"]
         of_run = {"bench": "eval_data", "k": "eval_samples", "temperature": "eval_temperature", "top_p": "eval_top_p"}
         values = {name: saved.get(of_run.get(name, name), usual) for name, usual in values.items()}
-        values |= {
-            "max_response_tokens": saved.get("eval_response_tokens"),
-            "thinking": config.thinking or saved.get("thinking", False),
-        }
-    return replace(
-        config, **{name: value for name, value in values.items() if getattr(config, name) is None or name == "thinking"}
-    )
+        values["max_response_tokens"] = saved.get("eval_response_tokens")
+        config = replace(config, thinking=config.thinking or saved.get("thinking", False))
+    return replace(config, **{name: value for name, value in values.items() if getattr(config, name) is None})
 
 
 def settings_of(config: Config, problems: list[Problem], max_tokens: int) -> dict:
