@@ -160,7 +160,7 @@ class Engine:
             named_weights = ((name, weight.bfloat16()) for name, weight in named_weights)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights})
         if not self.cuda:
-            self.llm.apply_model(_repack_head)
+            self.llm.apply_model(_repack)
         if not self.llm.reset_prefix_cache():  # keys and values of the old weights
             raise RuntimeError("vLLM keeps keys and values of the old weights")
 
@@ -178,11 +178,13 @@ class Engine:
             self.llm.wake_up(tags=["kv_cache"])
 
 
-def _repack_head(model) -> None:
-    """On a CPU vLLM multiplies by a packed copy of the head. With a tied embedding a reload does not update it."""
+def _repack(model) -> None:
+    """On a CPU vLLM multiplies by packed copies of a tied head and of experts, which a reload leaves as they are."""
     for module in model.modules():
         if type(module).__name__ == "ParallelLMHead":
             module.quant_method.process_weights_after_loading(module)
+        if kernel := getattr(getattr(module, "quant_method", None), "moe_kernel", None):
+            kernel.fused_experts.process_weights_after_loading(module)
 
 
 def check_engine(engine: Engine, model, policy, prompt: list[int], config, device: str) -> None:

@@ -33,6 +33,7 @@ FIGURES = {  # the paper's figures 2 to 6: objective, betas, steps
     "figure6": ("ce_gppo", (0.0, 1.0), 1000),
 }
 ONE_GPU = "r1-distill-7b-offload"
+ONE_CARD = {"qwen3.5-0.8b-24g", "qwen3-4b-lora-24g", "qwen3-4b-80g", "sanity-1.5b"}
 RUN = ["r1-distill-1.5b", "r1-distill-7b-dapo", "figure6"]  # plain, extended twice, with a schedule
 
 
@@ -49,7 +50,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_every_recipe_is_known_and_its_values_have_sources():
-    known = PAPER.keys() | FIGURES.keys() | {ONE_GPU}
+    known = PAPER.keys() | FIGURES.keys() | {ONE_GPU} | ONE_CARD
     assert {path.stem for path in (ROOT / "recipes").glob("*.toml")} == known | {"walk", "countdown"}
     for path in [ROOT / "recipes" / f"{name}.toml" for name in known]:
         for line in path.read_text().splitlines():

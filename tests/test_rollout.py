@@ -199,7 +199,7 @@ def test_from_sleep_to_new_weights(fake, monkeypatch):
     engine = fake()
     engine.sleep()
     engine.wake(None)
-    assert engine.llm.calls == [("reload_weights", weights), module._repack_head, "reset_prefix_cache"]
+    assert engine.llm.calls == [("reload_weights", weights), module._repack, "reset_prefix_cache"]
     engine.llm.cache_is_reset = False
     with pytest.raises(RuntimeError, match="vLLM keeps keys and values of the old weights"):
         engine.load_weights([])
