@@ -111,7 +111,7 @@ def test_a_family_does_what_the_page_says(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, way", [("Qwen3Moe", "packed"), ("Lfm2", "rows")])
+@pytest.mark.parametrize("name, way", [("Qwen3Moe", "packed"), ("FalconH1", "rows")])
 def test_experts_and_rows_train(name, way):
     """vLLM gets each expert's weights, of which it keeps packed copies; and agrees with rows."""
     outcome = verdict_on(name)
