@@ -17,11 +17,11 @@ from ce_gppo import parallel
 from ce_gppo.batch import Rollout
 from ce_gppo.lora import named_weights
 from ce_gppo.messages import RunEnded, UserError, explained, say
-from ce_gppo.model import stop_token_ids
+from ce_gppo.model import check_config, stop_token_ids
 from ce_gppo.policy import logprobs_and_entropy
 
 # Of mismatch/mean, nats: 1e-6 in float32; in bfloat16 0.002 for a small policy (bench/RESULTS.md), others report 0.03
-WARN_MISMATCH = {"cpu": 0.001, "cuda": 0.05}
+WARN_MISMATCH = {False: 0.001, True: 0.05}  # by whether the engine has bfloat16
 MAX_MISMATCH = 0.2
 CPU_CACHE_GIB = 1  # vLLM's cache without a GPU, unless vLLM's variable VLLM_CPU_KVCACHE_SPACE is set
 
@@ -66,17 +66,20 @@ class Engine:
 
         self.vllm, self.tokenizer, self.tensor_parallel = vllm, tokenizer, tensor_parallel
         self.cuda, self.stop_token_ids = torch.cuda.is_available(), stop_token_ids(model, tokenizer)
+        # vLLM has delta networks in bfloat16 only, on a CPU too.
+        self.bfloat16 = self.cuda or "linear_attention" in (getattr(check_config(model), "layer_types", None) or ())
         options = {"model": model, "max_model_len": context, "max_num_seqs": max_sequences, "seed": seed}
+        options["dtype"] = "bfloat16" if self.bfloat16 else "float32"
         options |= {"trust_remote_code": False, "disable_log_stats": True, "use_tqdm_on_load": False}
         options["load_format"] = "dummy" if dummy else "auto"
         options["generation_config"] = "vllm"  # otherwise the folder's generation_config.json changes the sampling
         options["logprobs_mode"] = "processed_logprobs"  # of the distribution sampled from, temperature included
         if self.cuda:
-            options |= {"dtype": "bfloat16", "enable_sleep_mode": True}
+            options["enable_sleep_mode"] = True
             options["gpu_memory_utilization"] = gpu_memory_utilization
             options["hf_overrides"] = {"head_dtype": "float32"}  # logits are not rounded, like the trainer's
         else:  # here gpu_memory_utilization is the share of the RAM that must be free at the start
-            options |= {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05}
+            options |= {"enforce_eager": True, "gpu_memory_utilization": 0.05}
             options["kv_cache_memory_bytes"] = int(CPU_CACHE_GIB * 2**30)
         if parallel.world_size() > 1:  # vLLM joins the existing process group, and takes this rank's GPU
             options |= {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
@@ -156,7 +159,7 @@ class Engine:
 
     def load_weights(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the trainer's weights into the engine: (name in a checkpoint, tensor) pairs, one at a time."""
-        if self.cuda:  # in the engine's precision: half the memory on the way, and no warning for each weight
+        if self.bfloat16:  # in the engine's precision: half the memory on the way, and no warning for each weight
             named_weights = ((name, weight.bfloat16()) for name, weight in named_weights)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights})
         if not self.cuda:
@@ -208,7 +211,7 @@ def check_engine(engine: Engine, model, policy, prompt: list[int], config, devic
     engine.wake(model)  # it forgets the prompt: what follows is as it would be without this check
 
 
-def check_mismatch(metrics: dict[str, float], device: str) -> None:
+def check_mismatch(metrics: dict[str, float], bfloat16: bool) -> None:
     """A warning, or RunEnded, where vLLM and trainer, which have the same weights, give the tokens other logprobs."""
     gap = metrics["mismatch/mean"]
     if not math.isfinite(metrics["entropy/mean"] + gap):
@@ -217,7 +220,7 @@ def check_mismatch(metrics: dict[str, float], device: str) -> None:
     if gap > MAX_MISMATCH:
         problem = f"the logprobs of vLLM and trainer differ by {gap:.3g} nats on average, more than {MAX_MISMATCH}"
         raise RunEnded(f"{problem}: they do not have the same weights, or not in the same precision")
-    level = WARN_MISMATCH[device.partition(":")[0]]
+    level = WARN_MISMATCH[bfloat16]
     if gap > level:
         level *= 2 ** int(math.log2(gap / level))  # a line each time that it has doubled
         problem = f"the logprobs of vLLM and trainer differ by more than {level:g} nats on average (mismatch/mean)"

@@ -154,7 +154,7 @@ def train(config: Config, recipe: str, resume: str, stop: Callable[[], bool]) ->
             learned = learn(*models, rollout, mini_batches, objective, lr, state, config, folder, meter)
             with meter("sync"):
                 engine.wake(model)
-            report(log, chosen, rollout, mini_batches, learned, state, config, meter)
+            check_mismatch(report(log, chosen, rollout, mini_batches, learned, state, config, meter), engine.bfloat16)
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or parallel.any_rank(stop()):
                 with meter("checkpoint"):
                     saver.save(state)
@@ -291,8 +291,8 @@ def update(
 
 def report(
     log: Log | None, problems, rollout, mini_batches, learned: metrics.Learned, state: checkpoint.State, config, meter
-) -> None:
-    """Update the state, and log the step's metrics over all ranks. Collective."""
+) -> dict[str, float]:
+    """Update the state, and log the step's metrics over all ranks, which it returns. Collective."""
     row, details = metrics.step_metrics(rollout, problems, mini_batches, learned, state.entropy)
     state.batches += len(problems) // config.prompts_per_step
     state.step, state.entropy = state.step + 1, row["entropy/mean"]
@@ -302,7 +302,7 @@ def report(
     row |= meter.take(rollout, mini_batches * bool(learned.updates), config.epochs)
     if log:
         log.step(state.step, row, rollout, problems, details)
-    check_mismatch(row, meter.device)  # only now, so that the step that ends a run is seen
+    return row
 
 
 def objective_of_step(config: Config, state: checkpoint.State) -> loss.Objective:

@@ -21,7 +21,7 @@ from ce_gppo.messages import UserError
 from ce_gppo.model import load_model
 from ce_gppo.policy import Policy
 from data.base import make_tokenizer
-from helpers import FORKING, ROOT
+from helpers import BASE, FORKING, ROOT, metrics_of, run
 from rollout import Engine
 
 PLAIN = (
@@ -31,7 +31,12 @@ PLAIN = (
     *("FalconH1", "Jamba", "Bamba", "Mamba", "NemotronH", "Persimmon", "Ernie4_5_Moe", "GPTJ", "MiniCPM3"),
 )
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
 DELTA |= {"head_dim": 32, "layer_types": ["linear_attention", "full_attention"]}
 FAMILIES = {  # the name of the configuration's class without "Config", and its settings beside the common sizes
     **dict.fromkeys(PLAIN, {}),
@@ -51,11 +56,11 @@ FAMILIES = {  # the name of the configuration's class without "Config", and its 
 PAGE = dict(re.findall(r"^\| (\w+) \| (\w+).*\|$", (ROOT / "docs" / "models.md").read_text(), re.MULTILINE))
 
 
-def build(folder: str, name: str) -> None:
-    """A random model of the family with 272 tokens, as a Hugging Face folder."""
-    tokenizer = make_tokenizer()
+def build(folder: str, name: str, tokenizer=None) -> None:
+    """A random model of the family, as a Hugging Face folder. tokenizer: default one with 272 tokens."""
+    tokenizer = tokenizer or make_tokenizer()
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 272, "max_position_embeddings": 256}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": max(272, len(tokenizer)), "max_position_embeddings": 256}
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = getattr(transformers, f"{name}Config")(**sizes | ends | FAMILIES[name])
     torch.manual_seed(0)
@@ -116,6 +121,19 @@ def test_experts_and_rows_train(name, way):
     """vLLM gets each expert's weights, of which it keeps packed copies; and agrees with rows."""
     outcome = verdict_on(name)
     assert outcome.startswith("trains") and outcome.endswith(way), outcome
+
+
+@pytest.mark.slow
+def test_a_delta_network_trains_and_is_resumed(tmp_path):
+    """Qwen3-Next: rows, experts, and on a CPU an engine in bfloat16. vLLM loads its checkpoint."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    build(str(tmp_path / "model"), "Qwen3Next", tokenizer)
+    few = ["--prompts-per-step", "8", "--max-kept-prompts", "8", "--responses-per-prompt", "4", "--steps", "2"]
+    few += ["--dynamic-sampling", "off", "--mini-batch-prompts", "4", "--eval-samples", "1", "--checkpoint-every", "1"]
+    assert "are rows with" in run(tmp_path, "--model", str(tmp_path / "model"), "--run-name", "delta", *few)
+    run(tmp_path, "--resume", str(tmp_path / "delta"), "--steps", "3")
+    rows = metrics_of(tmp_path / "delta")
+    assert len(rows) == 4 and all(1e-5 < row["mismatch/mean"] < 0.01 and row["kl/approx"] > 0 for row in rows[1:])
 
 
 def verdict_on(name: str) -> str:

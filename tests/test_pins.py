@@ -35,6 +35,7 @@ given = {}
 vllm.LLM = lambda **options: given.update(options)
 torch.cuda.is_available = lambda: True
 rollout.stop_token_ids = lambda *_: [0]
+rollout.check_config = lambda path: None
 rollout.Engine("data/walk/base", None, 32, 0.5, dummy=True)
 vllm.platforms._current_platform = Card()
 vllm.triton_utils.HAS_TRITON = vllm.triton_utils.importing.HAS_TRITON = True

@@ -431,9 +431,10 @@ def test_a_step_is_reported_before_it_ends_the_run(tiny_model, tmp_path):
         with meter(part):
             pass
     problems = [Problem("", [], "", "a")] * 6
-    with pytest.raises(train.messages.RunEnded, match="same weights"):  # rollout_of's logprobs are not the model's
-        train.report(log, problems, rollout, mini_batches, learned, state, config, meter)
+    returned = train.report(log, problems, rollout, mini_batches, learned, state, config, meter)
     [(step, row, *_)] = logged
+    with pytest.raises(train.messages.RunEnded, match="same weights"):  # rollout_of's logprobs are not the model's
+        train.check_mismatch(returned, False)
     assert step == state.step == 5 and state.batches == 7 + 2 and state.no_signal == 0
     assert state.entropy == row["entropy/mean"] and row["entropy/delta"] == pytest.approx(state.entropy - 0.5)
     assert state.control == next_control(config, (0.5, 0.0), state.entropy) and row["time/step"] > 0
