@@ -1,14 +1,16 @@
 """README and docs against today's program: commands, settings, files and links that they name."""
 
+import json
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
 from ce_gppo import parallel
 from ce_gppo.config import parse
-from helpers import ROOT
+from helpers import ROOT, environment
 from train import Config
 
 # docs/log.md keeps the commands of its day, with settings that have gone since.
@@ -97,3 +99,20 @@ def test_names_in_pairs_are_defined(page):
     pairs += [(file, name) for name, file in re.findall(r"`(\w+)`\)? in `([\w/]+\.py)`", text)]
     for file, name in pairs:
         assert re.search(rf"^\s*(def|class) {name}\b|^{name}\b", (ROOT / file).read_text(), re.MULTILINE), (file, name)
+
+
+@pytest.mark.slow
+def test_the_tour_runs_top_to_bottom(tmp_path):
+    """In docs/, as a notebook does. Its cells are a script here: no notebook server is installed."""
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    assert all(cell["source"] and not cell.get("outputs") for cell in cells)
+    script = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (tmp_path / "tour.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "tour.py"],
+        cwd=ROOT / "docs",
+        env=environment(MPLBACKEND="agg"),
+        capture_output=True,
+    )
+    shown = done.stdout.decode()
+    assert done.returncode == 0 and shown.count("update ") == 4 and "times the weight without a clip" in shown, done
