@@ -4,7 +4,7 @@ A layer with weight W computes W x + alpha / r B (A x), with A [r, in] and B [ou
 the checkpoint's folder get W + alpha / r B A; the adapters alone are in the folder inside it, in peft's form.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,15 +46,18 @@ def write_adapters(folder: Path, model, weights: dict[str, Tensor]) -> None:
     save_file(weights, folder / FILE, {"format": "pt"})
 
 
-def without_adapters(policy: torch.nn.Module) -> Callable:
+class WithoutAdapters(torch.nn.Module):
     """The policy's forward pass as it was before training."""
-    from peft.helpers import rescale_adapter_scale
 
-    def forward(*inputs):
-        with rescale_adapter_scale(policy, 0.0):
-            return policy(*inputs)
+    def __init__(self, policy: torch.nn.Module):
+        super().__init__()
+        self.policy = policy
 
-    return forward
+    def forward(self, *inputs):
+        from peft.helpers import rescale_adapter_scale
+
+        with rescale_adapter_scale(self.policy, 0.0):
+            return self.policy(*inputs)
 
 
 @torch.no_grad()

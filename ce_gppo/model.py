@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ce_gppo import parallel
 from ce_gppo.batch import Packed, Rollout, pack
 from ce_gppo.checkpoint import try_saving
-from ce_gppo.lora import add_adapters, without_adapters
+from ce_gppo.lora import WithoutAdapters, add_adapters
 from ce_gppo.messages import UserError, explained, first_line, say
 from ce_gppo.policy import Policy, register_attention
 
@@ -121,7 +121,7 @@ def load_reference(config, device: str, policy: torch.nn.Module | None = None) -
     if not config.kl_coef:
         return None
     if config.lora_rank:
-        return without_adapters(policy)
+        return WithoutAdapters(policy)
     try:
         model, _ = load_model(config.model, device, shard=config.shard)
     except UserError as error:  # of a resumed run, whose own weights are in its checkpoint

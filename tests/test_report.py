@@ -16,12 +16,13 @@ from wandb.errors import CommError
 from ce_gppo import log, metrics, perf, tracking
 from ce_gppo.checkpoint import State
 from ce_gppo.entropy import QUADRANTS, entropy_velocity
+from ce_gppo.messages import RunEnded
 from ce_gppo.metrics import Details, Learned, Sums, Update
 from ce_gppo.problems import Problem
 from helpers import refuses, resolved, rollout_of
 from loss import Objective
 from reward import extract_answer
-from tools import figures
+from tools import figures, speedrun
 from tools import metrics as page
 
 
@@ -600,6 +601,20 @@ def test_figures_group_runs_by_all_settings_except_the_seed(tmp_path):
     names = [*variants, "../" + tmp_path.name + "/a"]  # one is named twice
     figures.main(figures.Config(tuple(tmp_path / name for name in names), out=tmp_path / "figures"))
     assert (tmp_path / "figures" / "curves.svg").exists()
+
+
+def test_the_row_of_the_leaderboard(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"config": {}, "git_commit": "0123456789"}))
+    rows = [{"step": 0, "eval/walk/avg_at_k": 0.4, "time/eval": 6.0}, {"step": 1, "time/step": 30.0}]
+    rows += [
+        {"step": 2, "time/step": 60.0, "time/eval": 6.0, "eval/walk/avg_at_k": 0.8},
+        {"step": 3, "time/step": 99.0},
+    ]
+    log.rewrite(tmp_path / "metrics.jsonl", rows)
+    assert speedrun.row_of(tmp_path, "--seed 1") == "| 1.7 | 2 | `--seed 1` | 0123456 | |"
+    log.rewrite(tmp_path / "metrics.jsonl", rows[:2])
+    with pytest.raises(RunEnded, match="never reached 0.8"):
+        speedrun.row_of(tmp_path, "")
 
 
 def test_a_run_draws_its_curves(tmp_path, quiet, capsys):
