@@ -210,7 +210,7 @@ class Recorder:
     """An engine whose logprobs are all -1."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.bfloat16 = [], True
 
     def generate(self, prompts, count, **options):
         self.calls.append(("generate", prompts, count, options))
@@ -243,6 +243,8 @@ def test_the_engine_is_checked_as_a_step_uses_it(monkeypatch, tiny_model):
             UserError, match=f"model 'data/walk/base'.* differ by {said} nats on average, more than 0.2"
         ):
             check_engine(engine, tiny_model, None, [9], config, "cuda")
+    shift[0], engine.bfloat16 = 0.0, False
+    refuses("on average, more than 0.01", check_engine, engine, tiny_model, None, [9], config, "cpu")
     engine.wake = lambda weights: 1 // 0
     with pytest.raises(UserError, match="vLLM cannot sample with model 'data/walk/base': ZeroDivisionError"):
         check_engine(engine, tiny_model, None, [9], config, "cuda")
